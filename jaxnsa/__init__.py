@@ -1,0 +1,36 @@
+"""Attention metadata for DeepSeek sparse attention (NSA/DSA), in one launch for all backends."""
+
+from importlib.metadata import version
+
+from jaxnsa.config import override
+from jaxnsa.implementations import ImplementationUnavailableError, get_kernel_info
+from jaxnsa.metadata import DraftExtendSeqlens, ForwardMode, NSAMetadata
+from jaxnsa.operations import (
+    fill_draft_extend_metadata,
+    fused_metadata_copy,
+    fused_metadata_precompute_and_broadcast,
+    precompute_decode_metadata,
+    precompute_draft_extend_metadata,
+    precompute_target_verify_metadata,
+    prefix_sum,
+)
+from jaxnsa.validation import validate_inputs
+
+__version__ = version("jaxnsa")
+
+__all__ = [
+    "DraftExtendSeqlens",
+    "ForwardMode",
+    "ImplementationUnavailableError",
+    "NSAMetadata",
+    "fill_draft_extend_metadata",
+    "fused_metadata_copy",
+    "fused_metadata_precompute_and_broadcast",
+    "get_kernel_info",
+    "override",
+    "precompute_decode_metadata",
+    "precompute_draft_extend_metadata",
+    "precompute_target_verify_metadata",
+    "prefix_sum",
+    "validate_inputs",
+]

@@ -1,0 +1,225 @@
+"""What every call checks: shapes, dtypes and keyword combinations, never values.
+
+Each error names the argument, what came, and what was expected.
+"""
+
+import operator
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from jaxnsa.metadata import Array, ForwardMode, NSAMetadata
+from jaxnsa.spec import Rows, Spec
+
+INT32_MAX = 2**31 - 1
+
+
+def array(name: str, value: Any, rank: int, dtypes: tuple[str, ...] = ("int32", "int64")) -> Array:
+    """`value` as an array of the given rank and one of the given dtypes.
+
+    Raises:
+      TypeError: not an array, or another dtype.
+      ValueError: another rank.
+    """
+    if not hasattr(value, "dtype"):
+        value = np.asarray(value)
+    expected = " or ".join(dtypes)
+    if str(value.dtype).startswith("torch."):
+        raise TypeError(f"{name}: got a torch tensor, expected an array; see jaxnsa.interop.torch")
+    if value.dtype not in [np.dtype(d) for d in dtypes]:
+        raise TypeError(f"{name}: got dtype {value.dtype}, expected {expected}")
+    if value.ndim != rank:
+        raise ValueError(f"{name}: got shape {value.shape}, expected {rank} dimension(s)")
+    return value
+
+
+def vector(name: str, value: Any, length: int | None = None) -> Array:
+    """`value` as an int32 or int64 vector; `length`, where given, is that of seq_lens."""
+    value = array(name, value, 1)
+    if length is not None and len(value) != length:
+        raise ValueError(
+            f"{name}: got shape {value.shape}, expected ({length},) as seq_lens has {length} requests"
+        )
+    if isinstance(value, np.ndarray) and value.dtype == np.int64:
+        # Without x64, JAX would take the low 32 bits.
+        return np.clip(value, -INT32_MAX - 1, INT32_MAX).astype(np.int32)
+    return value
+
+
+def integer(name: str, value: Any, low: int, high: int = INT32_MAX) -> int:
+    """`value` as an int in [low, high]."""
+    if isinstance(value, bool):
+        raise TypeError(f"{name}: got {value!r}, expected an int")
+    try:
+        value = operator.index(value)
+    except TypeError:
+        raise TypeError(f"{name}: got {value!r}, expected an int") from None
+    if not low <= value <= high:
+        raise ValueError(f"{name}: got {value}, expected an int in [{low}, {high}]")
+    return value
+
+
+def flag(name: str, value: Any) -> bool:
+    """`value`, which must be a bool."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{name}: got {value!r}, expected True or False")
+    return value
+
+
+def one_of(name: str, value: Any, choices: tuple[str, ...]) -> Any:
+    """`value`, which must be one of the choices."""
+    if value not in choices:
+        raise ValueError(f"{name}: got {value!r}, expected one of {', '.join(map(repr, choices))}")
+    return value
+
+
+class Inputs(NamedTuple):
+    """The arrays of a computation.
+
+    Attributes:
+      seq_lens: int32 or int64 [bs].
+      req_pool_indices: int32 or int64 [bs].
+      req_to_token: int32 [pool_rows, pool_cols].
+      extend_seq_lens: int32 or int64 [bs] in draft extend, otherwise None.
+    """
+
+    seq_lens: Array
+    req_pool_indices: Array
+    req_to_token: Array
+    extend_seq_lens: Array | None
+
+
+def inputs(
+    seq_lens: Any,
+    req_pool_indices: Any,
+    req_to_token: Any,
+    forward_mode: Any,
+    num_draft_tokens: Any,
+    extend_seq_lens: Any,
+    max_total_tokens: Any,
+) -> tuple[Inputs, Rows]:
+    """The arrays of a computation and how its rows map to requests."""
+    if not isinstance(forward_mode, ForwardMode):
+        raise TypeError(f"forward_mode: got {forward_mode!r}, expected a jaxnsa.ForwardMode")
+    seq_lens = vector("seq_lens", seq_lens)
+    bs = len(seq_lens)
+    req_pool_indices = vector("req_pool_indices", req_pool_indices, bs)
+    req_to_token = array("req_to_token", req_to_token, 2, ("int32",))
+    if 0 in req_to_token.shape:
+        raise ValueError(
+            f"req_to_token: got shape {req_to_token.shape}, expected at least one row and column"
+        )
+    verify = forward_mode is ForwardMode.TARGET_VERIFY
+    extend = forward_mode is ForwardMode.DRAFT_EXTEND
+    for name, value, wanted in (
+        ("num_draft_tokens", num_draft_tokens, verify),
+        ("extend_seq_lens", extend_seq_lens, extend),
+        ("max_total_tokens", max_total_tokens, extend),
+    ):
+        if wanted and value is None:
+            raise ValueError(f"{name}: got None, expected a value in {forward_mode}")
+        if not wanted and value is not None:
+            raise ValueError(f"{name}: got {_described(value)}, expected None in {forward_mode}")
+    if verify:
+        num_draft_tokens = integer("num_draft_tokens", num_draft_tokens, 1)
+    if extend:
+        extend_seq_lens = vector("extend_seq_lens", extend_seq_lens, bs)
+        max_total_tokens = integer("max_total_tokens", max_total_tokens, 0)
+    rows = Rows.of(forward_mode, bs, num_draft_tokens, max_total_tokens)
+    return Inputs(seq_lens, req_pool_indices, req_to_token, extend_seq_lens), rows
+
+
+def spec(
+    rows: Rows,
+    pool_cols: int,
+    *,
+    max_len: Any,
+    nsa_index_topk: Any,
+    real_page_size: Any,
+    wide_table: Any,
+    tail: Any,
+    fresh: bool,
+    num_backends: Any,
+    stacked: Any,
+) -> Spec:
+    """The static description of a computation."""
+    result = Spec(
+        rows=rows,
+        max_len=pool_cols if max_len is None else integer("max_len", max_len, 1, pool_cols),
+        nsa_index_topk=integer("nsa_index_topk", nsa_index_topk, 1),
+        real_page_size=integer("real_page_size", real_page_size, 1),
+        wide_table=flag("wide_table", wide_table),
+        tail=one_of("tail", tail or ("copy" if fresh else "keep"), ("copy", "zero", "keep")),
+        num_backends=integer("num_backends", num_backends, 1),
+        stacked=flag("stacked", stacked),
+    )
+    if result.tail == "keep" and fresh:
+        raise ValueError("tail: got 'keep', expected 'copy' or 'zero' as there is no out= to keep")
+    if not result.wide_table and result.real_page_size == 1:
+        raise ValueError(
+            "wide_table: got False, expected True as real_page_size is 1: no table would be left"
+        )
+    return result
+
+
+def source(src: Any) -> None:
+    """`src` must be NSAMetadata of int32 arrays."""
+    if not isinstance(src, NSAMetadata):
+        raise TypeError(f"src: got {_described(src)}, expected an NSAMetadata")
+    for field, value in vars(src).items():
+        if value is None and field in ("page_indices", "real_page_table"):
+            continue
+        if not hasattr(value, "dtype") or value.dtype != np.int32:
+            raise TypeError(f"src.{field}: got {_described(value)}, expected an int32 array")
+
+
+def destinations(out: Any, expected: NSAMetadata, count: int | None) -> tuple[NSAMetadata, ...]:
+    """`out` as a tuple of NSAMetadata whose arrays can be donated.
+
+    Args:
+      out: what the caller gave.
+      expected: the shape and dtype of every array of one destination.
+      count: how many destinations `out` must hold; None where it must be one, by itself.
+    """
+    if count is None:
+        named = {"out": out}
+    elif isinstance(out, (tuple, list)) and len(out) == count:
+        named = {f"out[{k}]": destination for k, destination in enumerate(out)}
+    else:
+        got = f"{len(out)} of them" if isinstance(out, (tuple, list)) else _described(out)
+        raise ValueError(f"out: got {got}, expected a tuple of {count} NSAMetadata")
+    seen: dict[int, str] = {}
+    for argument, destination in named.items():
+        if not isinstance(destination, NSAMetadata):
+            raise TypeError(f"{argument}: got {_described(destination)}, expected an NSAMetadata")
+        for field, shape in vars(expected).items():
+            name, value = f"{argument}.{field}", getattr(destination, field)
+            if shape is not None and value is not None:
+                _check_destination(name, value, shape)
+                if id(value) in seen:
+                    raise ValueError(
+                        f"{name}: got the array of {seen[id(value)]}, expected its own"
+                    )
+                seen[id(value)] = name
+            elif shape is not value:
+                wanted = "None" if shape is None else f"int32 {shape.shape}"
+                raise ValueError(f"{name}: got {_described(value)}, expected {wanted}")
+    return tuple(named.values())
+
+
+def _check_destination(name: str, value: Any, expected: jax.ShapeDtypeStruct) -> None:
+    if not isinstance(value, jax.Array):
+        raise TypeError(f"{name}: got {_described(value)}, expected a jax.Array to donate")
+    if value.dtype != expected.dtype:
+        raise TypeError(f"{name}: got dtype {value.dtype}, expected {expected.dtype}")
+    if value.shape != expected.shape:
+        raise ValueError(f"{name}: got shape {value.shape}, expected {expected.shape}")
+    if not isinstance(value, jax.core.Tracer) and value.is_deleted():
+        raise ValueError(f"{name}: got a deleted array, expected one not donated before")
+
+
+def _described(value: Any) -> str:
+    if hasattr(value, "shape") and hasattr(value, "dtype"):
+        return f"{value.dtype} {type(value).__name__} of shape {value.shape}"
+    return repr(value) if isinstance(value, (int, float, str, bool)) else type(value).__name__

@@ -1,0 +1,102 @@
+"""Which code computes: the registry, what can run here, and the choice.
+
+An implementation is a module with five functions:
+
+- `unavailable(platform)`: why it cannot run there and what would make it run, or None. A platform
+  of None asks only about what is installed;
+- `prefix_sum(x)`;
+- `fill_draft_extend_metadata(extend_seq_lens, seq_lens, *, nsa_index_topk, max_total_tokens)`;
+- `broadcast(seq_lens, req_pool_indices, req_to_token, extend_seq_lens, out, spec)`;
+- `copy(src, out, *, num_backends, live)`.
+
+They are called while `jax.jit` traces, with int32 arrays whose shapes are checked and whose values
+may be anything.
+"""
+
+import importlib.metadata
+from collections.abc import Sequence
+from types import ModuleType
+from typing import Any
+
+import jax
+
+from jaxnsa import xla
+from jaxnsa.config import Settings, names, settings
+
+IMPLEMENTATIONS: dict[str, ModuleType] = {"xla": xla}
+
+# The order in which they are tried where none is named, by platform.
+PREFERENCE: dict[str, tuple[str, ...]] = {"cpu": ("xla",)}
+_ELSEWHERE = ("xla",)
+
+
+class ImplementationUnavailableError(RuntimeError):
+    """No implementation that was asked for can run here; the message says why, one by one."""
+
+
+def preference(platform: str, settings: Settings) -> tuple[str, ...]:
+    """The names that are tried on a platform, fastest first, where none is named."""
+    order = PREFERENCE.get(platform, _ELSEWHERE)
+    return tuple(n for n in order if n != "triton" or settings.triton_metadata)
+
+
+def choose(requested: str | Sequence[str] | None, settings: Settings, platform: str | None) -> str:
+    """The name of the implementation that a call takes.
+
+    Args:
+      requested: the call's `implementation` argument.
+      settings: decides where `requested` is None.
+      platform: where the arrays are; None while tracing. A single named implementation is then
+        taken at its word, because the function may be lowered for another platform than this
+        machine's.
+
+    Raises:
+      ValueError: a name is unknown.
+      ImplementationUnavailableError: none that was asked for can run.
+    """
+    named = settings.implementation if requested is None else names(requested, "implementation")
+    for name in named or ():
+        if name not in IMPLEMENTATIONS:
+            known = ", ".join(repr(n) for n in IMPLEMENTATIONS)
+            raise ValueError(f"implementation: got {name!r}, expected one of {known}")
+    here = platform or jax.default_backend()
+    candidates = preference(here, settings) if named is None else named
+    if named is None or len(named) > 1:
+        platform = here
+    reasons = []
+    for name in candidates:
+        reason = IMPLEMENTATIONS[name].unavailable(platform)
+        if reason is None:
+            return name
+        reasons.append(f"implementation {name!r} cannot run here: {reason}")
+    raise ImplementationUnavailableError("; ".join(reasons))
+
+
+def get_kernel_info() -> dict[str, Any]:
+    """What can compute here, as a dict that `json.dumps` takes.
+
+    Returns:
+      - "platform": the default JAX backend, "cpu" or "gpu";
+      - "devices": its devices, as text;
+      - "default": the implementation that a call takes where nothing is named;
+      - "strategy": the broadcast strategy that the settings select;
+      - "implementations": for each name, "available" (bool) and "reason" (None where available);
+      - "versions": of jaxnsa, jax, jaxlib and numpy.
+    """
+    platform = jax.default_backend()
+    here = settings()
+    implementations = {}
+    for name, module in IMPLEMENTATIONS.items():
+        reason = module.unavailable(platform)
+        implementations[name] = {"available": reason is None, "reason": reason}
+    return {
+        "platform": platform,
+        "devices": [device.device_kind for device in jax.devices()],
+        "default": choose(None, here, platform),
+        "strategy": here.strategy,
+        "implementations": implementations,
+        "versions": {
+            package: importlib.metadata.version(package)
+            for package in ("jaxnsa", "jax", "jaxlib", "numpy")
+        },
+    }

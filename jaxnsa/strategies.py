@@ -1,0 +1,61 @@
+"""Three ways to fill N backends, with the same bits: one launch, 1 + N launches, N computations.
+
+The last two exist to compare with and to bisect.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from jaxnsa.checks import Inputs
+from jaxnsa.config import Strategy
+from jaxnsa.implementations import IMPLEMENTATIONS
+from jaxnsa.metadata import NSAMetadata
+from jaxnsa.spec import Spec
+
+
+def broadcast(
+    inputs: Inputs,
+    out: tuple[NSAMetadata, ...] | None,
+    spec: Spec,
+    *,
+    strategy: Strategy,
+    implementation: str,
+) -> tuple[NSAMetadata, ...]:
+    """The metadata of `spec` in each of its destinations."""
+    module = IMPLEMENTATIONS[implementation]
+    if strategy == "ultra_fast":
+        return module.broadcast(*inputs, out, spec)
+
+    one = dataclasses.replace(spec, num_backends=1, stacked=False)
+    if strategy == "fast":
+        (source,) = module.broadcast(*inputs, None, one)
+        live = one if spec.tail == "keep" else None
+
+        def step(source, destination):
+            return module.copy(source, destination, num_backends=1, live=live)
+    else:
+        source = inputs
+
+        def step(source, destination):
+            return module.broadcast(*source, destination, one)
+
+    backends = []
+    for k in range(spec.num_backends):
+        (backend,) = step(source, _destination(out, spec, k))
+        # Each step waits for the one before it; otherwise XLA would merge equal steps into one.
+        source, backend = lax.optimization_barrier((source, backend))
+        backends.append(backend)
+    if spec.stacked:
+        return (jax.tree.map(lambda *arrays: jnp.stack(arrays), *backends),)
+    return tuple(backends)
+
+
+def _destination(
+    out: tuple[NSAMetadata, ...] | None, spec: Spec, k: int
+) -> tuple[NSAMetadata] | None:
+    if out is None:
+        return None
+    return (jax.tree.map(lambda array: array[k], out[0]) if spec.stacked else out[k],)

@@ -1,0 +1,158 @@
+"""Checks of values, made only on request: they cost a sync, and under `jit` values are unknown.
+
+Concrete inputs are checked on the host. Traced ones become `jax.experimental.checkify` checks with
+the same conditions.
+"""
+
+from collections.abc import Iterator
+from types import ModuleType
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import checkify
+
+from jaxnsa import checks, xla
+from jaxnsa.checks import Inputs
+from jaxnsa.metadata import Array, ForwardMode
+from jaxnsa.spec import Rows
+
+_SHOWN = 5  # offending rows that an error names
+
+
+def validate_inputs(
+    seq_lens: Array,
+    req_pool_indices: Array,
+    req_to_token: Array,
+    *,
+    forward_mode: ForwardMode = ForwardMode.DECODE,
+    num_draft_tokens: int | None = None,
+    extend_seq_lens: Array | None = None,
+    max_total_tokens: int | None = None,
+    max_len: int | None = None,
+    nsa_index_topk: int = 2048,
+) -> None:
+    """Checks the values of a computation's inputs.
+
+    Legal are lengths of 0 and more, `seq_lens` of at most `max_len`, pool indices inside the pool,
+    `extend_seq_lens` of at most `seq_lens` whose sum is at most `max_total_tokens`, and sums of
+    lengths inside int32. The computations themselves accept anything, as the design's corner
+    cases say; this finds what a scheduler did not mean.
+
+    Concrete inputs are brought to the host. Inside `jit` the same conditions become
+    `checkify.check`, so the function must be transformed by `checkify.checkify`.
+
+    Args:
+      seq_lens: int32 or int64 [bs], KV length of each request.
+      req_pool_indices: int32 or int64 [bs], each request's row in the pool.
+      req_to_token: int32 [pool_rows, pool_cols].
+      forward_mode: which of the following arguments count.
+      num_draft_tokens: in target verify, tokens that the step appends to each request.
+      extend_seq_lens: int32 or int64 [bs], in draft extend, rows of each request.
+      max_total_tokens: in draft extend, the capacity in rows.
+      max_len: columns of the page table, in tokens; None: all columns of the pool.
+      nsa_index_topk: the indexer's top-k, in tokens.
+
+    Raises:
+      ValueError: a value is not legal; names the argument and the first offending rows. Also a
+        wrong shape or a wrong combination of arguments.
+      TypeError: a wrong dtype.
+    """
+    inputs, rows = checks.inputs(
+        seq_lens,
+        req_pool_indices,
+        req_to_token,
+        forward_mode,
+        num_draft_tokens,
+        extend_seq_lens,
+        max_total_tokens,
+    )
+    pool_cols = inputs.req_to_token.shape[1]
+    columns = pool_cols if max_len is None else checks.integer("max_len", max_len, 1, pool_cols)
+    nsa_index_topk = checks.integer("nsa_index_topk", nsa_index_topk, 1)
+    check_values(inputs, rows, columns, nsa_index_topk, debug=False)
+
+
+def check_values(
+    inputs: Inputs, rows: Rows, max_len: int | None, nsa_index_topk: int, *, debug: bool
+) -> None:
+    """Checks the values of inputs whose static facts are checked.
+
+    Args:
+      inputs: the arrays; `req_pool_indices` and `req_to_token` may be None, with `max_len` None.
+      rows: how rows map to requests.
+      max_len: columns of the page table.
+      nsa_index_topk: the indexer's top-k.
+      debug: where inputs are traced, emit checks that are dropped unless checkify asks for them.
+    """
+    vectors = (inputs.seq_lens, inputs.req_pool_indices, inputs.extend_seq_lens)
+    traced = any(isinstance(v, jax.core.Tracer) for v in vectors)
+    xp = jnp if traced else np
+    seq_lens, req_pool_indices, extend_seq_lens = (
+        None if v is None else xp.asarray(v) for v in vectors
+    )
+    pool_rows = None if inputs.req_to_token is None else len(inputs.req_to_token)
+    emit = checkify.debug_check if debug else checkify.check
+    for rule in _rules(
+        xp, seq_lens, req_pool_indices, extend_seq_lens, pool_rows, rows, max_len, nsa_index_topk
+    ):
+        if rule.values.size == 0:
+            continue
+        if traced:
+            message = f"{rule.argument}: got {{value}} at row {{row}}, expected {rule.expected}"
+            row = jnp.argmax(rule.offends)
+            emit(~jnp.any(rule.offends), message, row=row, value=rule.values[row])
+        elif rule.offends.any():
+            offending = np.flatnonzero(rule.offends)
+            shown = offending[:_SHOWN]
+            more = f" and {len(offending) - _SHOWN} more" if len(offending) > _SHOWN else ""
+            raise ValueError(
+                f"{rule.argument}: got {', '.join(map(str, rule.values[shown]))} at row(s) "
+                f"{', '.join(map(str, shown))}{more}, expected {rule.expected}"
+            )
+
+
+class _Rule(NamedTuple):
+    argument: str
+    expected: str
+    offends: Array  # bool [bs]
+    values: Array  # int [bs]
+
+
+def _rules(
+    xp: ModuleType,
+    seq_lens: Any,
+    req_pool_indices: Any,
+    extend_seq_lens: Any,
+    pool_rows: int | None,
+    rows: Rows,
+    max_len: int | None,
+    nsa_index_topk: int,
+) -> Iterator[_Rule]:
+    yield _Rule("seq_lens", "lengths >= 0", seq_lens < 0, seq_lens)
+    if max_len is not None:
+        yield _Rule("seq_lens", f"at most max_len = {max_len}", seq_lens > max_len, seq_lens)
+    if pool_rows is not None:
+        outside = (req_pool_indices < 0) | (req_pool_indices >= pool_rows)
+        yield _Rule("req_pool_indices", f"rows in [0, {pool_rows})", outside, req_pool_indices)
+    if extend_seq_lens is not None:
+        yield _Rule("extend_seq_lens", "lengths >= 0", extend_seq_lens < 0, extend_seq_lens)
+        longer = extend_seq_lens > seq_lens
+        yield _Rule("extend_seq_lens", "at most seq_lens", longer, extend_seq_lens)
+        expected = f"a running total of at most max_total_tokens = {rows.count}"
+        yield _running_total(xp, "extend_seq_lens", expected, extend_seq_lens, rows.count)
+    expected = "a prefix sum of cache_seqlens inside int32"
+    yield _running_total(xp, "seq_lens", expected, seq_lens + rows.added_tokens)
+    kv_len = xla.row_lengths(rows, jnp.asarray(seq_lens), extend_seq_lens)
+    expected = "a prefix sum of nsa_cache_seqlens inside int32"
+    nsa_cache_seqlens = xp.minimum(xp.asarray(kv_len), nsa_index_topk)
+    yield _running_total(xp, "seq_lens", expected, nsa_cache_seqlens)
+
+
+def _running_total(
+    xp: ModuleType, argument: str, expected: str, lengths: Any, most: int = checks.INT32_MAX
+) -> _Rule:
+    # Traced int32 sums turn negative where they first leave int32; sums on the host are int64.
+    total = xp.cumsum(lengths, dtype=np.int64 if xp is np else None)
+    return _Rule(argument, expected, (total > most) | (total < 0), total)
