@@ -257,7 +257,7 @@ def _keep_by_row(table: _Table, destinations: tuple[Array, ...]) -> tuple[Array,
             )
 
         whole_chunks = live[row] // size
-        destinations = lax.fori_loop(0, whole_chunks, chunk_step, destinations)
+        destinations = lax.fori_loop(jnp.int32(0), whole_chunks, chunk_step, destinations)
         start = jnp.minimum(whole_chunks * size, table.columns - size)
         part = table.gather_part(row, start, size)
         is_live = start + jnp.arange(size) < live[row]
@@ -269,5 +269,5 @@ def _keep_by_row(table: _Table, destinations: tuple[Array, ...]) -> tuple[Array,
 
         return tuple(masked_update(d) for d in destinations)
 
-    rows = len(live) if table.owners.total is None else table.owners.total
-    return lax.fori_loop(0, rows, row_step, destinations)
+    rows = jnp.int32(len(live)) if table.owners.total is None else table.owners.total
+    return lax.fori_loop(jnp.int32(0), rows, row_step, destinations)

@@ -1,0 +1,179 @@
+"""The command line: `jaxnsa demo`, `jaxnsa verify`, `jaxnsa info`."""
+
+import collections
+import itertools
+import sys
+from pathlib import Path
+
+import click
+import numpy as np
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from jaxnsa import demo as simulation
+from jaxnsa import verify as verification
+from jaxnsa.config import settings
+from jaxnsa.implementations import (
+    IMPLEMENTATIONS,
+    ImplementationUnavailableError,
+    choose,
+    get_kernel_info,
+)
+from jaxnsa.traces import read_trace, synthetic_requests
+
+console = Console()
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="jaxnsa")
+def main() -> None:
+    """Attention metadata for DeepSeek sparse attention, in one launch for all backends."""
+
+
+@main.command()
+@click.option(
+    "--trace",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    help="Request lengths: an Azure LLM inference or a Mooncake trace, CSV or JSON lines, plain "
+    "or gzip. Default: lengths drawn from a distribution fitted to those traces.",
+)
+@click.option("--batch-size", default=32, show_default=True, type=click.IntRange(1))
+@click.option(
+    "--num-backends",
+    default=3,
+    show_default=True,
+    type=click.IntRange(1),
+    help="Draft steps, each with its own metadata buffers.",
+)
+@click.option("--steps", default=200, show_default=True, type=click.IntRange(1))
+@click.option(
+    "--implementation",
+    metavar="NAME",
+    help="What computes: " + ", ".join(IMPLEMENTATIONS) + ". Default: the fastest that runs here.",
+)
+@click.option("--seed", default=0, show_default=True, help="Of everything random.")
+def demo(
+    trace: Path | None,
+    batch_size: int,
+    num_backends: int,
+    steps: int,
+    implementation: str | None,
+    seed: int,
+) -> None:
+    """Run the main job: metadata for all backends at every step of a serving loop.
+
+    Simulates continuous batching. Requests arrive from a trace, a page allocator fills the
+    request-to-token pool, each step decodes one token of every request and drafts as many tokens
+    as there are backends. At each step the metadata of all backends is computed in place and
+    checked, every element, against the NumPy reference.
+
+    The table's last row is a plain NumPy loop of row copies that moves the same live bytes. Exits
+    with status 1 on any mismatch.
+    """
+    try:
+        name = choose(implementation, settings(), get_kernel_info()["platform"])
+        requests = (
+            itertools.cycle(read_trace(trace))
+            if trace
+            else synthetic_requests(np.random.default_rng(seed))
+        )
+    except (ValueError, ImplementationUnavailableError) as error:
+        raise click.ClickException(str(error)) from None
+    with _progress() as progress:
+        task = progress.add_task("decode steps", total=steps)
+        report = simulation.run(
+            requests,
+            batch_size=batch_size,
+            num_backends=num_backends,
+            steps=steps,
+            implementation=name,
+            seed=seed,
+            progress=lambda done: progress.update(task, completed=done),
+        )
+    table = Table(
+        title=f"{batch_size} requests, {num_backends} backends, max_len "
+        f"{simulation.CONTEXT_LENGTH}, {report.live_bytes / 1e6:.2f} MB of live columns a step"
+    )
+    table.add_column("computed by")
+    for column in ("steps", "tokens", "p50 ms", "p99 ms", "launches/step", "mismatches"):
+        table.add_column(column, justify="right")
+    counts = (f"{steps:,}", f"{report.tokens:,}")
+    table.add_row(
+        name, *counts, *_percentiles(report.latencies), str(report.launches), str(report.mismatches)
+    )
+    table.add_row("NumPy loop", *counts, *_percentiles(report.loop_latencies), "-", "-")
+    console.print(table)
+    if report.mismatches:
+        sys.exit(1)
+
+
+@main.command()
+@click.option("--cases", default=500, show_default=True, type=click.IntRange(1))
+@click.option("--seed", default=0, show_default=True, help="The same seed gives the same cases.")
+def verify(cases: int, seed: int) -> None:
+    """Compare every implementation that runs here with the NumPy reference.
+
+    Random shapes, values and options, the corner cases among them. Exits with status 1 on any
+    mismatch and prints the smallest failing case as a program.
+    """
+    info = get_kernel_info()["implementations"]
+    runnable = [name for name, state in info.items() if state["available"]]
+    ran: collections.Counter[tuple[str, str]] = collections.Counter()
+    failures: dict[tuple[str, str], list[verification.Case]] = collections.defaultdict(list)
+    with _progress() as progress:
+        for case in progress.track(
+            verification.random_cases(cases, seed), total=cases, description="cases"
+        ):
+            for name in runnable:
+                ran[name, case.title] += 1
+                if case.fails(name):
+                    failures[name, case.title].append(case)
+    table = Table(title=f"{cases} random cases, seed {seed}")
+    table.add_column("implementation")
+    table.add_column("function", overflow="fold")
+    table.add_column("cases", justify="right")
+    table.add_column("mismatches", justify="right")
+    for key in sorted(ran):
+        table.add_row(*key, str(ran[key]), str(len(failures[key])))
+    for name in sorted(set(info) - set(runnable)):
+        table.add_row(name, f"skipped: {info[name]['reason']}", "0", "-")
+    console.print(table)
+    failed = [(name, case) for (name, _), found in failures.items() for case in found]
+    if failed:
+        name, case = min(failed, key=lambda f: (len(f[1].seq_lens), f[1].req_to_token.size))
+        console.print("The smallest failing case:\n")
+        click.echo(verification.shrink(case, name).code(name))
+        sys.exit(1)
+
+
+@main.command()
+def info() -> None:
+    """Show versions, devices, and which implementations run here or why they do not."""
+    kernels = get_kernel_info()
+    for package, version in kernels["versions"].items():
+        console.print(f"{package} {version}", highlight=False)
+    console.print(f"devices: {', '.join(kernels['devices'])} ({kernels['platform']})")
+    console.print(f"strategy: {kernels['strategy']}")
+    table = Table()
+    table.add_column("implementation")
+    table.add_column("state")
+    for name, state in kernels["implementations"].items():
+        described = "available" if state["available"] else f"unavailable: {state['reason']}"
+        table.add_row(name, described + (", default" if name == kernels["default"] else ""))
+    console.print(table)
+
+
+def _progress() -> Progress:
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        console=console,
+    )
+
+
+def _percentiles(latencies: list[float]) -> tuple[str, str]:
+    p50, p99 = np.percentile(latencies, [50, 99]) * 1e3
+    return f"{p50:.3f}", f"{p99:.3f}"

@@ -1,0 +1,98 @@
+"""Random inputs, comparison with the reference, and what the tests look at from outside."""
+
+import contextlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import jaxnsa
+from jaxnsa import ForwardMode, reference
+
+BATCH_SIZES = (0, 1, 2, 3, 6, 7, 31, 32, 33, 100, 127, 128, 129, 255, 256, 257, 1000, 2049)
+
+
+def inputs(bs, *, pool_cols=200, pool_rows=None, seed=0, high=None):
+    """seq_lens, req_pool_indices, req_to_token, as NumPy arrays with corner values among them."""
+    rng = np.random.default_rng(seed)
+    pool_rows = bs + 2 if pool_rows is None else pool_rows
+    high = pool_cols + 5 if high is None else high
+    return (
+        rng.integers(-3, high, bs, dtype=np.int32),
+        rng.integers(-2, pool_rows + 2, bs, dtype=np.int32),
+        rng.integers(-50, 2**31 - 1, (pool_rows, pool_cols), dtype=np.int32),
+    )
+
+
+def mode_options(mode, bs, *, seed=0, slack=3):
+    """The extra arguments of a forward mode; slack < 0 gives draft extend too little capacity."""
+    if mode is ForwardMode.TARGET_VERIFY:
+        return {"num_draft_tokens": 3}
+    if mode is ForwardMode.DRAFT_EXTEND:
+        extend = np.random.default_rng(seed).integers(-1, 5, bs, dtype=np.int32)
+        total = int(np.maximum(extend, 0).sum())
+        return {"extend_seq_lens": extend, "max_total_tokens": max(total + slack, 0)}
+    return {}
+
+
+def held(metadata, value=-7):
+    """Writable NumPy arrays of the same shapes that hold something recognisable."""
+    return jax.tree.map(lambda a: np.full(a.shape, value, np.int32), metadata)
+
+
+def on_device(tree):
+    return jax.tree.map(jnp.array, tree)
+
+
+def pointers(tree):
+    return [array.unsafe_buffer_pointer() for array in jax.tree.leaves(tree)]
+
+
+def assert_same(actual, expected):
+    assert jax.tree.structure(actual) == jax.tree.structure(expected)
+    paths = [jax.tree_util.keystr(path) for path, _ in jax.tree.leaves_with_path(expected)]
+    leaves = zip(paths, jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True)
+    for path, a, e in leaves:
+        assert a.dtype == np.int32, path
+        assert a.shape == e.shape, path
+        np.testing.assert_array_equal(np.asarray(a), e, err_msg=path)
+
+
+def check_broadcast(arguments, *, out_shape_from=None, strategy="ultra_fast", **options):
+    """Runs the broadcast and the reference with the same arguments and compares everything."""
+    implementation = options.pop("implementation")
+    in_place = options.pop("in_place", False)
+    expected_out = actual_out = None
+    if in_place:
+        fresh = reference.fused_metadata_precompute_and_broadcast(
+            *arguments, **(options | {"tail": None})
+        )
+        expected_out = held(fresh)
+        actual_out = on_device(expected_out)
+        before = pointers(actual_out)
+    actual = jaxnsa.fused_metadata_precompute_and_broadcast(
+        *arguments, out=actual_out, strategy=strategy, implementation=implementation, **options
+    )
+    expected = reference.fused_metadata_precompute_and_broadcast(
+        *arguments, out=expected_out, **options
+    )
+    assert_same(actual, expected)
+    if in_place:
+        assert pointers(actual) == before
+    return actual
+
+
+@contextlib.contextmanager
+def count_compilations():
+    """Yields a list that grows by one name per compilation inside the block."""
+    compiled = []
+
+    def listen(event, duration, **_):
+        if event == "/jax/core/compile/backend_compile_duration":
+            compiled.append(event)
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    try:
+        yield compiled
+    finally:
+        jax.monitoring.unregister_event_duration_listener(listen)

@@ -1,0 +1,188 @@
+"""Wrong arguments: the error names the argument, what came and what was expected."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from helpers import inputs, on_device
+
+import jaxnsa
+from jaxnsa import ForwardMode, reference
+
+compute = jaxnsa.fused_metadata_precompute_and_broadcast
+SEQ_LENS, INDICES, POOL = inputs(4)
+FRESH = reference.precompute_decode_metadata(SEQ_LENS, INDICES, POOL)
+
+
+def out(**changes):
+    return dataclasses.replace(on_device(FRESH), **changes)
+
+
+@pytest.mark.parametrize(
+    "changes, error, message",
+    [
+        ({"seq_lens": SEQ_LENS[None]}, ValueError, r"seq_lens: got shape \(1, 4\), expected 1 dim"),
+        ({"seq_lens": SEQ_LENS.astype(float)}, TypeError, "seq_lens: got dtype float64, expected"),
+        ({"seq_lens": SEQ_LENS.astype(np.int16)}, TypeError, "got dtype int16, expected int32 or"),
+        ({"seq_lens": [1.0, 2, 3, 4]}, TypeError, "seq_lens: got dtype float64"),
+        ({"req_pool_indices": INDICES[:3]}, ValueError, r"req_pool_indices: got shape \(3,\), exp"),
+        ({"req_pool_indices": INDICES > 0}, TypeError, "req_pool_indices: got dtype bool"),
+        ({"req_to_token": POOL[0]}, ValueError, r"req_to_token: got shape \(200,\), expected 2 dim"),
+        ({"req_to_token": POOL.astype(np.int64)}, TypeError, "req_to_token: got dtype int64, expec"),
+        ({"req_to_token": POOL[:0]}, ValueError, "req_to_token: got shape .0, 200., expected at"),
+        ({"max_len": 0}, ValueError, r"max_len: got 0, expected an int in \[1, 200\]"),
+        ({"max_len": 201}, ValueError, r"max_len: got 201, expected an int in \[1, 200\]"),
+        ({"max_len": 1.5}, TypeError, "max_len: got 1.5, expected an int"),
+        ({"max_len": True}, TypeError, "max_len: got True, expected an int"),
+        ({"nsa_index_topk": 0}, ValueError, "nsa_index_topk: got 0"),
+        ({"nsa_index_topk": 2**31}, ValueError, "nsa_index_topk: got 2147483648"),
+        ({"real_page_size": 0}, ValueError, "real_page_size: got 0"),
+        ({"real_page_size": "64"}, TypeError, "real_page_size: got '64', expected an int"),
+        ({"wide_table": 1}, TypeError, "wide_table: got 1, expected True or False"),
+        ({"wide_table": False, "real_page_size": 1}, ValueError, "wide_table: got False, expected"),
+        ({"tail": "drop"}, ValueError, "tail: got 'drop', expected one of 'copy', 'zero', 'keep'"),
+        ({"tail": "keep"}, ValueError, "tail: got 'keep', expected 'copy' or 'zero'"),
+        ({"num_backends": 0}, ValueError, "num_backends: got 0"),
+        ({"num_backends": None}, TypeError, "num_backends: got None, expected an int"),
+        ({"stacked": "yes"}, TypeError, "stacked: got 'yes'"),
+        ({"strategy": "fastest"}, ValueError, "strategy: got 'fastest', expected one of"),
+        ({"implementation": "cuda"}, ValueError, "implementation: got 'cuda', expected one of"),
+        ({"implementation": 3}, TypeError, "implementation: got 3, expected a name or a sequence"),
+        ({"implementation": ()}, ValueError, "implementation: got an empty sequence"),
+        ({"forward_mode": "decode"}, TypeError, "forward_mode: got 'decode', expected a jaxnsa."),
+        ({"num_draft_tokens": 2}, ValueError, "num_draft_tokens: got 2, expected None in"),
+        ({"max_total_tokens": 2}, ValueError, "max_total_tokens: got 2, expected None in"),
+        ({"extend_seq_lens": SEQ_LENS}, ValueError, "extend_seq_lens: got int32 ndarray of shape"),
+        (
+            {"forward_mode": ForwardMode.TARGET_VERIFY},
+            ValueError,
+            "num_draft_tokens: got None, expected a value in ForwardMode.TARGET_VERIFY",
+        ),
+        (
+            {"forward_mode": ForwardMode.TARGET_VERIFY, "num_draft_tokens": 0},
+            ValueError,
+            "num_draft_tokens: got 0",
+        ),
+        (
+            {"forward_mode": ForwardMode.DRAFT_EXTEND, "max_total_tokens": 3},
+            ValueError,
+            "extend_seq_lens: got None, expected a value in",
+        ),
+        (
+            {"forward_mode": ForwardMode.DRAFT_EXTEND, "extend_seq_lens": SEQ_LENS},
+            ValueError,
+            "max_total_tokens: got None, expected a value in",
+        ),
+        (
+            {
+                "forward_mode": ForwardMode.DRAFT_EXTEND,
+                "extend_seq_lens": SEQ_LENS[:2],
+                "max_total_tokens": 3,
+            },
+            ValueError,
+            r"extend_seq_lens: got shape \(2,\), expected \(4,\)",
+        ),
+        (
+            {
+                "forward_mode": ForwardMode.DRAFT_EXTEND,
+                "extend_seq_lens": SEQ_LENS,
+                "max_total_tokens": -1,
+            },
+            ValueError,
+            "max_total_tokens: got -1",
+        ),
+        ({"out": out()}, ValueError, "out: got NSAMetadata, expected a tuple of 1 NSAMetadata"),
+        ({"out": (out(),) * 2}, ValueError, "out: got 2 of them, expected a tuple of 1"),
+        ({"out": (3,)}, TypeError, r"out\[0\]: got 3, expected an NSAMetadata"),
+        ({"out": (FRESH,)}, TypeError, r"out\[0\].cache_seqlens: got int32 ndarray of shape \(4,\)"),
+        (
+            {"out": (out(cu_seqlens_k=jnp.zeros(4, jnp.int32)),)},
+            ValueError,
+            r"out\[0\].cu_seqlens_k: got shape \(4,\), expected \(5,\)",
+        ),
+        (
+            {"out": (out(cu_seqlens_k=jnp.zeros(5, jnp.float32)),)},
+            TypeError,
+            r"out\[0\].cu_seqlens_k: got dtype float32, expected int32",
+        ),
+        (
+            {"out": (out(page_indices=None),)},
+            ValueError,
+            r"out\[0\].page_indices: got NoneType, expected int32 \(4, 200\)",
+        ),
+        (
+            {"out": (out(),), "real_page_size": 1},
+            ValueError,
+            r"out\[0\].real_page_table: got int32 ArrayImpl of shape \(4, 4\), expected None",
+        ),
+        ({"out": out(), "stacked": True}, ValueError, r"out.cache_seqlens: got shape \(4,\), exp"),
+    ],
+)
+def test_broadcast_refuses(changes, error, message):
+    arguments = {
+        "seq_lens": SEQ_LENS,
+        "req_pool_indices": INDICES,
+        "req_to_token": POOL,
+        "num_backends": 1,
+    }
+    with pytest.raises(error, match=message):
+        compute(**(arguments | changes))
+
+
+def test_out_arrays_must_be_alive_and_distinct():
+    deleted = out()
+    deleted.cache_seqlens.delete()
+    with pytest.raises(ValueError, match=r"out\.cache_seqlens: got a deleted array"):
+        jaxnsa.precompute_decode_metadata(SEQ_LENS, INDICES, POOL, out=deleted)
+    twice = out()
+    with pytest.raises(ValueError, match=r"out\[1\]\.cache_seqlens: got the array of out\[0\]\.ca"):
+        compute(SEQ_LENS, INDICES, POOL, num_backends=2, out=(twice, twice))
+    same = out()
+    same = dataclasses.replace(same, nsa_cache_seqlens=same.seqlens_expanded)
+    with pytest.raises(ValueError, match="nsa_cache_seqlens: got the array of out.seqlens_expanded"):
+        jaxnsa.precompute_decode_metadata(SEQ_LENS, INDICES, POOL, out=same)
+
+
+def test_refused_destinations_keep_their_values():
+    destination = out()
+    with pytest.raises(ValueError, match="max_len"):
+        jaxnsa.precompute_decode_metadata(SEQ_LENS, INDICES, POOL, max_len=0, out=destination)
+    np.testing.assert_array_equal(destination.page_indices, FRESH.page_indices)
+
+
+def test_fused_metadata_copy_refuses():
+    with pytest.raises(TypeError, match="src: got 3, expected an NSAMetadata"):
+        jaxnsa.fused_metadata_copy(3, num_backends=1)
+    with pytest.raises(ValueError, match="num_backends: got None"):
+        jaxnsa.fused_metadata_copy(FRESH)
+    with pytest.raises(ValueError, match="out: got 1 of them, expected a tuple of 2"):
+        jaxnsa.fused_metadata_copy(FRESH, num_backends=2, out=(out(),))
+    with pytest.raises(TypeError, match="src.cache_seqlens: got float64"):
+        wrong = dataclasses.replace(FRESH, cache_seqlens=np.zeros(4))
+        jaxnsa.fused_metadata_copy(wrong, num_backends=1)
+    with pytest.raises(ValueError, match=r"out\[0\].real_page_table: got NoneType"):
+        jaxnsa.fused_metadata_copy(FRESH, out=(out(real_page_table=None),))
+
+
+def test_fill_draft_extend_metadata_refuses():
+    fill = jaxnsa.fill_draft_extend_metadata
+    with pytest.raises(ValueError, match=r"extend_seq_lens: got shape \(3,\), expected \(4,\)"):
+        fill(SEQ_LENS[:3], SEQ_LENS, nsa_index_topk=2)
+    with pytest.raises(ValueError, match="max_total_tokens: got None, expected an int as extend"):
+        jax.jit(lambda q: fill(q, SEQ_LENS, nsa_index_topk=2))(SEQ_LENS)
+    with pytest.raises(TypeError, match="nsa_index_topk: got None"):
+        fill(SEQ_LENS, SEQ_LENS, nsa_index_topk=None)
+
+
+def test_prefix_sum_refuses():
+    with pytest.raises(TypeError, match="x: got dtype float32"):
+        jaxnsa.prefix_sum(jnp.ones(3))
+    with pytest.raises(ValueError, match=r"x: got shape \(2, 2\), expected 1 dim"):
+        jaxnsa.prefix_sum(jnp.ones((2, 2), jnp.int32))
+
+
+def test_metadata_is_frozen():
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        FRESH.cache_seqlens = None

@@ -1,0 +1,117 @@
+"""Settings: precedence, both families of environment variables, and no stale compilation."""
+
+import types
+
+import jax
+import numpy as np
+import pytest
+from helpers import inputs
+
+import jaxnsa
+from jaxnsa import config, xla
+from jaxnsa.implementations import IMPLEMENTATIONS, choose
+
+ARGUMENTS = inputs(3)
+
+
+@pytest.fixture
+def other(monkeypatch):
+    """A second implementation whose results tell that it ran: its prefix sums are negated."""
+    module = types.SimpleNamespace(**vars(xla))
+    module.prefix_sum = lambda x: -xla.prefix_sum(x)
+    module.unavailable = lambda platform: None
+    monkeypatch.setitem(IMPLEMENTATIONS, "other", module)
+    return module
+
+
+def ran(**options):
+    return "other" if jaxnsa.prefix_sum(np.array([1], np.int32), **options)[1] < 0 else "xla"
+
+
+def test_argument_beats_override_beats_environment(other, monkeypatch):
+    assert ran() == "xla"
+    monkeypatch.setenv("JAXNSA_IMPLEMENTATION", "other")
+    assert ran() == "other"
+    with jaxnsa.override(implementation="xla"):
+        assert ran() == "xla"
+        assert ran(implementation="other") == "other"
+        with jaxnsa.override(implementation=("other", "xla")):
+            assert ran() == "other"
+        assert ran() == "xla"
+    assert ran() == "other"
+    monkeypatch.setenv("JAXNSA_IMPLEMENTATION", "xla, other")
+    assert ran() == "xla"
+
+
+def test_override_reaches_functions_that_the_caller_has_jitted(other):
+    step = jax.jit(lambda x: jaxnsa.prefix_sum(x))
+    x = np.array([1], np.int32)
+    assert step(x)[1] == 1
+    with jaxnsa.override(implementation="other"):
+        assert step(x)[1] == -1
+    assert step(x)[1] == 1
+
+
+def test_strategy_switches(monkeypatch):
+    assert config.settings().strategy == "ultra_fast"
+    with jaxnsa.override(fused_broadcast=False):
+        assert config.settings().strategy == "fast"
+        with jaxnsa.override(mtp_precompute_metadata=False):
+            assert config.settings().strategy == "fallback"
+    with jaxnsa.override(mtp_precompute_metadata=False):
+        assert config.settings().strategy == "fallback"
+    monkeypatch.setenv("JAXNSA_ENABLE_FUSED_BROADCAST", "0")
+    assert config.settings().strategy == "fast"
+    monkeypatch.setenv("JAXNSA_ENABLE_MTP_PRECOMPUTE_METADATA", "false")
+    assert config.settings().strategy == "fallback"
+
+
+@pytest.mark.parametrize(
+    "setting", ("fused_broadcast", "mtp_precompute_metadata", "triton_metadata")
+)
+def test_sglang_names_count_where_ours_are_unset(setting, monkeypatch):
+    ours, theirs = config.ENVIRONMENT[setting]
+    assert theirs == ours.replace("JAXNSA_", "SGLANG_NSA_")
+    monkeypatch.setenv(theirs, "0")
+    assert getattr(config.settings(), setting) is False
+    monkeypatch.setenv(ours, "1")
+    assert getattr(config.settings(), setting) is True
+
+
+def test_bad_settings(monkeypatch):
+    monkeypatch.setenv("JAXNSA_VALIDATE", "maybe")
+    with pytest.raises(ValueError, match="JAXNSA_VALIDATE: got 'maybe', expected 1, true"):
+        jaxnsa.prefix_sum(ARGUMENTS[0])
+    monkeypatch.delenv("JAXNSA_VALIDATE")
+    monkeypatch.setenv("JAXNSA_IMPLEMENTATION", "cuda")
+    with pytest.raises(ValueError, match="implementation: got 'cuda', expected one of 'xla'"):
+        jaxnsa.prefix_sum(ARGUMENTS[0])
+    with (
+        pytest.raises(TypeError, match="validate: got 1, expected True, False or None"),
+        jaxnsa.override(validate=1),
+    ):
+        pass
+
+
+def test_an_implementation_that_cannot_run_says_why(other):
+    other.unavailable = lambda platform: "no such GPU; install one"
+    with pytest.raises(
+        jaxnsa.ImplementationUnavailableError,
+        match="implementation 'other' cannot run here: no such GPU; install one",
+    ):
+        ran(implementation="other")
+    assert ran(implementation=("other", "xla")) == "xla"
+    info = jaxnsa.get_kernel_info()
+    assert info["implementations"]["other"] == {
+        "available": False,
+        "reason": "no such GPU; install one",
+    }
+    assert info["default"] == "xla"
+
+
+def test_a_name_is_taken_at_its_word_while_tracing(other):
+    other.unavailable = lambda platform: None if platform is None else f"not on {platform}"
+    assert choose("other", config.settings(), None) == "other"
+    with pytest.raises(jaxnsa.ImplementationUnavailableError, match="not on cpu"):
+        choose("other", config.settings(), "cpu")
+    assert choose(("other", "xla"), config.settings(), None) == "xla"

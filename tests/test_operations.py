@@ -1,0 +1,309 @@
+"""Every function, mode and corner of every implementation against the reference."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from helpers import (
+    BATCH_SIZES,
+    assert_same,
+    check_broadcast,
+    held,
+    inputs,
+    mode_options,
+    on_device,
+    pointers,
+)
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import jaxnsa
+from jaxnsa import ForwardMode, reference
+
+
+@pytest.mark.parametrize("mode", ForwardMode)
+@pytest.mark.parametrize("bs", BATCH_SIZES)
+def test_batch_sizes(bs, mode, implementation):
+    pool_cols = 150 if bs < 300 else 40
+    check_broadcast(
+        inputs(bs, pool_cols=pool_cols, seed=bs),
+        implementation=implementation,
+        num_backends=2,
+        forward_mode=mode,
+        real_page_size=16,
+        nsa_index_topk=64,
+        **mode_options(mode, bs, seed=bs),
+    )
+
+
+@pytest.mark.parametrize("mode", ForwardMode)
+@pytest.mark.parametrize("bs", (0, 1, 7, 33, 256))
+@pytest.mark.parametrize("tail", ("copy", "zero", "keep"))
+def test_in_place(bs, mode, tail, implementation):
+    check_broadcast(
+        inputs(bs, pool_cols=300, seed=bs),
+        implementation=implementation,
+        in_place=True,
+        num_backends=3,
+        forward_mode=mode,
+        max_len=290,
+        tail=tail,
+        real_page_size=48,
+        **mode_options(mode, bs),
+    )
+
+
+@pytest.mark.parametrize("mode", ForwardMode)
+@pytest.mark.parametrize("page", (1, 2, 7, 48, 64, 100, 4096))
+@pytest.mark.parametrize("max_len", (1, 63, 64, 65, 1001))
+def test_page_sizes_and_widths(page, max_len, mode, implementation):
+    check_broadcast(
+        inputs(5, pool_cols=max_len + max_len % 3),
+        implementation=implementation,
+        num_backends=1,
+        forward_mode=mode,
+        max_len=max_len,
+        real_page_size=page,
+        tail="zero",
+        **mode_options(mode, 5),
+    )
+
+
+@pytest.mark.parametrize("in_place", (False, True))
+@pytest.mark.parametrize("stacked", (False, True))
+@pytest.mark.parametrize("mode", ForwardMode)
+def test_no_wide_table(mode, stacked, in_place, implementation):
+    check_broadcast(
+        inputs(7),
+        implementation=implementation,
+        in_place=in_place,
+        num_backends=4,
+        forward_mode=mode,
+        wide_table=False,
+        stacked=stacked,
+        **mode_options(mode, 7),
+    )
+
+
+@pytest.mark.parametrize("in_place", (False, True))
+@pytest.mark.parametrize("mode", ForwardMode)
+def test_stacked(mode, in_place, implementation):
+    check_broadcast(
+        inputs(6),
+        implementation=implementation,
+        in_place=in_place,
+        num_backends=3,
+        forward_mode=mode,
+        stacked=True,
+        **mode_options(mode, 6),
+    )
+
+
+def test_many_backends(implementation):
+    backends = check_broadcast(inputs(3), implementation=implementation, num_backends=32)
+    assert len(set(pointers(backends))) == 32 * 7
+
+
+def test_long_context_in_place(implementation):
+    check_broadcast(
+        inputs(4, pool_cols=70_001, seed=3),
+        implementation=implementation,
+        in_place=True,
+        num_backends=2,
+    )
+
+
+@pytest.mark.parametrize("slack", (-1000, -9, -1, 0, 40))
+@pytest.mark.parametrize("bs", (0, 1, 31, 100))
+@pytest.mark.parametrize("in_place", (False, True))
+def test_draft_extend_capacity(bs, slack, in_place, implementation):
+    mode = ForwardMode.DRAFT_EXTEND
+    check_broadcast(
+        inputs(bs),
+        implementation=implementation,
+        in_place=in_place,
+        num_backends=2,
+        forward_mode=mode,
+        **mode_options(mode, bs, slack=slack),
+    )
+
+
+def test_draft_extend_totals_past_int32_fill_the_capacity(implementation):
+    extend = np.array([2, 2**31 - 1, 2**31 - 1, 5, 2**31 - 1], np.int32)
+    seq_lens, indices, pool = inputs(5)
+    check_broadcast(
+        (seq_lens, indices, pool),
+        implementation=implementation,
+        num_backends=1,
+        forward_mode=ForwardMode.DRAFT_EXTEND,
+        extend_seq_lens=extend,
+        max_total_tokens=11,
+    )
+
+
+def test_extreme_values(implementation):
+    low, high = -(2**31), 2**31 - 1
+    lengths = np.array([low, high, 0, -1, 1, high], np.int32)
+    pool = np.array([[low, high, -1, 0], [1, -64, 63, 64]], np.int32)
+    for mode in ForwardMode:
+        options = mode_options(mode, 6)
+        if mode is ForwardMode.DRAFT_EXTEND:
+            options["extend_seq_lens"] = np.array([3, 2, low, 1, 4, 1], np.int32)
+        check_broadcast(
+            (lengths, lengths[::-1], pool),
+            implementation=implementation,
+            num_backends=1,
+            forward_mode=mode,
+            real_page_size=3,
+            **options,
+        )
+
+
+@given(data=st.data())
+@settings(max_examples=60, deadline=None)
+@pytest.mark.parametrize("mode", ForwardMode)
+def test_any_shape_and_value(mode, implementation, data):
+    bs = data.draw(st.integers(0, 9), "bs")
+    pool_rows, pool_cols = data.draw(st.tuples(st.integers(1, 4), st.integers(1, 70)), "pool")
+    int32 = st.integers(-(2**31), 2**31 - 1)
+
+    def vector(values, label):
+        return np.array(data.draw(st.lists(values, min_size=bs, max_size=bs), label), np.int32)
+
+    options = {}
+    if mode is ForwardMode.TARGET_VERIFY:
+        options["num_draft_tokens"] = data.draw(st.integers(1, 5), "num_draft_tokens")
+    if mode is ForwardMode.DRAFT_EXTEND:
+        options["extend_seq_lens"] = vector(st.integers(-2, 5) | int32, "extend_seq_lens")
+        options["max_total_tokens"] = data.draw(st.integers(0, 20), "max_total_tokens")
+    page = data.draw(st.integers(1, 80), "real_page_size")
+    in_place = data.draw(st.booleans(), "in_place")
+    pool = np.random.default_rng(bs).integers(
+        -(2**31), 2**31, (pool_rows, pool_cols), dtype=np.int64
+    )
+    check_broadcast(
+        (
+            vector(st.integers(-2, pool_cols + 2) | int32, "seq_lens"),
+            vector(st.integers(-2, pool_rows + 1) | int32, "req_pool_indices"),
+            pool.astype(np.int32),
+        ),
+        implementation=implementation,
+        in_place=in_place,
+        num_backends=data.draw(st.integers(1, 3), "num_backends"),
+        forward_mode=mode,
+        max_len=data.draw(st.integers(1, pool_cols), "max_len"),
+        nsa_index_topk=data.draw(st.integers(1, 100), "nsa_index_topk"),
+        real_page_size=page,
+        wide_table=page == 1 or data.draw(st.booleans(), "wide_table"),
+        stacked=data.draw(st.booleans(), "stacked"),
+        tail=data.draw(st.sampled_from(("copy", "zero", "keep")[: 2 + in_place]), "tail"),
+        strategy=data.draw(st.sampled_from(("ultra_fast", "fast", "fallback")), "strategy"),
+        **options,
+    )
+
+
+def test_single_backend_functions(implementation):
+    seq_lens, indices, pool = inputs(7)
+    shared = {"max_len": 190, "nsa_index_topk": 33, "real_page_size": 10}
+    calls = {
+        "precompute_decode_metadata": ((seq_lens, indices, pool), {}),
+        "precompute_target_verify_metadata": ((seq_lens, indices, pool), {"num_draft_tokens": 4}),
+        "precompute_draft_extend_metadata": (
+            (seq_lens, seq_lens % 4, indices, pool),
+            {"max_total_tokens": 20},
+        ),
+    }
+    for name, (arguments, options) in calls.items():
+        compute, specify = getattr(jaxnsa, name), getattr(reference, name)
+        expected = specify(*arguments, **options, **shared)
+        options |= shared | {"implementation": implementation}
+        assert_same(compute(*arguments, **options), expected)
+        kept = held(expected)
+        before = on_device(kept)
+        where = pointers(before)
+        result = compute(*arguments, out=before, **options)
+        del options["implementation"]
+        assert_same(result, specify(*arguments, out=kept, **options))
+        assert pointers(result) == where
+
+
+@pytest.mark.parametrize("bs", BATCH_SIZES)
+def test_fill_draft_extend_metadata(bs, implementation):
+    seq_lens, _, _ = inputs(bs, seed=bs)
+    extend = mode_options(ForwardMode.DRAFT_EXTEND, bs, seed=bs)["extend_seq_lens"]
+    total = int(np.maximum(extend, 0).sum())
+    for capacity in (None, 0, max(total - 2, 0), total + 5):
+        arguments = {"nsa_index_topk": 64, "max_total_tokens": capacity}
+        assert_same(
+            jaxnsa.fill_draft_extend_metadata(
+                extend, seq_lens, implementation=implementation, **arguments
+            ),
+            reference.fill_draft_extend_metadata(extend, seq_lens, **arguments),
+        )
+
+
+@pytest.mark.parametrize("n", (*BATCH_SIZES, 4096, 65_536))
+def test_prefix_sum(n, implementation):
+    x = np.random.default_rng(n).integers(-(2**31), 2**31, n).astype(np.int32)
+    actual = jaxnsa.prefix_sum(x, implementation=implementation)
+    assert_same(actual, reference.prefix_sum(x))
+
+
+@pytest.mark.parametrize("dtype", ("int8", "uint8", "int16", "uint16", "uint32", "int64"))
+def test_prefix_sum_of_other_integers(dtype, implementation):
+    x = np.arange(100, dtype=dtype)
+    assert_same(jaxnsa.prefix_sum(x, implementation=implementation), reference.prefix_sum(x))
+
+
+@pytest.mark.parametrize("wide_table, page", ((True, 64), (True, 1), (False, 48)))
+@pytest.mark.parametrize("in_place", (False, True))
+def test_fused_metadata_copy(wide_table, page, in_place, implementation):
+    src = reference.precompute_decode_metadata(
+        *inputs(33), wide_table=wide_table, real_page_size=page
+    )
+    out = tuple(on_device(held(src)) for _ in range(3)) if in_place else None
+    before = pointers(out)
+    device_src = on_device(src)
+    copies = jaxnsa.fused_metadata_copy(
+        device_src, num_backends=None if in_place else 3, out=out, implementation=implementation
+    )
+    assert len(copies) == 3
+    for copy in copies:
+        assert_same(copy, src)
+    if in_place:
+        assert pointers(copies) == before
+    assert len(set(pointers((copies, device_src)))) == 4 * len(jax.tree.leaves(src))
+
+
+def test_int64_inputs_are_narrowed(implementation):
+    seq_lens, indices, pool = inputs(9)
+    wide = np.array([2**40, -(2**40), 5, 2**33 + 1, 0, 7, 8, 9, 10])
+    with jax.enable_x64(True):
+        for lengths in (jnp.asarray(wide), wide):
+            for mode in ForwardMode:
+                options = mode_options(mode, 9)
+                if "extend_seq_lens" in options:
+                    options["extend_seq_lens"] = options["extend_seq_lens"].astype(np.int64)
+                check_broadcast(
+                    (lengths, wide, pool),
+                    implementation=implementation,
+                    num_backends=1,
+                    forward_mode=mode,
+                    **options,
+                )
+        x = jnp.asarray(wide)
+        assert_same(jaxnsa.prefix_sum(x, implementation=implementation), reference.prefix_sum(wide))
+    check_broadcast((wide, wide, pool), implementation=implementation, num_backends=1)
+
+
+def test_results_are_the_same_under_x64(implementation):
+    with jax.enable_x64(True):
+        for mode in ForwardMode:
+            check_broadcast(
+                inputs(7),
+                implementation=implementation,
+                in_place=True,
+                num_backends=2,
+                forward_mode=mode,
+                **mode_options(mode, 7),
+            )

@@ -1,0 +1,24 @@
+"""The three strategies: the same bits in the same places."""
+
+import pytest
+from helpers import check_broadcast, inputs, mode_options
+
+from jaxnsa import ForwardMode
+
+
+@pytest.mark.parametrize("strategy", ("ultra_fast", "fast", "fallback"))
+@pytest.mark.parametrize("mode", ForwardMode)
+@pytest.mark.parametrize("stacked", (False, True))
+@pytest.mark.parametrize("tail, in_place", (("copy", False), ("keep", True), ("zero", True)))
+def test_same_bits(strategy, mode, stacked, tail, in_place, implementation):
+    check_broadcast(
+        inputs(6),
+        implementation=implementation,
+        strategy=strategy,
+        in_place=in_place,
+        tail=tail,
+        num_backends=3,
+        forward_mode=mode,
+        stacked=stacked,
+        **mode_options(mode, 6),
+    )
