@@ -39,7 +39,7 @@ def vector(name: str, value: Any, length: int | None = None) -> Array:
     value = array(name, value, 1)
     if length is not None and len(value) != length:
         raise ValueError(
-            f"{name}: got shape {value.shape}, expected ({length},) as seq_lens has {length} requests"
+            f"{name}: got shape {value.shape}, expected ({length},), the shape of seq_lens"
         )
     if isinstance(value, np.ndarray) and value.dtype == np.int64:
         # Without x64, JAX would take the low 32 bits.

@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import time
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -136,7 +137,7 @@ def run(
         real_page_size=PAGE_SIZE,
         implementation=implementation,
     )
-    initial = compute(batch.seq_lens, batch.req_pool_indices, batch.req_to_token)
+    initial: Any = compute(batch.seq_lens, batch.req_pool_indices, batch.req_to_token)
     expected = jax.tree.map(np.array, initial[0])
     looped = jax.tree.map(np.array, initial)
     compiled = (
@@ -160,9 +161,7 @@ def run(
         live_bytes += numpy_loop(*host_inputs, looped)
         loop_latencies.append(time.perf_counter() - start)
 
-        reference.precompute_decode_metadata(
-            *host_inputs, real_page_size=PAGE_SIZE, out=expected
-        )
+        reference.precompute_decode_metadata(*host_inputs, real_page_size=PAGE_SIZE, out=expected)
         mismatches += not all(same(buffer, expected) for buffer in buffers)
         progress(step + 1)
     return Report(
@@ -178,10 +177,9 @@ def run(
 def same(actual: NSAMetadata, expected: NSAMetadata) -> bool:
     """Whether all arrays are equal."""
 
-
     def equal(array: jax.Array, wanted: np.ndarray) -> bool:
         # A view on the CPU, gone before the array is donated again; a copy elsewhere.
-        view = np.from_dlpack(array) if array.platform() == "cpu" else np.array(array)
+        view = np.from_dlpack(array) if array.platform() == "cpu" else np.array(array)  # type: ignore[arg-type]
         return np.array_equal(view, wanted)
 
     return all(jax.tree.leaves(jax.tree.map(equal, actual, expected)))
@@ -196,11 +194,12 @@ def numpy_loop(
     """The live table columns of all backends, row by row; returns the bytes written."""
     written = 0
     for backend in backends:
+        wide: Any = backend.page_indices
+        real: Any = backend.real_page_table
         for i, (length, row) in enumerate(zip(seq_lens, req_pool_indices, strict=True)):
             tokens = req_to_token[row, :length]
-            backend.page_indices[i, :length] = tokens
+            wide[i, :length] = tokens
             pages = tokens[::PAGE_SIZE] // PAGE_SIZE
-            backend.real_page_table[i, : len(pages)] = pages
+            real[i, : len(pages)] = pages
             written += tokens.nbytes + pages.nbytes
     return written
-

@@ -14,7 +14,7 @@ def count_launches(compiled: jax.stages.Compiled) -> int:
 
     A loop counts as one.
     """
-    lines = compiled.as_text().splitlines()
+    lines = (compiled.as_text() or "").splitlines()
     entry = next(i for i, line in enumerate(lines) if line.startswith("ENTRY "))
     operations = []
     for line in lines[entry + 1 :]:

@@ -161,7 +161,7 @@ def fused_metadata_copy(src, *, num_backends=None, out=None) -> tuple[NSAMetadat
 
 def _one(seq_lens, req_pool_indices, req_to_token, mode, options) -> NSAMetadata:
     out = options.pop("out", None)
-    (metadata,) = fused_metadata_precompute_and_broadcast(
+    backends = fused_metadata_precompute_and_broadcast(
         seq_lens,
         req_pool_indices,
         req_to_token,
@@ -170,7 +170,8 @@ def _one(seq_lens, req_pool_indices, req_to_token, mode, options) -> NSAMetadata
         out=None if out is None else (out,),
         **options,
     )
-    return metadata
+    assert isinstance(backends, tuple)
+    return backends[0]
 
 
 def _draft_extend_rows(extend_seq_lens, capacity):

@@ -7,7 +7,7 @@ import math
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO, NamedTuple
+from typing import IO, Any, NamedTuple
 
 import numpy as np
 
@@ -74,12 +74,8 @@ def read_trace(path: Path) -> list[Request]:
     try:
         with path.open("rb") as file:
             compressed = file.read(2) == b"\x1f\x8b"
-        opened: IO[str] = (
-            gzip.open(path, "rt", encoding="utf-8-sig", newline="")
-            if compressed
-            else path.open(encoding="utf-8-sig", newline="")
-        )
-        with opened as file:
+        opener: Any = gzip.open if compressed else open
+        with opener(path, "rt", encoding="utf-8-sig", newline="") as file:
             requests = list(_requests(file, path))
     except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
         raise TraceError(f"{path}: {error}") from error

@@ -3,7 +3,7 @@
 import dataclasses
 import sys
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -70,7 +70,7 @@ class Case:
             arguments["extend_seq_lens"] = self.extend_seq_lens
         if self.function == "fused_metadata_copy":
             arguments |= {"num_backends": 1, "stacked": False}
-            (src,) = reference.fused_metadata_precompute_and_broadcast(**arguments)
+            src = cast(tuple, reference.fused_metadata_precompute_and_broadcast(**arguments))[0]
             copies = self.options["num_backends"]
             arguments = {"src": src, "num_backends": copies}
             if self.in_place:
@@ -100,11 +100,11 @@ class Case:
     def fails(self, implementation: str) -> bool:
         """Whether the implementation differs from the reference in any value, shape or dtype."""
         expected, actual = self.expected(), self.actual(implementation)
-        if jax.tree.structure(expected) != jax.tree.structure(actual):
-            return True
-        return any(
+        expected_leaves, structure = jax.tree.flatten(expected)
+        leaves, actual_structure = jax.tree.flatten(actual)
+        return not structure == actual_structure or any(
             a.dtype != e.dtype or not np.array_equal(a, e)
-            for a, e in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True)
+            for a, e in zip(leaves, expected_leaves, strict=True)
         )
 
     def code(self, implementation: str) -> str:
@@ -126,7 +126,9 @@ class Case:
         ]
         if self.in_place:
             lines.append('on_device["out"] = jax.tree.map(jnp.array, arguments["out"])')
-        lines.append(f"print(jaxnsa.{self.function}(**on_device, implementation={implementation!r}))")
+        lines.append(
+            f"print(jaxnsa.{self.function}(**on_device, implementation={implementation!r}))"
+        )
         if self.function == BROADCAST:
             lines.append('del arguments["strategy"]')
         lines.append(f"print(reference.{self.function}(**arguments))")

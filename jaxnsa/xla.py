@@ -111,12 +111,12 @@ class _Owners(NamedTuple):
     total: Array | None
 
 
-def _owners(rows: Rows, cache_seqlens: Array, extend_seq_lens: Array | None) -> _Owners:
+def _owners(rows: Rows, cache_seqlens: Array, extend_seq_lens: Array) -> _Owners:
     row = jnp.arange(rows.count, dtype=jnp.int32)
     if rows.tokens_per_request is not None:
-        q = rows.tokens_per_request
-        request, token = row // q, row % q
-        return _Owners(request, jnp.maximum(cache_seqlens[request] - q + 1 + token, 0), None)
+        request, token = row // rows.tokens_per_request, row % rows.tokens_per_request
+        kv_len = cache_seqlens[request] - rows.tokens_per_request + 1 + token
+        return _Owners(request, jnp.maximum(kv_len, 0), None)
     if rows.requests == 0:
         return _Owners(jnp.zeros_like(row), jnp.zeros_like(row), jnp.int32(0))
     q = jnp.maximum(extend_seq_lens, 0)
@@ -127,7 +127,7 @@ def _owners(rows: Rows, cache_seqlens: Array, extend_seq_lens: Array | None) -> 
     starts = jnp.concatenate([jnp.zeros(1, jnp.int32), ends[:-1]])
     request = jnp.searchsorted(ends, row, side="right", method="scan_unrolled").astype(jnp.int32)
     request = jnp.minimum(request, rows.requests - 1)
-    kv_len = cache_seqlens[request] - q[request] + 1 + (row - starts[request])
+    kv_len = cache_seqlens[request] - q[request] + 1 + row - starts[request]
     total = ends[-1]
     return _Owners(request, jnp.where(row < total, jnp.maximum(kv_len, 0), 0), total)
 

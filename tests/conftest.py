@@ -11,11 +11,16 @@ import pytest
 from jaxnsa.config import ENVIRONMENT
 from jaxnsa.implementations import IMPLEMENTATIONS
 
-HERE = [n for n, m in IMPLEMENTATIONS.items() if m.unavailable(jax.default_backend()) is None]
+ON_GPU = jax.default_backend() == "gpu"
+HERE = [
+    pytest.param(name, marks=[pytest.mark.gpu] if ON_GPU else [])
+    for name, module in IMPLEMENTATIONS.items()
+    if module.unavailable(jax.default_backend()) is None
+]
 
 
 def pytest_collection_modifyitems(config, items):
-    if jax.default_backend() == "gpu":
+    if ON_GPU:
         return
     gpu = [item for item in items if item.get_closest_marker("gpu")]
     if gpu:
@@ -25,7 +30,7 @@ def pytest_collection_modifyitems(config, items):
 
 @pytest.fixture(params=HERE, scope="module")
 def implementation(request):
-    """Every implementation that can run on this machine."""
+    """Every implementation that can run on this machine; on one with a GPU, marked gpu."""
     return request.param
 
 

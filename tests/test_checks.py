@@ -29,8 +29,16 @@ def out(**changes):
         ({"seq_lens": [1.0, 2, 3, 4]}, TypeError, "seq_lens: got dtype float64"),
         ({"req_pool_indices": INDICES[:3]}, ValueError, r"req_pool_indices: got shape \(3,\), exp"),
         ({"req_pool_indices": INDICES > 0}, TypeError, "req_pool_indices: got dtype bool"),
-        ({"req_to_token": POOL[0]}, ValueError, r"req_to_token: got shape \(200,\), expected 2 dim"),
-        ({"req_to_token": POOL.astype(np.int64)}, TypeError, "req_to_token: got dtype int64, expec"),
+        (
+            {"req_to_token": POOL[0]},
+            ValueError,
+            r"req_to_token: got shape \(200,\), expected 2 dim",
+        ),
+        (
+            {"req_to_token": POOL.astype(np.int64)},
+            TypeError,
+            "req_to_token: got dtype int64, expec",
+        ),
         ({"req_to_token": POOL[:0]}, ValueError, "req_to_token: got shape .0, 200., expected at"),
         ({"max_len": 0}, ValueError, r"max_len: got 0, expected an int in \[1, 200\]"),
         ({"max_len": 201}, ValueError, r"max_len: got 201, expected an int in \[1, 200\]"),
@@ -96,7 +104,11 @@ def out(**changes):
         ({"out": out()}, ValueError, "out: got NSAMetadata, expected a tuple of 1 NSAMetadata"),
         ({"out": (out(),) * 2}, ValueError, "out: got 2 of them, expected a tuple of 1"),
         ({"out": (3,)}, TypeError, r"out\[0\]: got 3, expected an NSAMetadata"),
-        ({"out": (FRESH,)}, TypeError, r"out\[0\].cache_seqlens: got int32 ndarray of shape \(4,\)"),
+        (
+            {"out": (FRESH,)},
+            TypeError,
+            r"out\[0\].cache_seqlens: got int32 ndarray of shape \(4,\)",
+        ),
         (
             {"out": (out(cu_seqlens_k=jnp.zeros(4, jnp.int32)),)},
             ValueError,
@@ -141,7 +153,9 @@ def test_out_arrays_must_be_alive_and_distinct():
         compute(SEQ_LENS, INDICES, POOL, num_backends=2, out=(twice, twice))
     same = out()
     same = dataclasses.replace(same, nsa_cache_seqlens=same.seqlens_expanded)
-    with pytest.raises(ValueError, match="nsa_cache_seqlens: got the array of out.seqlens_expanded"):
+    with pytest.raises(
+        ValueError, match="nsa_cache_seqlens: got the array of out.seqlens_expanded"
+    ):
         jaxnsa.precompute_decode_metadata(SEQ_LENS, INDICES, POOL, out=same)
 
 

@@ -276,7 +276,7 @@ def test_fused_metadata_copy(wide_table, page, in_place, implementation):
 
 
 def test_int64_inputs_are_narrowed(implementation):
-    seq_lens, indices, pool = inputs(9)
+    _, _, pool = inputs(9)
     wide = np.array([2**40, -(2**40), 5, 2**33 + 1, 0, 7, 8, 9, 10])
     with jax.enable_x64(True):
         for lengths in (jnp.asarray(wide), wide):

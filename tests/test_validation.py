@@ -63,7 +63,9 @@ def test_illegal_values_inside_jit(changes, got, rows, expected):
     checked = checkify.checkify(jax.jit(lambda traced: jaxnsa.validate_inputs(**traced, **static)))
     error, _ = checked(traced)
     row = rows.split(",")[0]
-    with pytest.raises(checkify.JaxRuntimeError, match=f"{got} at row {row}, expected .*{expected}"):
+    with pytest.raises(
+        checkify.JaxRuntimeError, match=f"{got} at row {row}, expected .*{expected}"
+    ):
         error.throw()
 
 
@@ -73,9 +75,7 @@ def test_only_the_first_offending_rows_are_shown():
         jaxnsa.validate_inputs(**values)
 
 
-@pytest.mark.parametrize(
-    "topk, sums", ((2048, "cache_seqlens"), (2**31 - 1, "nsa_cache_seqlens"))
-)
+@pytest.mark.parametrize("topk, sums", ((2048, "cache_seqlens"), (2**31 - 1, "nsa_cache_seqlens")))
 def test_sums_past_int32(topk, sums):
     pool = jnp.zeros((1, 2**20), jnp.int32)
     if sums == "cache_seqlens":

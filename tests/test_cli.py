@@ -1,0 +1,124 @@
+"""The command line as a user meets it."""
+
+import re
+import types
+
+import numpy as np
+import pytest
+from click.testing import CliRunner
+
+from jaxnsa import reference, verify, xla
+from jaxnsa.cli import main
+from jaxnsa.implementations import IMPLEMENTATIONS
+
+
+def run(*arguments):
+    return CliRunner().invoke(main, arguments, env={"COLUMNS": "100"})
+
+
+def cells(output, row):
+    line = next(line for line in output.splitlines() if row in line)
+    return [cell.strip() for cell in line.strip("│ ").split("│")]
+
+
+@pytest.fixture
+def broken(monkeypatch):
+    """An implementation that is wrong whenever a batch has more than two requests."""
+    module = types.SimpleNamespace(**vars(xla))
+    module.prefix_sum = lambda x: xla.prefix_sum(x) + (len(x) > 2)
+    monkeypatch.setitem(IMPLEMENTATIONS, "broken", module)
+
+
+def test_demo(implementation):
+    result = run("demo", "--steps", "6", "--batch-size", "7", "--implementation", implementation)
+    assert result.exit_code == 0, result.output
+    name, steps, tokens, p50, p99, launches, mismatches = cells(
+        result.output, f"│ {implementation}"
+    )
+    assert (name, steps, tokens, mismatches) == (implementation, "6", "42", "0")
+    assert 0 < float(p50) <= float(p99)
+    assert int(launches) >= 1
+    assert cells(result.output, "NumPy loop")[1:3] == ["6", "42"]
+
+
+def test_demo_replays_a_trace_over_and_over(tmp_path):
+    trace = tmp_path / "trace.csv"
+    trace.write_text("TIMESTAMP,ContextTokens,GeneratedTokens\n,60,4\n,0,0\n,200000,9\n,130,1\n")
+    result = run("demo", "--trace", str(trace), "--steps", "15", "--batch-size", "5")
+    assert result.exit_code == 0, result.output
+    assert cells(result.output, "│ xla")[-1] == "0"
+
+
+def test_demo_reports_mismatches(monkeypatch):
+    right = xla.broadcast
+
+    def wrong(*arguments):
+        first, *others = right(*arguments)
+        return (type(first)(**(vars(first) | {"cu_seqlens_k": first.cu_seqlens_k + 1})), *others)
+
+    module = types.SimpleNamespace(**(vars(xla) | {"broadcast": wrong}))
+    monkeypatch.setitem(IMPLEMENTATIONS, "broken", module)
+    result = run("demo", "--steps", "3", "--batch-size", "2", "--implementation", "broken")
+    assert result.exit_code == 1
+    assert cells(result.output, "│ broken")[-1] == "3"
+
+
+def test_demo_refuses(tmp_path):
+    trace = tmp_path / "trace.csv"
+    trace.write_text("TIMESTAMP,ContextTokens,GeneratedTokens\n,60,x\n")
+    result = run("demo", "--trace", str(trace))
+    assert result.exit_code == 1
+    assert f"Error: {trace}:2: GeneratedTokens: got 'x'" in result.output
+    assert "expected one of 'xla'" in run("demo", "--implementation", "cuda").output
+    assert run("demo", "--batch-size", "0").exit_code == 2
+    assert run("demo", "--trace", str(tmp_path / "none")).exit_code == 2
+
+
+def test_verify_passes():
+    result = run("verify", "--cases", "40", "--seed", "3")
+    assert result.exit_code == 0, result.output
+    assert re.search(r"xla +│ prefix_sum +│ +\d+ │ +0 │", result.output)
+
+
+def test_verify_prints_a_failing_case_that_fails_when_run(broken):
+    result = run("verify", "--cases", "60")
+    assert result.exit_code == 1
+    program = result.output[result.output.index("import jax") :]
+    printed = []
+    exec(program, {"print": printed.append})
+    actual, expected = printed
+    assert type(actual) is type(expected) or isinstance(expected, np.ndarray)
+    assert "3" in program  # three requests are enough to fail, and were not shrunk further
+    case = program[program.index("arguments = dict(") :]
+    assert len(case.splitlines()) < 12
+
+
+def test_verify_skips_what_cannot_run_and_says_why(monkeypatch):
+    module = types.SimpleNamespace(**vars(xla))
+    module.unavailable = lambda platform: "needs a GPU"
+    monkeypatch.setitem(IMPLEMENTATIONS, "absent", module)
+    result = run("verify", "--cases", "5")
+    assert result.exit_code == 0
+    assert "skipped: needs a GPU" in result.output
+
+
+def test_random_cases_repeat_with_their_seed():
+    first, second = (list(verify.random_cases(30, 5)) for _ in range(2))
+    assert [c.title for c in first] == [c.title for c in second]
+    assert {c.function for c in verify.random_cases(200, 5)} == set(verify.FUNCTIONS)
+    for case in first:
+        assert hasattr(reference, case.function)
+
+
+def test_info():
+    result = run("info")
+    assert result.exit_code == 0
+    assert re.search(r"xla +│ available, default", result.output)
+    assert re.search(r"^jax \d", result.output, re.MULTILINE)
+
+
+def test_help_is_there_for_every_command():
+    for command in ("demo", "verify", "info"):
+        result = run(command, "--help")
+        assert result.exit_code == 0
+        assert command in run("--help").output
