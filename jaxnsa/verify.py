@@ -102,7 +102,9 @@ class Case:
         expected, actual = self.expected(), self.actual(implementation)
         expected_leaves, structure = jax.tree.flatten(expected)
         leaves, actual_structure = jax.tree.flatten(actual)
-        return not structure == actual_structure or any(
+        if structure != actual_structure:  # type: ignore[operator]
+            return True
+        return any(
             a.dtype != e.dtype or not np.array_equal(a, e)
             for a, e in zip(leaves, expected_leaves, strict=True)
         )
