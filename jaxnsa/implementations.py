@@ -20,13 +20,13 @@ from typing import Any
 
 import jax
 
-from jaxnsa import xla
+from jaxnsa import pallas, xla
 from jaxnsa.config import Settings, names, settings
 
-IMPLEMENTATIONS: dict[str, ModuleType] = {"xla": xla}
+IMPLEMENTATIONS: dict[str, ModuleType] = {"pallas": pallas, "xla": xla}
 
 # The order in which they are tried where none is named, by platform.
-PREFERENCE: dict[str, tuple[str, ...]] = {"cpu": ("xla",)}
+PREFERENCE: dict[str, tuple[str, ...]] = {"gpu": ("pallas", "xla")}
 _ELSEWHERE = ("xla",)
 
 

@@ -1,0 +1,186 @@
+"""The whole job in one launch: lengths, prefix sums and page tables, for every destination.
+
+A grid of independent warpgroups. Block 0 of each request writes its lengths and prefix sums, which
+it adds up by itself; every other block copies a few windows of the request's page tables to all of
+its rows in all destinations. No block waits for another.
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+
+from pallas_kernels.lanes import Lanes, access_width, floor_div
+from pallas_kernels.launch import launch
+from pallas_kernels.rows import RowMap, locate, prefix_sums, spare_rows, write_row_lengths
+from pallas_kernels.tables import Destination, Table
+from pallas_kernels.tuning import BlockConfig
+
+
+class Metadata(NamedTuple):
+    """The arrays of one destination, all int32; stacked ones have one more leading axis.
+
+    Attributes:
+      cache_seqlens: [requests].
+      cu_seqlens_k: [requests + 1].
+      seqlens_expanded: [rows].
+      nsa_cache_seqlens: [rows].
+      nsa_cu_seqlens_k: [rows + 1].
+      page_indices: [rows, max_len] or None.
+      real_page_table: [rows, ceil(max_len / page)] or None.
+    """
+
+    cache_seqlens: Any
+    cu_seqlens_k: Any
+    seqlens_expanded: Any
+    nsa_cache_seqlens: Any
+    nsa_cu_seqlens_k: Any
+    page_indices: Any
+    real_page_table: Any
+
+
+def fused_metadata(
+    seq_lens: jax.Array,
+    req_pool_indices: jax.Array,
+    req_to_token: jax.Array,
+    extend_seq_lens: jax.Array | None,
+    out: tuple[Metadata, ...] | None,
+    *,
+    rows: RowMap,
+    max_len: int,
+    real_page_size: int,
+    wide_table: bool,
+    tail: str,
+    num_backends: int,
+    stacked: bool = False,
+    config: BlockConfig | None = None,
+    interpret: Any = False,
+) -> tuple[Metadata, ...]:
+    """Computes the metadata of a step for all backends in one kernel launch.
+
+    Args:
+      seq_lens: int32 [requests].
+      req_pool_indices: int32 [requests].
+      req_to_token: int32 [pool_rows, pool_cols].
+      extend_seq_lens: int32 [requests] where rows are ragged, otherwise None.
+      out: destinations to fill in place, or None for fresh ones.
+      rows: how rows map to requests; at least one request.
+      max_len: columns of the page table.
+      real_page_size: tokens in a physical page; 1: no `real_page_table`.
+      wide_table: whether `page_indices` is wanted.
+      tail: what tables hold past the live columns. "keep" without `out` leaves them unspecified.
+      num_backends: number of copies.
+      stacked: one Metadata whose arrays lead with [num_backends].
+      config: block sizes; None: `BlockConfig.heuristic`.
+      interpret: `InterpretGPUParams` to run without a GPU.
+
+    Returns:
+      `num_backends` Metadata, or one if stacked.
+    """
+    pool_rows, pool_cols = req_to_token.shape
+    pages = -(-max_len // real_page_size)
+    ragged = rows.tokens_per_request is None
+    lanes = Lanes(bool(interpret))
+    config = config or BlockConfig.heuristic(rows.rows, max_len)
+
+    wide = Table.of(max_len, 1, tail, access_width(pool_cols, max_len), config)
+    # Page starts form a vector where the pool's rows are whole pages.
+    paged = pool_cols % real_page_size == 0
+    real = Table.of(pages, real_page_size, tail, int(paged), config)
+    wide_blocks = wide.blocks if wide_table else 0
+    real_blocks = real.blocks if real_page_size > 1 else 0
+
+    lead = (num_backends,) if stacked else ()
+
+    def array(*shape: int) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct((*lead, *shape), jnp.int32)
+
+    shapes = Metadata(
+        cache_seqlens=array(rows.requests),
+        cu_seqlens_k=array(rows.requests + 1),
+        seqlens_expanded=array(rows.rows),
+        nsa_cache_seqlens=array(rows.rows),
+        nsa_cu_seqlens_k=array(rows.rows + 1),
+        page_indices=array(rows.rows, max_len) if wide_table else None,
+        real_page_table=array(rows.rows, pages) if real_page_size > 1 else None,
+    )
+    inputs = {"seq_lens": seq_lens, "indices": req_pool_indices, "pool": req_to_token}
+    if ragged:
+        inputs["extend"] = extend_seq_lens
+    if real_blocks and paged:
+        inputs["pages"] = req_to_token.reshape(pool_rows, -1, real_page_size)
+
+    def kernel(index, inputs, results, spill):
+        block, i = (
+            lax.div(index, jnp.int32(rows.requests)),
+            lax.rem(index, jnp.int32(rows.requests)),
+        )
+        seq_lens, extend = inputs["seq_lens"], inputs.get("extend")
+
+        def destinations(field: str) -> list[Destination]:
+            refs = [getattr(result, field) for result in results]
+            return (
+                [(refs[0], (k,)) for k in range(num_backends)]
+                if stacked
+                else [(ref, ()) for ref in refs]
+            )
+
+        @pl.when(block == 0)
+        def _():
+            _write_lengths(lanes, rows, seq_lens, extend, spill, i, destinations)
+
+        def write(table: Table, first_block: int, read, field: str) -> None:
+            @pl.when((block >= first_block) & (block < first_block + table.blocks))
+            def _():
+                request = locate(lanes, rows, seq_lens, extend, spill, i)
+                spare = spare_rows(rows, request, i) if ragged and tail != "keep" else None
+                slot = jnp.clip(inputs["indices"][i], 0, pool_rows - 1)
+                table.write(
+                    lanes,
+                    block - first_block,
+                    lambda columns: read(slot, columns),
+                    request,
+                    spare,
+                    destinations(field),
+                )
+
+        if wide_blocks:
+            write(wide, 1, lambda slot, columns: inputs["pool"][slot, columns], "page_indices")
+        if real_blocks:
+
+            def read_pages(slot, columns):
+                if real.width:
+                    return floor_div(
+                        lanes.laid_out(inputs["pages"][slot, columns, 0]), real_page_size
+                    )
+                return floor_div(inputs["pool"][slot, columns * real_page_size], real_page_size)
+
+            write(real, 1 + wide_blocks, read_pages, "real_page_table")
+
+    return launch(
+        kernel,
+        inputs,
+        out,
+        (shapes,) * (1 if stacked else num_backends),
+        blocks=rows.requests * (1 + wide_blocks + real_blocks),
+        name="fused_metadata",
+        interpret=interpret,
+    )
+
+
+def _write_lengths(lanes, rows: RowMap, seq_lens, extend, spill, i, destinations) -> None:
+    """All arrays but the tables, as far as request i goes."""
+    request = locate(lanes, rows, seq_lens, extend, spill, i)
+    sums = prefix_sums(lanes, rows, seq_lens, extend, spill, i)
+
+    def store(field: str, index, value) -> None:
+        for ref, lead in destinations(field):
+            ref[(*lead, index)] = value
+
+    store("cache_seqlens", i, request.cache_seqlen)
+    store("cu_seqlens_k", i + 1, sums.cache_seqlens + request.cache_seqlen)
+
+    pl.when(i == 0)(lambda: store("cu_seqlens_k", 0, jnp.int32(0)))
+    write_row_lengths(rows, request, sums, i, store)

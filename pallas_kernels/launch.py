@@ -1,0 +1,74 @@
+"""One kernel launch on a grid of independent warpgroups."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_kernels.lanes import LANES
+
+
+def launch(
+    kernel: Callable,
+    inputs: Any,
+    out: Any,
+    shapes: Any,
+    *,
+    blocks: int,
+    shared: tuple[int, ...] = (2, LANES),
+    barriers: bool = False,
+    name: str,
+    interpret: Any,
+) -> Any:
+    """Runs a kernel, in place where it is told to.
+
+    Args:
+      kernel: called for each block with its index, `inputs` and the results as refs, and an
+        int32 ref in shared memory.
+      inputs: pytree of arrays that are only read.
+      out: pytree of arrays to write into, or None for fresh ones.
+      shapes: pytree of the shapes of the results, the structure of `out`.
+      blocks: number of blocks, each a warpgroup of 128 threads.
+      shared: shape of the shared memory.
+      barriers: synchronise the threads of a block around every access, as a kernel must whose
+        threads read what others have written.
+      name: name of the kernel, for profilers.
+      interpret: `InterpretGPUParams` to run without a GPU, or False.
+
+    Returns:
+      The results; those of `out` in its memory where it is donated.
+    """
+    flat_inputs, structure = jax.tree.flatten(inputs)
+    flat_shapes, out_structure = jax.tree.flatten(shapes)
+    held = (
+        []
+        if out is None
+        else [jax.new_ref(array, memory_space=plgpu.GMEM) for array in jax.tree.leaves(out)]
+    )
+
+    def body(*refs):
+        split = len(flat_inputs)
+
+        def scoped(scratch):
+            kernel(
+                lax.axis_index("block"),
+                jax.tree.unflatten(structure, refs[:split]),
+                jax.tree.unflatten(out_structure, refs[split:]),
+                scratch,
+            )
+
+        pl.run_scoped(scoped, plgpu.SMEM(shared, jnp.int32))
+
+    results = pl.kernel(
+        body,
+        out_type=() if held else flat_shapes,
+        mesh=plgpu.Mesh(grid=(blocks,), grid_names=("block",)),
+        compiler_params=plgpu.CompilerParams(unsafe_no_auto_barriers=not barriers),
+        interpret=interpret,
+        name=name,
+    )(*flat_inputs, *held)
+    return jax.tree.unflatten(out_structure, [ref[...] for ref in held] if held else results)

@@ -1,0 +1,121 @@
+"""The prefix sum of a vector in one launch."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+
+from pallas_kernels.lanes import LANES, Lanes
+from pallas_kernels.launch import launch
+
+_BLOCK = 1024  # elements that one block scans
+_SERIAL = 32  # elements up to which one thread's additions are faster than a scan
+_IN_FLIGHT = 16  # blocks that are read at once while adding up what comes before
+
+
+def prefix_sum(x: jax.Array, *, interpret: Any = False) -> jax.Array:
+    """0, then the inclusive prefix sum; wraps as int32 does.
+
+    Each block adds up all elements before its own, out of the L2 cache, and then scans its own
+    1,024 by Hillis and Steele, "Data parallel algorithms" (1986): no block waits for another.
+
+    Args:
+      x: int32 [n], n >= 1.
+      interpret: `InterpretGPUParams` to run without a GPU.
+
+    Returns:
+      int32 [n + 1].
+    """
+    (n,) = x.shape
+    lanes = Lanes(bool(interpret))
+    size = min(_BLOCK, -(-n // LANES) * LANES)
+    blocks = -(-n // size)
+
+    def scan_serially(_, ref, out, scratch):
+        del scratch
+        values = [ref[k] for k in range(n)]
+        total = jnp.int32(0)
+        out[0] = total
+        for k, value in enumerate(values):
+            total = total + value
+            out[k + 1] = total
+
+    def scan(block, ref, out, scratch):
+        def scan_own(count):
+            _fill(scratch, ref, block * size, size, count)
+            base = _sum_before(lanes, ref, block, size) if blocks > 1 else 0
+            sums = base + _scan_shared(lanes, scratch, size)
+            if count == size:
+                out[pl.ds(block * size + 1, size)] = sums
+            else:
+                scratch[pl.ds(size, size)] = sums
+                _drain(lanes, out, block * size + 1, scratch, size, count)
+
+        in_last = n - (blocks - 1) * size
+        pl.when(block == 0)(lambda: out.__setitem__(0, jnp.int32(0)))
+        if in_last == size:
+            scan_own(size)
+        else:
+            pl.when(block == blocks - 1)(lambda: scan_own(in_last))
+            if blocks > 1:
+                pl.when(block < blocks - 1)(lambda: scan_own(size))
+
+    serial = n <= _SERIAL
+    return launch(
+        scan_serially if serial else scan,
+        x,
+        None,
+        jax.ShapeDtypeStruct((n + 1,), jnp.int32),
+        blocks=blocks,
+        shared=(2 * size,),
+        barriers=not serial,
+        name="prefix_sum",
+        interpret=interpret,
+    )
+
+
+def _fill(scratch, ref, start: jax.Array, at: int, count: int) -> None:
+    """Copies `count` elements to shared memory, and no more: 128 at once, the rest one by one."""
+    whole = count // LANES * LANES
+    for k in range(0, whole, LANES):
+        scratch[pl.ds(at + k, LANES)] = ref[pl.ds(start + k, LANES)]
+    for k in range(whole, count):
+        scratch[at + k] = ref[start + k]
+
+
+def _drain(lanes: Lanes, ref, start: jax.Array, scratch, at: int, count: int) -> None:
+    """The reverse of `_fill`."""
+    whole = count // LANES * LANES
+    for k in range(0, whole, LANES):
+        ref[pl.ds(start + k, LANES)] = lanes.load(scratch, pl.ds(at + k, LANES))
+    for k in range(whole, count):
+        ref[start + k] = scratch[at + k]
+
+
+def _sum_before(lanes: Lanes, ref, block: jax.Array, size: int) -> jax.Array:
+    """The sum of the blocks before one."""
+
+    def step(k, total):
+        first = k * _IN_FLIGHT
+        blocks = [first + b for b in range(_IN_FLIGHT)]
+        loaded = [lanes.load(ref, pl.ds(jnp.minimum(b, block - 1) * size, size), 4) for b in blocks]
+        for b, values in zip(blocks, loaded, strict=True):
+            total = total + values * (b < block).astype(jnp.int32)
+        return total
+
+    rounds = lax.div(block + (_IN_FLIGHT - 1), jnp.int32(_IN_FLIGHT))
+    return jnp.sum(lax.fori_loop(0, rounds, step, lanes.zeros(size, 4)))
+
+
+def _scan_shared(lanes: Lanes, scratch, size: int) -> jax.Array:
+    """The inclusive scan of the upper half of shared memory; its lower half becomes 0."""
+    scratch[pl.ds(0, size)] = lanes.zeros(size)
+    sums = lanes.load(scratch, pl.ds(size, size))
+    distance = 1
+    while distance < size:
+        sums = sums + lanes.load(scratch, pl.ds(size - distance, size))
+        scratch[pl.ds(size, size)] = sums
+        distance *= 2
+    return sums

@@ -1,0 +1,186 @@
+"""How table rows map to requests, inside a kernel: written once for all forward modes.
+
+Request i owns q[i] consecutive rows: `tokens_per_request` of them, or extend_seq_lens[i]. Its KV
+length is `cache_seqlens[i] = max(seq_lens[i], 0) + added_tokens`, and its row j sees
+`max(cache_seqlens[i] - q[i] + 1 + j, 0)` tokens. Sums over earlier requests are taken by every
+block for itself, out of the L2 cache: no block waits for another.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+
+from pallas_kernels.lanes import Lanes, sum_over_requests
+
+_INT32_MAX = 2**31 - 1
+
+
+class RowMap(NamedTuple):
+    """The static part.
+
+    Attributes:
+      requests: number of requests.
+      rows: number of rows; with ragged rows, the capacity.
+      tokens_per_request: rows of each request; None: as many as extend_seq_lens says.
+      added_tokens: tokens that the step appends to each request.
+      nsa_index_topk: the indexer's top-k.
+    """
+
+    requests: int
+    rows: int
+    tokens_per_request: int | None
+    added_tokens: int
+    nsa_index_topk: int
+
+
+class Request(NamedTuple):
+    """One request's share of the rows; scalars.
+
+    Attributes:
+      cache_seqlen: KV length.
+      tokens: rows that it would have with unlimited capacity, q.
+      first_row: its first row.
+      rows: how many rows it has.
+      total: rows of all requests, at most the capacity.
+    """
+
+    cache_seqlen: jax.Array
+    tokens: jax.Array | int
+    first_row: jax.Array
+    rows: jax.Array | int
+    total: jax.Array | int
+
+    def kv_len(self, j: jax.Array) -> jax.Array:
+        """Tokens that its row j sees."""
+        return jnp.maximum(self.cache_seqlen - self.tokens + 1 + j, 0)
+
+
+class PrefixSums(NamedTuple):
+    """Sums over the requests before one; scalars that wrap as int32 does.
+
+    Attributes:
+      cache_seqlens: of `cache_seqlens`.
+      nsa_cache_seqlens: of `nsa_cache_seqlens` over their rows.
+      nsa_total: of `nsa_cache_seqlens` over the rows of all requests.
+    """
+
+    cache_seqlens: jax.Array
+    nsa_cache_seqlens: jax.Array
+    nsa_total: jax.Array
+
+
+def locate(lanes: Lanes, rows: RowMap, seq_lens, extend_seq_lens, spill, i: jax.Array) -> Request:
+    """Which rows request i has."""
+    cache_seqlen = jnp.maximum(seq_lens[i], 0) + rows.added_tokens
+    if rows.tokens_per_request is not None:
+        q = rows.tokens_per_request
+        return Request(cache_seqlen, q, i * q, q, rows.rows)
+
+    def terms(index, exists, extend):
+        q = jnp.clip(extend, 0, rows.rows)
+        return jnp.where(index < i, q, 0), jnp.where(exists, q, 0)
+
+    first, total = sum_over_requests(
+        lanes, rows.requests, (extend_seq_lens,), spill, terms, limit=rows.rows
+    )
+    q = jnp.maximum(extend_seq_lens[i], 0)
+    return Request(cache_seqlen, q, first, jnp.minimum(q, rows.rows - first), total)
+
+
+def prefix_sums(
+    lanes: Lanes, rows: RowMap, seq_lens, extend_seq_lens, spill, i: jax.Array
+) -> PrefixSums:
+    """Sums of lengths over the requests before request i."""
+    ragged = rows.tokens_per_request is None
+
+    def terms(index, exists, lengths, *extend):
+        cache = jnp.maximum(lengths, 0) + rows.added_tokens
+        q = jnp.maximum(extend[0], 0) if ragged else rows.tokens_per_request
+        nsa = _nsa_sum(cache, q, rows.nsa_index_topk)
+        before = index < i
+        return (
+            jnp.where(before, cache, 0),
+            jnp.where(before, nsa, 0),
+            *([jnp.where(exists, nsa, 0)] if ragged else []),
+        )
+
+    refs = (seq_lens, extend_seq_lens) if ragged else (seq_lens,)
+    cache, nsa, *nsa_total = sum_over_requests(lanes, rows.requests, refs, spill, terms)
+    return PrefixSums(cache, nsa, nsa_total[0] if ragged else nsa)
+
+
+def spare_rows(rows: RowMap, request: Request, i: jax.Array) -> tuple[jax.Array, int, jax.Array]:
+    """Request i's share of the rows past the total: first, step, how many."""
+    first = request.total + i
+    left = jnp.maximum(rows.rows - first, 0)
+    return first, rows.requests, lax.div(left + (rows.requests - 1), jnp.int32(rows.requests))
+
+
+def for_rows(count: jax.Array | int, body: Callable) -> None:
+    """Calls `body(j)` for each row j of a request."""
+    if isinstance(count, int) and count == 1:
+        body(jnp.int32(0))
+    else:
+        lax.fori_loop(0, count, lambda j, _: body(j), None)
+
+
+def for_spare_rows(spare: tuple[jax.Array, int, jax.Array], body: Callable) -> None:
+    """Calls `body(row)` for each row of `spare_rows`."""
+    first, step, count = spare
+    lax.fori_loop(0, count, lambda m, _: body(first + m * step), None)
+
+
+def write_row_lengths(
+    rows: RowMap, request: Request, sums: PrefixSums, i: jax.Array, store: Callable
+) -> None:
+    """Writes the lengths of request i's rows, and its share of the rows past the total.
+
+    Args:
+      rows: how rows map to requests.
+      request: request i.
+      sums: over the requests before it.
+      i: which request.
+      store: called with the name of an array, an index and a value.
+    """
+    pl.when(i == 0)(lambda: store("nsa_cu_seqlens_k", 0, jnp.int32(0)))
+
+    def write_row(j, nsa_sum):
+        row = request.first_row + j
+        kv_len = request.kv_len(j)
+        nsa_len = jnp.minimum(kv_len, rows.nsa_index_topk)
+        store("seqlens_expanded", row, kv_len)
+        store("nsa_cache_seqlens", row, nsa_len)
+        store("nsa_cu_seqlens_k", row + 1, nsa_sum + nsa_len)
+        return nsa_sum + nsa_len
+
+    lax.fori_loop(0, request.rows, write_row, sums.nsa_cache_seqlens)
+    if rows.tokens_per_request is not None:
+        return
+
+    def clear_row(row):
+        store("seqlens_expanded", row, jnp.int32(0))
+        store("nsa_cache_seqlens", row, jnp.int32(0))
+        store("nsa_cu_seqlens_k", row + 1, sums.nsa_total)
+
+    for_spare_rows(spare_rows(rows, request, i), clear_row)
+
+
+def _nsa_sum(cache_seqlen: jax.Array, q, topk: int) -> jax.Array:
+    """The sum of `nsa_cache_seqlens` over the q rows of a request; wraps as int32 does."""
+    if isinstance(q, int) and q == 1:
+        return jnp.minimum(jnp.maximum(cache_seqlen, 0), topk)
+    # A KV length past int32 has wrapped; the rows before that are counted.
+    last = jnp.where(cache_seqlen < 0, _INT32_MAX, cache_seqlen)
+    return _clamped_series(last, topk) - _clamped_series(jnp.maximum(cache_seqlen - q, 0), topk)
+
+
+def _clamped_series(n: jax.Array, topk: int) -> jax.Array:
+    """min(1, topk) + min(2, topk) + ... + min(n, topk), for n >= 0; wraps as int32 does."""
+    low = jnp.minimum(n, topk)
+    half = low >> 1
+    triangle = jnp.where((low & 1) == 0, half * (low + 1), low * (half + 1))
+    return triangle + (n - low) * topk

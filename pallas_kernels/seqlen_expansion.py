@@ -1,0 +1,89 @@
+"""The lengths of a draft-extend step in one launch: prefix sum, row of each token, clamp."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+
+from pallas_kernels.lanes import Lanes, sum_over_requests
+from pallas_kernels.launch import launch
+from pallas_kernels.rows import RowMap, locate, prefix_sums, write_row_lengths
+
+
+class ExpandedSeqlens(NamedTuple):
+    """The lengths of a draft-extend step, all int32.
+
+    Attributes:
+      seqlens_expanded: [max_total_tokens].
+      nsa_cache_seqlens: [max_total_tokens].
+      nsa_cu_seqlens_k: [max_total_tokens + 1].
+      total_tokens: [1], also where it exceeds the capacity.
+    """
+
+    seqlens_expanded: Any
+    nsa_cache_seqlens: Any
+    nsa_cu_seqlens_k: Any
+    total_tokens: Any
+
+
+def seqlen_expansion(
+    extend_seq_lens: jax.Array,
+    seq_lens: jax.Array,
+    *,
+    nsa_index_topk: int,
+    max_total_tokens: int,
+    interpret: Any = False,
+) -> ExpandedSeqlens:
+    """Expands the lengths of requests to those of their extend tokens.
+
+    Args:
+      extend_seq_lens: int32 [requests], at least one; negative counts as 0.
+      seq_lens: int32 [requests], extend tokens counted.
+      nsa_index_topk: the indexer's top-k.
+      max_total_tokens: capacity.
+      interpret: `InterpretGPUParams` to run without a GPU.
+
+    Returns:
+      ExpandedSeqlens; rows past the total hold 0, and the last prefix sum.
+    """
+    (requests,) = seq_lens.shape
+    rows = RowMap(requests, max_total_tokens, None, 0, nsa_index_topk)
+    lanes = Lanes(bool(interpret))
+
+    def kernel(i, inputs, result, spill):
+        extend, lens = inputs
+        request = locate(lanes, rows, lens, extend, spill, i)
+        sums = prefix_sums(lanes, rows, lens, extend, spill, i)
+
+        def store(name, index, value):
+            getattr(result, name)[index] = value
+
+        write_row_lengths(rows, request, sums, i, store)
+
+        @pl.when(i == 0)
+        def _():
+            (total,) = sum_over_requests(
+                lanes,
+                requests,
+                (extend,),
+                spill,
+                lambda index, exists, q: (jnp.where(exists, jnp.maximum(q, 0), 0),),
+            )
+            result.total_tokens[0] = total
+
+    def array(size: int) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct((size,), jnp.int32)
+
+    shapes = ExpandedSeqlens(
+        array(max_total_tokens), array(max_total_tokens), array(max_total_tokens + 1), array(1)
+    )
+    return launch(
+        kernel,
+        (extend_seq_lens, seq_lens),
+        None,
+        shapes,
+        blocks=requests,
+        name="seqlen_expansion",
+        interpret=interpret,
+    )

@@ -1,0 +1,181 @@
+"""Writing a page table: cut into blocks, each element loaded once and stored everywhere it goes."""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+
+from pallas_kernels.lanes import LANES, Lanes
+from pallas_kernels.rows import Request, for_rows, for_spare_rows
+from pallas_kernels.tuning import BlockConfig
+
+Destination = tuple[Any, tuple[int, ...]]
+"""A ref [..., rows, columns] and the index of its leading axes."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Table:
+    """The static part of a table.
+
+    Attributes:
+      columns: columns of the table.
+      tokens: tokens that a column stands for; it is live where the first of them is.
+      tail: what lies past the live columns: "copy", "zero" or "keep".
+      width: elements of one access; 0 where the table has to be copied one by one, because it is
+        narrower than a window or its source has no vectors.
+      config: block sizes.
+    """
+
+    columns: int
+    tokens: int
+    tail: str
+    width: int
+    config: BlockConfig
+
+    @classmethod
+    def of(cls, columns: int, tokens: int, tail: str, width: int, config: BlockConfig) -> "Table":
+        """A table whose accesses are as wide as pitches (`width`) and columns allow."""
+        while width and LANES * width > columns:
+            width //= 2
+        return cls(columns, tokens, tail, width, config)
+
+    @property
+    def window(self) -> int:
+        """Columns of one vector."""
+        return LANES * self.width
+
+    @property
+    def blocks(self) -> int:
+        """Blocks in one request's rows."""
+        if not self.width:
+            return -(-self.columns // self.config.scalars)
+        return -(-(self.columns // self.window) // self.config.windows)
+
+    def write(
+        self,
+        lanes: Lanes,
+        block: jax.Array,
+        read: Callable,
+        request: Request,
+        spare_rows: tuple[jax.Array, int, jax.Array] | None,
+        destinations: Sequence[Destination],
+    ) -> None:
+        """Writes one block of all rows of a request.
+
+        Args:
+          lanes: vector operations.
+          block: which block.
+          read: gives the columns at an index, a scalar or a `pl.ds`, of the source row.
+          request: whose rows.
+          spare_rows: first, step and number of the rows past the total to fill with 0, or None.
+          destinations: where to.
+        """
+        if not self.width:
+            first = block * self.config.scalars
+            columns = [first + k for k in range(self.config.scalars)]
+            self._write_scalars(columns, read, request, spare_rows, destinations)
+            return
+        windows = self.columns // self.window
+        last = self.blocks - 1
+        first = block * self.config.windows * self.window
+
+        def write(count, more=()):
+            starts = [first + k * self.window for k in range(count)] + list(more)
+            self._write_windows(lanes, starts, read, request, spare_rows, destinations)
+
+        in_last = windows - last * self.config.windows
+        # The columns that fill no window are covered by one that overlaps its neighbour.
+        rest = [self.columns - self.window] if self.columns % self.window else []
+        if in_last == self.config.windows and not rest:
+            write(in_last)
+        else:
+            pl.when(block == last)(lambda: write(in_last, rest))
+            if last:
+                pl.when(block < last)(lambda: write(self.config.windows))
+
+    def _live(self, request: Request, j: jax.Array) -> jax.Array:
+        kv_len = jnp.minimum(request.kv_len(j), self.columns * self.tokens)
+        return lax.div(kv_len + (self.tokens - 1), jnp.int32(self.tokens))
+
+    def _write_windows(self, lanes, starts, read, request, spare_rows, destinations):
+        def write():
+            iota = lanes.iota(self.window, self.width)
+            windows = [
+                lanes.laid_out(read(pl.ds(start, self.window)), self.width) for start in starts
+            ]
+
+            def write_row(j):
+                row = request.first_row + j
+                live = self.columns if self.tail == "copy" else self._live(request, j)
+                for start, window in zip(starts, windows, strict=True):
+                    columns = pl.ds(start, self.window)
+                    if self.tail == "keep":
+                        self._keep(lanes, iota, row, start, window, live, destinations)
+                        continue
+                    if self.tail == "zero":
+                        window = jnp.where(start + iota < live, window, 0)
+                    for ref, lead in destinations:
+                        ref[(*lead, row, columns)] = window
+
+            for_rows(request.rows, write_row)
+
+        if self.tail == "keep":
+            pl.when(starts[0] < self._live(request, request.rows - 1))(write)
+            return
+        write()
+        if spare_rows is not None:
+            zeros = lanes.zeros(self.window, self.width)
+
+            def clear_row(row):
+                for start in starts:
+                    for ref, lead in destinations:
+                        ref[(*lead, row, pl.ds(start, self.window))] = zeros
+
+            for_spare_rows(spare_rows, clear_row)
+
+    def _keep(self, lanes, iota, row, start, window, live, destinations):
+        columns = pl.ds(start, self.window)
+
+        @pl.when(start + self.window <= live)
+        def _():
+            for ref, lead in destinations:
+                ref[(*lead, row, columns)] = window
+
+        @pl.when((start < live) & (live < start + self.window))
+        def _():
+            for ref, lead in destinations:
+                index = (*lead, row, columns)
+                held = lanes.load(ref, index, self.width)
+                ref[index] = jnp.where(start + iota < live, window, held)
+
+    def _write_scalars(self, columns, read, request, spare_rows, destinations):
+        values = [read(jnp.minimum(column, self.columns - 1)) for column in columns]
+
+        def write_row(j):
+            row = request.first_row + j
+            live = self.columns if self.tail == "copy" else self._live(request, j)
+            for column, value in zip(columns, values, strict=True):
+                if self.tail == "zero":
+                    value = jnp.where(column < live, value, 0)
+
+                @pl.when(column < (live if self.tail == "keep" else self.columns))
+                def _(column=column, value=value):
+                    for ref, lead in destinations:
+                        ref[(*lead, row, column)] = value
+
+        for_rows(request.rows, write_row)
+        if spare_rows is not None:
+
+            def clear_row(row):
+                for column in columns:
+
+                    @pl.when(column < self.columns)
+                    def _(column=column):
+                        for ref, lead in destinations:
+                            ref[(*lead, row, column)] = jnp.int32(0)
+
+            for_spare_rows(spare_rows, clear_row)
