@@ -56,7 +56,8 @@ def broadcast(
         rows, columns = leaf.shape
         tail = "keep" if k in live else "copy"
         blocks = config or BlockConfig.heuristic(rows, columns)
-        tables.append(Table.of(columns, live.get(k, 1), tail, access_width(columns), blocks))
+        width = access_width(columns)
+        tables.append(Table.of(rows, columns, live.get(k, 1), tail, width, blocks))
     counts = [t.blocks * len(s) for t, s in zip(tables, sources, strict=True)]
 
     def kernel(index, inputs, results, _):

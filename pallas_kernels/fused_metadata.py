@@ -85,12 +85,13 @@ def fused_metadata(
     lanes = Lanes(bool(interpret))
     config = config or BlockConfig.heuristic(rows.rows, max_len)
 
-    wide = Table.of(max_len, 1, tail, access_width(pool_cols, max_len), config)
+    wide = Table.of(rows.requests, max_len, 1, tail, access_width(pool_cols, max_len), config)
     # Page starts form a vector where the pool's rows are whole pages.
     paged = pool_cols % real_page_size == 0
-    real = Table.of(pages, real_page_size, tail, int(paged), config)
+    real = Table.of(rows.requests, pages, real_page_size, tail, int(paged), config)
     wide_blocks = wide.blocks if wide_table else 0
     real_blocks = real.blocks if real_page_size > 1 else 0
+    blocks = 1 + wide_blocks + real_blocks
 
     lead = (num_backends,) if stacked else ()
 
@@ -113,10 +114,8 @@ def fused_metadata(
         inputs["pages"] = req_to_token.reshape(pool_rows, -1, real_page_size)
 
     def kernel(index, inputs, results, spill):
-        block, i = (
-            lax.div(index, jnp.int32(rows.requests)),
-            lax.rem(index, jnp.int32(rows.requests)),
-        )
+        # Neighbouring blocks write neighbouring memory.
+        i, block = lax.div(index, jnp.int32(blocks)), lax.rem(index, jnp.int32(blocks))
         seq_lens, extend = inputs["seq_lens"], inputs.get("extend")
 
         def destinations(field: str) -> list[Destination]:
@@ -164,7 +163,7 @@ def fused_metadata(
         inputs,
         out,
         (shapes,) * (1 if stacked else num_backends),
-        blocks=rows.requests * (1 + wide_blocks + real_blocks),
+        blocks=rows.requests * blocks,
         name="fused_metadata",
         interpret=interpret,
     )

@@ -15,6 +15,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 LANES = 128
 _UNROLL = 8  # vectors in flight while summing over requests
+_SERIAL = 32  # requests up to which adding one by one is faster than a vector and its reduction
 
 
 def access_width(*pitches: int) -> int:
@@ -74,17 +75,20 @@ def sum_over_requests(
         each ref; returns the vectors to add up.
       limit: where sums stop; terms must then be in [0, limit].
     """
+    if requests <= _SERIAL:
+        values = [[ref[k] for ref in refs] for k in range(requests)]
+        sums = None
+        for k, v in enumerate(values):
+            added = terms(jnp.int32(k), True, *v)
+            sums = added if sums is None else _add(sums, added, limit)
+        return sums
+
     whole = requests // LANES
     iota = lanes.iota(LANES)
 
     def add(sums, first, vectors):
         index = first + iota
-        added = terms(index, index < requests, *vectors)
-        if limit is None:
-            return tuple(s + t for s, t in zip(sums, added, strict=True))
-        return tuple(
-            jnp.where(s > limit - t, limit, s + t) for s, t in zip(sums, added, strict=True)
-        )
+        return _add(sums, terms(index, index < requests, *vectors), limit)
 
     def load(block):
         return [lanes.load(ref, pl.ds(block * LANES, LANES)) for ref in refs]
@@ -113,6 +117,13 @@ def sum_over_requests(
     if limit is None:
         return tuple(jnp.sum(s) for s in sums)
     return tuple(_limited_sum(s, limit) for s in sums)
+
+
+def _add(sums: tuple, terms: tuple, limit: int | None) -> tuple:
+    pairs = zip(sums, terms, strict=True)
+    if limit is None:
+        return tuple(s + t for s, t in pairs)
+    return tuple(jnp.where(s > limit - t, limit, s + t) for s, t in pairs)
 
 
 def _limited_sum(vector: jax.Array, limit: int) -> jax.Array:

@@ -20,7 +20,6 @@ def launch(
     *,
     blocks: int,
     shared: tuple[int, ...] = (2, LANES),
-    barriers: bool = False,
     name: str,
     interpret: Any,
 ) -> Any:
@@ -34,8 +33,6 @@ def launch(
       shapes: pytree of the shapes of the results, the structure of `out`.
       blocks: number of blocks, each a warpgroup of 128 threads.
       shared: shape of the shared memory.
-      barriers: synchronise the threads of a block around every access, as a kernel must whose
-        threads read what others have written.
       name: name of the kernel, for profilers.
       interpret: `InterpretGPUParams` to run without a GPU, or False.
 
@@ -67,7 +64,8 @@ def launch(
         body,
         out_type=() if held else flat_shapes,
         mesh=plgpu.Mesh(grid=(blocks,), grid_names=("block",)),
-        compiler_params=plgpu.CompilerParams(unsafe_no_auto_barriers=not barriers),
+        # A kernel whose threads read what others have written says where they must wait.
+        compiler_params=plgpu.CompilerParams(unsafe_no_auto_barriers=True),
         interpret=interpret,
         name=name,
     )(*flat_inputs, *held)

@@ -1,11 +1,13 @@
 """The prefix sum of a vector in one launch."""
 
+import functools
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.lanes import LANES, Lanes
 from pallas_kernels.launch import launch
@@ -19,7 +21,7 @@ def prefix_sum(x: jax.Array, *, interpret: Any = False) -> jax.Array:
     """0, then the inclusive prefix sum; wraps as int32 does.
 
     Each block adds up all elements before its own, out of the L2 cache, and then scans its own
-    1,024 by Hillis and Steele, "Data parallel algorithms" (1986): no block waits for another.
+    1,024 after Hillis and Steele, "Data parallel algorithms" (1986): no block waits for another.
 
     Args:
       x: int32 [n], n >= 1.
@@ -45,12 +47,16 @@ def prefix_sum(x: jax.Array, *, interpret: Any = False) -> jax.Array:
     def scan(block, ref, out, scratch):
         def scan_own(count):
             _fill(scratch, ref, block * size, size, count)
+            scratch[pl.ds(0, size)] = lanes.zeros(size)
+            plgpu.commit_smem()
             base = _sum_before(lanes, ref, block, size) if blocks > 1 else 0
             sums = base + _scan_shared(lanes, scratch, size)
             if count == size:
                 out[pl.ds(block * size + 1, size)] = sums
             else:
+                plgpu.commit_smem()
                 scratch[pl.ds(size, size)] = sums
+                plgpu.commit_smem()
                 _drain(lanes, out, block * size + 1, scratch, size, count)
 
         in_last = n - (blocks - 1) * size
@@ -70,7 +76,6 @@ def prefix_sum(x: jax.Array, *, interpret: Any = False) -> jax.Array:
         jax.ShapeDtypeStruct((n + 1,), jnp.int32),
         blocks=blocks,
         shared=(2 * size,),
-        barriers=not serial,
         name="prefix_sum",
         interpret=interpret,
     )
@@ -110,12 +115,22 @@ def _sum_before(lanes: Lanes, ref, block: jax.Array, size: int) -> jax.Array:
 
 
 def _scan_shared(lanes: Lanes, scratch, size: int) -> jax.Array:
-    """The inclusive scan of the upper half of shared memory; its lower half becomes 0."""
-    scratch[pl.ds(0, size)] = lanes.zeros(size)
-    sums = lanes.load(scratch, pl.ds(size, size))
+    """The inclusive scan of the upper half of shared memory, whose lower half is 0.
+
+    Hillis and Steele's algorithm with four terms in each step, so that half as many are needed.
+    """
+
+    def shifted(distance):
+        return lanes.load(scratch, pl.ds(size - distance, size))
+
+    sums = shifted(0)
     distance = 1
     while distance < size:
-        sums = sums + lanes.load(scratch, pl.ds(size - distance, size))
-        scratch[pl.ds(size, size)] = sums
-        distance *= 2
+        terms = [shifted(k * distance) for k in (1, 2, 3) if k * distance < size]
+        sums = functools.reduce(jnp.add, terms, sums)
+        distance *= 4
+        if distance < size:
+            plgpu.commit_smem()
+            scratch[pl.ds(size, size)] = sums
+            plgpu.commit_smem()
     return sums

@@ -27,6 +27,7 @@ class Table:
       tail: what lies past the live columns: "copy", "zero" or "keep".
       width: elements of one access; 0 where the table has to be copied one by one, because it is
         narrower than a window or its source has no vectors.
+      blocks: blocks that share a request's rows.
       config: block sizes.
     """
 
@@ -34,26 +35,26 @@ class Table:
     tokens: int
     tail: str
     width: int
+    blocks: int
     config: BlockConfig
 
     @classmethod
-    def of(cls, columns: int, tokens: int, tail: str, width: int, config: BlockConfig) -> "Table":
+    def of(
+        cls, requests: int, columns: int, tokens: int, tail: str, width: int, config: BlockConfig
+    ) -> "Table":
         """A table whose accesses are as wide as pitches (`width`) and columns allow."""
         while width and LANES * width > columns:
             width //= 2
-        return cls(columns, tokens, tail, width, config)
+        if not width:
+            return cls(columns, tokens, tail, 0, -(-columns // config.scalars), config)
+        chunks = -(-(columns // (LANES * width)) // config.windows)
+        blocks = min(chunks, max(1, config.blocks // requests))
+        return cls(columns, tokens, tail, width, blocks, config)
 
     @property
     def window(self) -> int:
         """Columns of one vector."""
         return LANES * self.width
-
-    @property
-    def blocks(self) -> int:
-        """Blocks in one request's rows."""
-        if not self.width:
-            return -(-self.columns // self.config.scalars)
-        return -(-(self.columns // self.window) // self.config.windows)
 
     def write(
         self,
@@ -64,11 +65,11 @@ class Table:
         spare_rows: tuple[jax.Array, int, jax.Array] | None,
         destinations: Sequence[Destination],
     ) -> None:
-        """Writes one block of all rows of a request.
+        """Writes the share of one block in all rows of a request.
 
         Args:
           lanes: vector operations.
-          block: which block.
+          block: which of the request's blocks.
           read: gives the columns at an index, a scalar or a `pl.ds`, of the source row.
           request: whose rows.
           spare_rows: first, step and number of the rows past the total to fill with 0, or None.
@@ -79,41 +80,63 @@ class Table:
             columns = [first + k for k in range(self.config.scalars)]
             self._write_scalars(columns, read, request, spare_rows, destinations)
             return
+        chunk_columns = self.config.windows * self.window
         windows = self.columns // self.window
-        last = self.blocks - 1
-        first = block * self.config.windows * self.window
-
-        def write(count, more=()):
-            starts = [first + k * self.window for k in range(count)] + list(more)
-            self._write_windows(lanes, starts, read, request, spare_rows, destinations)
-
-        in_last = windows - last * self.config.windows
+        chunks = -(-windows // self.config.windows)
+        in_last = windows - (chunks - 1) * self.config.windows
         # The columns that fill no window are covered by one that overlaps its neighbour.
         rest = [self.columns - self.window] if self.columns % self.window else []
-        if in_last == self.config.windows and not rest:
-            write(in_last)
-        else:
-            pl.when(block == last)(lambda: write(in_last, rest))
-            if last:
-                pl.when(block < last)(lambda: write(self.config.windows))
+
+        def write_chunk(chunk):
+            def write(count, more=()):
+                starts = [chunk * chunk_columns + k * self.window for k in range(count)]
+                starts += more
+                self._write_windows(lanes, starts, read, request, spare_rows, destinations)
+
+            if in_last == self.config.windows and not rest:
+                write(in_last)
+                return
+            pl.when(chunk == chunks - 1)(lambda: write(in_last, rest))
+            if chunks > 1:
+                pl.when(chunk < chunks - 1)(lambda: write(self.config.windows))
+
+        if self.blocks == chunks:
+            write_chunk(block)
+            return
+        end = jnp.int32(chunks)
+        if self.tail == "keep":
+            live = self._live(request, request.rows - 1)
+            end = jnp.minimum(end, lax.div(live + (chunk_columns - 1), jnp.int32(chunk_columns)))
+        mine = lax.div(end - block + (self.blocks - 1), jnp.int32(self.blocks))
+        lax.fori_loop(0, mine, lambda k, _: write_chunk(block + k * self.blocks), None)
 
     def _live(self, request: Request, j: jax.Array) -> jax.Array:
         kv_len = jnp.minimum(request.kv_len(j), self.columns * self.tokens)
         return lax.div(kv_len + (self.tokens - 1), jnp.int32(self.tokens))
 
     def _write_windows(self, lanes, starts, read, request, spare_rows, destinations):
+        keep = self.tail == "keep"
+        longest = self._live(request, request.rows - 1) if keep else self.columns
+
+        def load(start):
+            def window():
+                return lanes.laid_out(read(pl.ds(start, self.window)), self.width)
+
+            if not keep:
+                return window()
+            nothing = lanes.zeros(self.window, self.width)
+            return lax.cond(start < longest, window, lambda: nothing)
+
         def write():
             iota = lanes.iota(self.window, self.width)
-            windows = [
-                lanes.laid_out(read(pl.ds(start, self.window)), self.width) for start in starts
-            ]
+            windows = [load(start) for start in starts]
 
             def write_row(j):
                 row = request.first_row + j
                 live = self.columns if self.tail == "copy" else self._live(request, j)
                 for start, window in zip(starts, windows, strict=True):
                     columns = pl.ds(start, self.window)
-                    if self.tail == "keep":
+                    if keep:
                         self._keep(lanes, iota, row, start, window, live, destinations)
                         continue
                     if self.tail == "zero":
@@ -123,8 +146,8 @@ class Table:
 
             for_rows(request.rows, write_row)
 
-        if self.tail == "keep":
-            pl.when(starts[0] < self._live(request, request.rows - 1))(write)
+        if keep:
+            pl.when(starts[0] < longest)(write)
             return
         write()
         if spare_rows is not None:

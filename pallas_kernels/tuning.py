@@ -7,23 +7,25 @@ import dataclasses
 class BlockConfig:
     """How a table is cut into blocks, each the work of one warpgroup.
 
-    A window is 128 threads times the elements of one 16-byte access (fewer where a row pitch does
-    not allow 16 bytes): 512 elements. All windows of a block are loaded before the first store.
+    A window is what 128 threads move with one 16-byte access each, 512 elements; fewer where a row
+    pitch does not allow 16 bytes.
 
     Attributes:
-      windows: windows of a row that one block copies.
-      scalars: columns that one block copies one by one, in tables narrower than a window.
+      windows: windows that a block loads before it stores any.
+      scalars: columns that a block copies one by one, in tables narrower than a window.
+      blocks: blocks of a table. A block takes several turns where there would be more, as many as
+        its request's live columns need.
     """
 
     windows: int
     scalars: int = 8
+    blocks: int = 8192
 
     @classmethod
     def heuristic(cls, rows: int, columns: int) -> "BlockConfig":
-        """Blocks of 8 KiB, or of 4 KiB where the table would give fewer than four waves of blocks.
+        """Four windows, or one where that would leave multiprocessors without work.
 
-        Larger blocks amortise the latency of looking up the request (two dependent loads); smaller
-        ones spread a small table over the 132 multiprocessors of a Hopper GPU.
+        More windows amortise the latency of looking up the request (two dependent loads); fewer
+        spread a small table over the 132 multiprocessors of a Hopper GPU.
         """
-        blocks = rows * columns // 2048
-        return cls(windows=4 if blocks >= 4 * 132 else 2)
+        return cls(windows=4 if rows * columns >= 132 * 2048 * 4 else 1)
