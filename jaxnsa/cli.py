@@ -8,6 +8,7 @@ from pathlib import Path
 import click
 import numpy as np
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
@@ -137,7 +138,7 @@ def verify(cases: int, seed: int) -> None:
     for key in sorted(ran):
         table.add_row(*key, str(ran[key]), str(len(failures[key])))
     for name in sorted(set(info) - set(runnable)):
-        table.add_row(name, f"skipped: {info[name]['reason']}", "0", "-")
+        table.add_row(name, escape(f"skipped: {info[name]['reason']}"), "0", "-")
     console.print(table)
     failed = [(name, case) for (name, _), found in failures.items() for case in found]
     if failed:
@@ -160,6 +161,7 @@ def info() -> None:
     table.add_column("state")
     for name, state in kernels["implementations"].items():
         described = "available" if state["available"] else f"unavailable: {state['reason']}"
+        described = escape(described)
         table.add_row(name, described + (", default" if name == kernels["default"] else ""))
     console.print(table)
 

@@ -20,10 +20,10 @@ from typing import Any
 
 import jax
 
-from jaxnsa import pallas, xla
+from jaxnsa import ffi, pallas, xla
 from jaxnsa.config import Settings, names, settings
 
-IMPLEMENTATIONS: dict[str, ModuleType] = {"pallas": pallas, "xla": xla}
+IMPLEMENTATIONS: dict[str, ModuleType] = {"pallas": pallas, "ffi": ffi, "xla": xla}
 
 # The order in which they are tried where none is named, by platform.
 PREFERENCE: dict[str, tuple[str, ...]] = {"gpu": ("pallas", "xla")}

@@ -6,7 +6,7 @@ import jax
 
 # Operations that only name or rearrange buffers.
 _FREE = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all"}
-_OPERATION = re.compile(r"^\s+(?:ROOT )?%?[\w.-]+ = (?:\([^=]*\)|\S+) ([\w-]+)\(")
+_OPERATION = re.compile(r"^\s+(?:ROOT )?%?[\w.-]+ = (?:\(.*?\)|\S+) ([\w-]+)\(")
 
 
 def count_launches(compiled: jax.stages.Compiled) -> int:

@@ -1,0 +1,650 @@
+#include <algorithm>
+#include <cub/block/block_reduce.cuh>
+#include <cub/block/block_scan.cuh>
+
+#include "cuda.h"
+
+namespace jaxnsa {
+namespace {
+
+// ---------------------------------------------------------------------------------------------
+// The whole job. Blocks of one launch that do not wait for each other: the first ones write the
+// lengths and prefix sums of 128 requests each, the others a share of one request's tables.
+
+constexpr int kThreads = 128;
+// Table blocks of a launch: enough to fill any GPU several times. Each takes as many turns as its
+// request's live columns need.
+constexpr int64_t kMaxTableBlocks = 8192;
+
+// min(1, topk) + min(2, topk) + ... + min(n, topk), modulo 2^32.
+__device__ uint32_t ClampedSeries(int32_t n, int32_t topk) {
+  const uint32_t low = Min(n, topk);
+  const uint32_t triangle = low % 2 == 0 ? low / 2 * (low + 1) : low * (low / 2 + 1);
+  return triangle + (static_cast<uint32_t>(n) - low) * static_cast<uint32_t>(topk);
+}
+
+// The sum of nsa_cache_seqlens over the rows of a request, modulo 2^32.
+__device__ uint32_t NsaSum(const Rows& rows, int32_t cache_seqlen, int32_t q) {
+  // A KV length past int32 has wrapped; the rows before that count.
+  const int32_t last = cache_seqlen < 0 ? kInt32Max : cache_seqlen;
+  return ClampedSeries(last, rows.nsa_index_topk) -
+         ClampedSeries(Max(Add(cache_seqlen, -q), 0), rows.nsa_index_topk);
+}
+
+struct Sums {
+  uint32_t cache_seqlens;
+  uint32_t nsa_cache_seqlens;
+  int64_t rows;
+
+  __device__ Sums operator+(const Sums& other) const {
+    return {cache_seqlens + other.cache_seqlens, nsa_cache_seqlens + other.nsa_cache_seqlens,
+            rows + other.rows};
+  }
+};
+
+__device__ Sums SumsOf(const Rows& rows, int64_t i) {
+  if (i >= rows.requests) return {0, 0, 0};
+  const int32_t cache = rows.cache_seqlen(i), q = rows.q(i);
+  return {static_cast<uint32_t>(cache), NsaSum(rows, cache, q), q};
+}
+
+// The rows of the requests in [0, end), added up by all threads of a block for all of them.
+__device__ int64_t RowsBefore(const Rows& rows, int64_t end) {
+  using Reduce = cub::BlockReduce<int64_t, kThreads>;
+  __shared__ typename Reduce::TempStorage temp;
+  __shared__ int64_t result;
+  int64_t sum = 0;
+  for (int64_t i = threadIdx.x; i < end; i += kThreads) sum += rows.q(i);
+  sum = Reduce(temp).Sum(sum);
+  if (threadIdx.x == 0) result = sum;
+  __syncthreads();
+  const int64_t total = result;
+  __syncthreads();
+  return total;
+}
+
+__device__ void WriteLengths(const Fused& args, int64_t block, int64_t blocks) {
+  using Reduce = cub::BlockReduce<Sums, kThreads>;
+  using Scan = cub::BlockScan<Sums, kThreads>;
+  __shared__ union {
+    typename Reduce::TempStorage reduce;
+    typename Scan::TempStorage scan;
+  } temp;
+  __shared__ Sums before_block, all;
+  const Rows& rows = args.rows;
+  const auto plus = [](const Sums& a, const Sums& b) { return a + b; };
+
+  Sums sum{0, 0, 0};
+  const int64_t first = block * kThreads;
+  for (int64_t i = threadIdx.x; i < first; i += kThreads) sum = sum + SumsOf(rows, i);
+  sum = Reduce(temp.reduce).Reduce(sum, plus);
+  if (threadIdx.x == 0) before_block = sum;
+  __syncthreads();
+
+  const int64_t i = first + threadIdx.x;
+  const Sums own = SumsOf(rows, i);
+  Sums before;
+  Scan(temp.scan).ExclusiveScan(own, before, Sums{0, 0, 0}, plus);
+  before = before + before_block;
+
+  if (i == 0) {
+    for (int b = 0; b < args.num_backends; ++b) {
+      args.backends[b].cu_seqlens_k[0] = 0;
+      args.backends[b].nsa_cu_seqlens_k[0] = 0;
+    }
+  }
+  if (i < rows.requests) {
+    const int32_t cache = rows.cache_seqlen(i), q = rows.q(i);
+    for (int b = 0; b < args.num_backends; ++b) {
+      args.backends[b].cache_seqlens[i] = cache;
+      args.backends[b].cu_seqlens_k[i + 1] = before.cache_seqlens + own.cache_seqlens;
+    }
+    uint32_t nsa_sum = before.nsa_cache_seqlens;
+    for (int32_t j = 0; j < q && before.rows + j < rows.count; ++j) {
+      const int64_t row = before.rows + j;
+      const int32_t kv_len = Rows::kv_len(cache, q, j), nsa_len = rows.nsa_len(kv_len);
+      nsa_sum += nsa_len;
+      for (int b = 0; b < args.num_backends; ++b) {
+        args.backends[b].seqlens_expanded[row] = kv_len;
+        args.backends[b].nsa_cache_seqlens[row] = nsa_len;
+        args.backends[b].nsa_cu_seqlens_k[row + 1] = nsa_sum;
+      }
+    }
+  }
+  if (!rows.ragged()) return;
+
+  // The rows past the total.
+  __syncthreads();
+  sum = Sums{0, 0, 0};
+  for (int64_t k = threadIdx.x; k < rows.requests; k += kThreads) sum = sum + SumsOf(rows, k);
+  sum = Reduce(temp.reduce).Reduce(sum, plus);
+  if (threadIdx.x == 0) all = sum;
+  __syncthreads();
+  for (int64_t row = all.rows + i; row < rows.count; row += blocks * kThreads) {
+    for (int b = 0; b < args.num_backends; ++b) {
+      args.backends[b].seqlens_expanded[row] = 0;
+      args.backends[b].nsa_cache_seqlens[row] = 0;
+      args.backends[b].nsa_cu_seqlens_k[row + 1] = all.nsa_cache_seqlens;
+    }
+  }
+}
+
+// kWidth neighbouring columns of a row, moved by one access where they are aligned and complete.
+template <int kWidth>
+struct Columns;
+
+template <>
+struct Columns<4> {
+  static constexpr int kPerThread = 4;
+  int32_t value[4];
+
+  __device__ void Load(const int32_t* source) {
+    const int4 v = __ldg(reinterpret_cast<const int4*>(source));
+    value[0] = v.x, value[1] = v.y, value[2] = v.z, value[3] = v.w;
+  }
+  // Evicted first: an engine reads other memory before it reads this, and the pool stays cached.
+  __device__ void Store(int32_t* destination) const {
+    __stcs(reinterpret_cast<int4*>(destination), make_int4(value[0], value[1], value[2], value[3]));
+  }
+};
+
+template <>
+struct Columns<1> {
+  static constexpr int kPerThread = 8;
+  int32_t value[1];
+
+  __device__ void Load(const int32_t* source) { value[0] = __ldg(source); }
+  __device__ void Store(int32_t* destination) const { __stcs(destination, value[0]); }
+};
+
+// What a row of a table gets: columns below `live` from the pool, then 0 below `end`; in tokens.
+struct Extent {
+  int32_t live;
+  int32_t end;
+};
+
+__device__ Extent ExtentOf(Tail tail, int32_t max_len, int32_t kv_len) {
+  const int32_t live = Min(kv_len, max_len);
+  if (tail == Tail::kCopy) return {max_len, max_len};
+  return {live, tail == Tail::kZero ? max_len : live};
+}
+
+// Writes the columns that start at token `column` to one row of both tables of every backend.
+template <int kWidth>
+__device__ void StoreColumns(const Fused& args, const Columns<kWidth>& columns, int64_t row,
+                             int32_t column, Extent extent) {
+  if (column >= extent.end) return;
+  const int32_t page = args.real_page_size;
+  Columns<kWidth> masked = columns;
+#pragma unroll
+  for (int e = 0; e < kWidth; ++e) {
+    if (column + e >= extent.live) masked.value[e] = 0;
+  }
+  if (args.backends[0].page_indices != nullptr) {
+    const int64_t offset = row * args.page_indices_stride + column;
+    if (column <= extent.end - kWidth) {
+      for (int b = 0; b < args.num_backends; ++b) masked.Store(args.backends[b].page_indices + offset);
+    } else {
+      for (int b = 0; b < args.num_backends; ++b) {
+#pragma unroll
+        for (int e = 0; e < kWidth; ++e) {
+          if (column + e < extent.end) args.backends[b].page_indices[offset + e] = masked.value[e];
+        }
+      }
+    }
+  }
+  if (args.backends[0].real_page_table != nullptr) {
+#pragma unroll
+    for (int e = 0; e < kWidth; ++e) {
+      const int32_t token = column + e;
+      const bool power_of_two = (page & (page - 1)) == 0;
+      const bool starts_page = power_of_two ? (token & (page - 1)) == 0 : token % page == 0;
+      if (starts_page && token < extent.end) {
+        const int64_t offset = row * args.real_page_table_stride + token / page;
+        const int32_t value = FloorDiv(masked.value[e], page);
+        for (int b = 0; b < args.num_backends; ++b) args.backends[b].real_page_table[offset] = value;
+      }
+    }
+  }
+}
+
+// One request's rows in a table: `count` of them from `first` on.
+struct Request {
+  int64_t first;
+  int32_t count;
+  int32_t cache_seqlen;
+  int32_t q;
+  int32_t max_len;
+  Tail tail;
+
+  __device__ Extent extent(int32_t j) const {
+    return ExtentOf(tail, max_len, Rows::kv_len(cache_seqlen, q, j));
+  }
+  __device__ Extent longest() const { return extent(count - 1); }
+};
+
+template <int kWidth>
+__device__ void CopyRows(const Fused& args, const Request& request, const int32_t* source,
+                         int64_t chunk) {
+  constexpr int kPerThread = Columns<kWidth>::kPerThread;
+  const Extent longest = request.longest();
+  const int64_t first = (chunk * kPerThread * kThreads + threadIdx.x) * kWidth;
+  Columns<kWidth> columns[kPerThread];
+#pragma unroll
+  for (int u = 0; u < kPerThread; ++u) {
+    const int64_t column = first + u * kThreads * kWidth;
+    if (column <= longest.live - kWidth) {
+      columns[u].Load(source + column);
+    } else {
+#pragma unroll
+      for (int e = 0; e < kWidth; ++e) {
+        columns[u].value[e] = column + e < longest.live ? source[column + e] : 0;
+      }
+    }
+  }
+  for (int32_t j = 0; j < request.count; ++j) {
+    const Extent extent = request.extent(j);
+#pragma unroll
+    for (int u = 0; u < kPerThread; ++u) {
+      StoreColumns(args, columns[u], request.first + j,
+                   static_cast<int32_t>(Min(first + u * kThreads * kWidth, kInt32Max)), extent);
+    }
+  }
+}
+
+// Where there is no wide table, only the first token of each page is read.
+__device__ void CopyPages(const Fused& args, const Request& request, const int32_t* source,
+                          int64_t first_page) {
+  const int64_t token = (first_page + threadIdx.x) * args.real_page_size;
+  if (token >= args.max_len) return;
+  const Extent longest = request.longest();
+  const Columns<1> column{token < longest.live ? source[token] : 0};
+  for (int32_t j = 0; j < request.count; ++j) {
+    StoreColumns(args, column, request.first + j, static_cast<int32_t>(token),
+                 request.extent(j));
+  }
+}
+
+template <int kWidth>
+__device__ void WriteTables(const Fused& args, int64_t i, int64_t requests, int64_t block,
+                            int64_t blocks) {
+  const Rows& rows = args.rows;
+  const bool wide = args.backends[0].page_indices != nullptr;
+  const int64_t chunk = wide ? kThreads * kWidth * Columns<kWidth>::kPerThread
+                             : static_cast<int64_t>(kThreads) * args.real_page_size;
+  const auto copy = [&](const Request& request, const int32_t* source) {
+    const int64_t end = request.longest().end;
+    for (int64_t c = block; c * chunk < end; c += blocks) {
+      if (wide) {
+        CopyRows<kWidth>(args, request, source, c);
+      } else {
+        CopyPages(args, request, source, c * kThreads);
+      }
+    }
+  };
+
+  if (i < rows.requests) {
+    Request request{0, 0, rows.cache_seqlen(i), rows.q(i), args.max_len, args.tail};
+    request.first = rows.ragged() ? RowsBefore(rows, i) : i * request.q;
+    const int64_t room = rows.count - request.first;
+    request.count = room < request.q ? static_cast<int32_t>(room < 0 ? 0 : room) : request.q;
+    if (request.count > 0) copy(request, args.pool_row(i));
+  }
+  if (rows.ragged() && args.tail != Tail::kKeep) {
+    // This request's share of the rows past the total: nothing is live in them.
+    const int64_t total = RowsBefore(rows, rows.requests);
+    for (int64_t row = total + i; row < rows.count; row += requests) {
+      copy(Request{row, 1, 0, 1, args.max_len, Tail::kZero}, nullptr);
+    }
+  }
+}
+
+template <int kWidth>
+__global__ void __launch_bounds__(kThreads)
+    FusedMetadataKernel(const __grid_constant__ Fused args, int64_t length_blocks,
+                        int64_t requests, int64_t blocks_per_request) {
+  if (blockIdx.x < length_blocks) {
+    WriteLengths(args, blockIdx.x, length_blocks);
+    return;
+  }
+  // Neighbouring blocks write neighbouring memory.
+  const int64_t block = blockIdx.x - length_blocks;
+  WriteTables<kWidth>(args, block / blocks_per_request, requests, block % blocks_per_request,
+                      blocks_per_request);
+}
+
+bool IsAligned(const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % 16 == 0; }
+
+bool AllowsVectors(const Fused& args) {
+  bool allows = args.pool_stride % 4 == 0 && args.page_indices_stride % 4 == 0 &&
+                IsAligned(args.req_to_token);
+  for (int b = 0; b < args.num_backends; ++b) {
+    allows = allows && IsAligned(args.backends[b].page_indices);
+  }
+  return allows;
+}
+
+int64_t CeilDiv(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// ---------------------------------------------------------------------------------------------
+// Copies.
+
+constexpr int kCopyPerThread = 4;
+constexpr int64_t kCopyChunk = 4 * kThreads * kCopyPerThread;
+
+struct CopyGrid {
+  int64_t first_block[kCopiedArrays + 1];
+};
+
+__global__ void __launch_bounds__(kThreads)
+    CopyMetadataKernel(const __grid_constant__ Copy args, const __grid_constant__ CopyGrid grid) {
+  int a = 0;
+  while (blockIdx.x >= grid.first_block[a + 1]) ++a;
+  const CopiedArray& array = args.arrays[a];
+  const int64_t chunks = (array.columns + kCopyChunk - 1) / kCopyChunk;
+  const int64_t block = blockIdx.x - grid.first_block[a];
+  const int64_t row = block / chunks, begin = block % chunks * kCopyChunk;
+  const int64_t live = args.live(array, row);
+  const int64_t offset = row * array.columns;
+  bool vectors = offset % 4 == 0 && reinterpret_cast<uintptr_t>(array.source) % 16 == 0;
+  for (int b = 0; b < args.num_backends; ++b) {
+    vectors = vectors && reinterpret_cast<uintptr_t>(args.destinations[b][a]) % 16 == 0;
+  }
+#pragma unroll
+  for (int u = 0; u < kCopyPerThread; ++u) {
+    const int64_t column = begin + (u * kThreads + threadIdx.x) * 4;
+    if (vectors && column + 4 <= live) {
+      const int4 value = __ldg(reinterpret_cast<const int4*>(array.source + offset + column));
+      for (int b = 0; b < args.num_backends; ++b) {
+        __stcs(reinterpret_cast<int4*>(args.destinations[b][a] + offset + column), value);
+      }
+      continue;
+    }
+    for (int64_t c = column; c < column + 4 && c < live; ++c) {
+      const int32_t value = array.source[offset + c];
+      for (int b = 0; b < args.num_backends; ++b) args.destinations[b][a][offset + c] = value;
+    }
+  }
+}
+
+// ---------------------------------------------------------------------------------------------
+// Prefix sums.
+
+// Each block adds up what comes before its tile, out of the L2 cache, and scans the tile.
+template <int kBlockThreads, int kItems>
+__global__ void __launch_bounds__(kBlockThreads)
+    BlockScanKernel(const int32_t* x, int64_t n, int32_t* out) {
+  using Reduce = cub::BlockReduce<uint32_t, kBlockThreads>;
+  using Scan = cub::BlockScan<uint32_t, kBlockThreads>;
+  __shared__ union {
+    typename Reduce::TempStorage reduce;
+    typename Scan::TempStorage scan;
+  } temp;
+  __shared__ uint32_t before;
+  const int64_t first = static_cast<int64_t>(blockIdx.x) * kBlockThreads * kItems;
+
+  uint32_t items[kItems];
+#pragma unroll
+  for (int k = 0; k < kItems; ++k) {
+    const int64_t i = first + threadIdx.x * kItems + k;
+    items[k] = i < n ? x[i] : 0;
+  }
+  if (blockIdx.x > 0) {
+    uint32_t sum = 0;
+    if (reinterpret_cast<uintptr_t>(x) % 16 == 0) {
+#pragma unroll 8
+      for (int64_t i = threadIdx.x; i < first / 4; i += kBlockThreads) {
+        const int4 v = __ldg(reinterpret_cast<const int4*>(x) + i);
+        sum += static_cast<uint32_t>(v.x) + v.y + v.z + v.w;
+      }
+    } else {
+#pragma unroll 8
+      for (int64_t i = threadIdx.x; i < first; i += kBlockThreads) sum += x[i];
+    }
+    sum = Reduce(temp.reduce).Sum(sum);
+    if (threadIdx.x == 0) before = sum;
+    __syncthreads();
+  }
+  Scan(temp.scan).InclusiveSum(items, items);
+  const uint32_t base = blockIdx.x > 0 ? before : 0;
+  if (first == 0 && threadIdx.x == 0) out[0] = 0;
+#pragma unroll
+  for (int k = 0; k < kItems; ++k) {
+    const int64_t i = first + threadIdx.x * kItems + k;
+    if (i < n) out[i + 1] = base + items[k];
+  }
+}
+
+__global__ void SequentialKernel(const int32_t* x, int64_t n, int32_t* out) {
+  int32_t sum = 0;
+  out[0] = 0;
+  for (int64_t i = 0; i < n; ++i) out[i + 1] = sum = Add(sum, x[i]);
+}
+
+// G. E. Blelloch, "Prefix sums and their applications" (1990), in tiles whose totals are carried on,
+// so that any length is right.
+constexpr int kBlellochTile = 1024;
+
+__global__ void __launch_bounds__(kBlellochTile / 2)
+    BlellochKernel(const int32_t* x, int64_t n, int32_t* out) {
+  __shared__ uint32_t tile[kBlellochTile];
+  __shared__ uint32_t carry, total;
+  if (threadIdx.x == 0) carry = 0, out[0] = 0;
+  for (int64_t first = 0; first < n; first += kBlellochTile) {
+    for (int k = threadIdx.x; k < kBlellochTile; k += blockDim.x) {
+      tile[k] = first + k < n ? x[first + k] : 0;
+    }
+    int stride = 1;
+    for (int active = kBlellochTile / 2; active > 0; active /= 2, stride *= 2) {  // reduce
+      __syncthreads();
+      if (threadIdx.x < active) {
+        const int right = (2 * threadIdx.x + 2) * stride - 1;
+        tile[right] += tile[right - stride];
+      }
+    }
+    __syncthreads();
+    if (threadIdx.x == 0) {
+      total = tile[kBlellochTile - 1];
+      tile[kBlellochTile - 1] = 0;
+    }
+    for (int active = 1; active < kBlellochTile; active *= 2) {  // distribute
+      stride /= 2;
+      __syncthreads();
+      if (threadIdx.x < active) {
+        const int right = (2 * threadIdx.x + 2) * stride - 1;
+        const uint32_t left = tile[right - stride];
+        tile[right - stride] = tile[right];
+        tile[right] += left;
+      }
+    }
+    __syncthreads();
+    for (int k = threadIdx.x; k < kBlellochTile && first + k < n; k += blockDim.x) {
+      out[first + k + 1] = carry + tile[k] + static_cast<uint32_t>(x[first + k]);
+    }
+    __syncthreads();
+    if (threadIdx.x == 0) carry += total;
+  }
+}
+
+// ---------------------------------------------------------------------------------------------
+// Draft extend.
+
+__device__ void WriteRow(const DraftExtend& args, int64_t row, int64_t i, int64_t j) {
+  const Rows& rows = args.rows;
+  const int32_t kv_len =
+      i < rows.requests ? Rows::kv_len(rows.cache_seqlen(i), rows.q(i), static_cast<int32_t>(j)) : 0;
+  args.seqlens_expanded[row] = kv_len;
+  args.nsa_cache_seqlens[row] = rows.nsa_len(kv_len);
+}
+
+constexpr int kExpandThreads = 256;
+
+// Each block expands 256 rows: it scans the requests tile by tile until they reach its last row, and
+// each thread looks its row up in the tile that holds it.
+__global__ void __launch_bounds__(kExpandThreads)
+    FillDraftExtendKernel(const __grid_constant__ DraftExtend args) {
+  using Scan = cub::BlockScan<int64_t, kExpandThreads>;
+  __shared__ typename Scan::TempStorage temp;
+  __shared__ int64_t ends[kExpandThreads];
+  const Rows& rows = args.rows;
+  const int64_t first_row = static_cast<int64_t>(blockIdx.x) * kExpandThreads;
+  const int64_t row = first_row + threadIdx.x;
+  const bool sums_all = blockIdx.x == 0;  // this block also writes the total
+
+  int64_t before = 0, request = rows.requests, token = 0;
+  for (int64_t first = 0; first < rows.requests; first += kExpandThreads) {
+    const int64_t i = first + threadIdx.x;
+    int64_t end, total;
+    Scan(temp).InclusiveSum(i < rows.requests ? rows.q(i) : 0, end, total);
+    ends[threadIdx.x] = before + end;
+    __syncthreads();
+    if (row >= before && row < before + total) {
+      int low = 0, high = kExpandThreads - 1;  // the first request that ends after this row
+      while (low < high) {
+        const int middle = (low + high) / 2;
+        if (ends[middle] > row) {
+          high = middle;
+        } else {
+          low = middle + 1;
+        }
+      }
+      request = first + low;
+      token = row - (low > 0 ? ends[low - 1] : before);
+    }
+    before += total;
+    __syncthreads();
+    if (!sums_all && before > first_row + kExpandThreads) break;
+  }
+  if (row < rows.count) WriteRow(args, row, request, token);
+  if (sums_all && threadIdx.x == 0) *args.total_tokens = static_cast<int32_t>(before);
+}
+
+// The same in two launches, from offsets in global memory; they stop at the capacity.
+__global__ void OffsetsKernel(const __grid_constant__ DraftExtend args) {
+  using Scan = cub::BlockScan<int64_t, kExpandThreads>;
+  __shared__ typename Scan::TempStorage temp;
+  const Rows& rows = args.rows;
+  int64_t before = 0;
+  if (threadIdx.x == 0) args.offsets[0] = 0;
+  for (int64_t first = 0; first < rows.requests; first += kExpandThreads) {
+    const int64_t i = first + threadIdx.x;
+    int64_t end, total;
+    Scan(temp).InclusiveSum(i < rows.requests ? rows.q(i) : 0, end, total);
+    if (i < rows.requests) {
+      args.offsets[i + 1] =
+          static_cast<int32_t>(before + end < rows.count ? before + end : rows.count);
+    }
+    before += total;
+    __syncthreads();
+  }
+  if (threadIdx.x == 0) *args.total_tokens = static_cast<int32_t>(before);
+}
+
+constexpr int kLinearSearchLimit = 16;  // requests up to which "adaptive" searches linearly
+
+template <bool kAdaptive>
+__global__ void ExpandKernel(const __grid_constant__ DraftExtend args) {
+  const Rows& rows = args.rows;
+  const int64_t row = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
+  if (row >= rows.count) return;
+  int64_t i = 0;
+  if (kAdaptive && rows.requests <= kLinearSearchLimit) {
+    while (i < rows.requests && args.offsets[i + 1] <= row) ++i;
+  } else {
+    int64_t high = rows.requests;
+    while (i < high) {
+      const int64_t middle = (i + high) / 2;
+      if (args.offsets[middle + 1] > row) {
+        high = middle;
+      } else {
+        i = middle + 1;
+      }
+    }
+  }
+  WriteRow(args, row, i, row - args.offsets[i]);
+}
+
+// What went wrong with the launch before, or "".
+std::string LaunchError(const char* kernel) {
+  const cudaError_t error = cudaGetLastError();
+  if (error == cudaSuccess) return "";
+  return std::string("kernel ") + kernel + ": " + cudaGetErrorString(error);
+}
+
+}  // namespace
+
+std::string Cuda::PrefixSum(Stream stream, PrefixSumVariant variant, const int32_t* x, int64_t n,
+                      int32_t* out) {
+  switch (variant) {
+    case PrefixSumVariant::kSequential:
+      SequentialKernel<<<1, 1, 0, stream>>>(x, n, out);
+      break;
+    case PrefixSumVariant::kBlelloch:
+      BlellochKernel<<<1, kBlellochTile / 2, 0, stream>>>(x, n, out);
+      break;
+    case PrefixSumVariant::kBlockScan:
+      if (n <= 512) {
+        BlockScanKernel<128, 4><<<1, 128, 0, stream>>>(x, n, out);
+      } else {
+        BlockScanKernel<512, 4>
+            <<<static_cast<unsigned>(CeilDiv(n, 512 * 4)), 512, 0, stream>>>(x, n, out);
+      }
+      break;
+  }
+  return LaunchError("prefix_sum");
+}
+
+std::string Cuda::FillDraftExtend(Stream stream, DraftExtendVariant variant,
+                            const DraftExtend& args) {
+  const auto blocks =
+      static_cast<unsigned>(std::max<int64_t>(1, CeilDiv(args.rows.count, kExpandThreads)));
+  if (variant == DraftExtendVariant::kOptimized) {
+    FillDraftExtendKernel<<<blocks, kExpandThreads, 0, stream>>>(args);
+    return LaunchError("fill_draft_extend_metadata");
+  }
+  OffsetsKernel<<<1, kExpandThreads, 0, stream>>>(args);
+  if (std::string error = LaunchError("draft_extend_offsets"); !error.empty()) return error;
+  if (variant == DraftExtendVariant::kAdaptive) {
+    ExpandKernel<true><<<blocks, kExpandThreads, 0, stream>>>(args);
+  } else {
+    ExpandKernel<false><<<blocks, kExpandThreads, 0, stream>>>(args);
+  }
+  return LaunchError("fill_draft_extend_metadata");
+}
+
+std::string Cuda::CopyMetadata(Stream stream, const Copy& args) {
+  CopyGrid grid{};
+  for (int a = 0; a < kCopiedArrays; ++a) {
+    const CopiedArray& array = args.arrays[a];
+    grid.first_block[a + 1] =
+        grid.first_block[a] + array.rows * CeilDiv(array.columns, kCopyChunk);
+  }
+  const int64_t blocks = grid.first_block[kCopiedArrays];
+  if (blocks == 0) return "";
+  CopyMetadataKernel<<<static_cast<unsigned>(blocks), kThreads, 0, stream>>>(args, grid);
+  return LaunchError("fused_metadata_copy");
+}
+
+std::string Cuda::FusedMetadata(Stream stream, const Fused& args) {
+  const bool vectors = AllowsVectors(args);
+  const int64_t chunk = args.backends[0].page_indices == nullptr
+                            ? static_cast<int64_t>(kThreads) * args.real_page_size
+                        : vectors ? kThreads * 4 * Columns<4>::kPerThread
+                                  : kThreads * Columns<1>::kPerThread;
+  // Without requests, one block in their place clears the rows.
+  const int64_t requests = std::max<int64_t>(args.rows.requests, 1);
+  const int64_t length_blocks = CeilDiv(requests, kThreads);
+  const int64_t blocks_per_request =
+      std::min(CeilDiv(args.max_len, chunk), std::max<int64_t>(1, kMaxTableBlocks / requests));
+  const auto blocks = static_cast<unsigned>(length_blocks + requests * blocks_per_request);
+  if (vectors) {
+    FusedMetadataKernel<4>
+        <<<blocks, kThreads, 0, stream>>>(args, length_blocks, requests, blocks_per_request);
+  } else {
+    FusedMetadataKernel<1>
+        <<<blocks, kThreads, 0, stream>>>(args, length_blocks, requests, blocks_per_request);
+  }
+  return LaunchError("fused_metadata");
+}
+
+}  // namespace jaxnsa

@@ -1,0 +1,220 @@
+"""The FFI implementation: hand-written CUDA and its C++ twin for the CPU, called through XLA."""
+
+import ctypes
+import functools
+import importlib.metadata
+import re
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import export
+
+from jaxnsa.metadata import Array, DraftExtendSeqlens, NSAMetadata
+from jaxnsa.spec import Spec
+
+PrefixSumVariant = Literal["block_scan", "sequential", "blelloch"]
+DraftExtendVariant = Literal["optimized", "adaptive", "basic"]
+
+VARIANTS = {
+    "prefix_sum": {
+        "block_scan": "one launch; each block adds up what comes before it and scans its tile",
+        "sequential": "one launch of one thread",
+        "blelloch": "one launch of one block; Blelloch's work-efficient scan, tile by tile",
+    },
+    "fill_draft_extend_metadata": {
+        "optimized": "one launch; prefix sum, search and clamp fused",
+        "adaptive": "two launches; linear search up to 16 requests, binary search above",
+        "basic": "two launches; binary search",
+    },
+}
+"""What the source documents compare, correct at every size here; the default comes first. On the
+CPU all variants are the same loop."""
+
+_LIBRARIES = {"cpu": "jaxnsa_cpu.so", "gpu": "jaxnsa_cuda.so"}
+_NEEDS = {"cpu": "a C++17 compiler", "gpu": "a C++17 compiler and nvcc 12 or newer"}
+_XLA_PLATFORMS = {"cpu": "cpu", "gpu": "CUDA"}
+_PREFIX_SUM = "jaxnsa_prefix_sum"
+_FILL_DRAFT_EXTEND = "jaxnsa_fill_draft_extend_metadata"
+_COPY = "jaxnsa_fused_metadata_copy"
+_FUSED = "jaxnsa_fused_metadata_precompute_and_broadcast"
+_TARGETS = (_PREFIX_SUM, _FILL_DRAFT_EXTEND, _COPY, _FUSED)
+
+EXPORT_CHECKS = tuple(export.DisabledSafetyCheck.custom_call(target) for target in _TARGETS)
+"""The `disabled_checks` with which `jax.export.export` takes functions that use the FFI. The process
+that runs the exported function must have imported `jaxnsa.ffi` and called `load`."""
+
+
+def unavailable(platform: str | None) -> str | None:
+    """Why this cannot run on a platform; None where it can."""
+    if platform is None:
+        return None if any(load(p) is None for p in _LIBRARIES) else load("cpu")
+    if platform not in _LIBRARIES:
+        return f"needs a CPU or an NVIDIA GPU, not a {platform}"
+    return load(platform) or _probe(platform)
+
+
+def library_path(platform: str) -> Path:
+    """Where the shared library for "cpu" or "gpu" lies, if it was built."""
+    package = importlib.metadata.distribution("jaxnsa")
+    return Path(str(package.locate_file("jaxnsa"))) / _LIBRARIES[platform]
+
+
+@functools.cache
+def load(platform: str) -> str | None:
+    """Loads the library for "cpu" or "gpu" and registers its handlers, once.
+
+    Returns:
+      Why that was not possible and what would make it so; None if it was.
+    """
+    path = library_path(platform)
+    if not path.exists():
+        return (
+            f"{path.name} was not built when jaxnsa was installed, which takes {_NEEDS[platform]}; "
+            f"install that, then run: {_rebuild()}"
+        )
+    try:
+        library = ctypes.CDLL(str(path))
+    except OSError as error:
+        return f"{path} could not be loaded: {error}; to rebuild it, run: {_rebuild()}"
+    for target in _TARGETS:
+        jax.ffi.register_ffi_target(
+            target, jax.ffi.pycapsule(getattr(library, target)), platform=_XLA_PLATFORMS[platform]
+        )
+    return None
+
+
+def prefix_sum(x: Array, *, variant: PrefixSumVariant = "block_scan") -> Array:
+    """int32 [n] -> int32 [n + 1]: 0, then the inclusive prefix sum."""
+    return _call(_PREFIX_SUM, jax.ShapeDtypeStruct((len(x) + 1,), jnp.int32), x, variant=variant)
+
+
+def fill_draft_extend_metadata(
+    extend_seq_lens: Array,
+    seq_lens: Array,
+    *,
+    nsa_index_topk: int,
+    max_total_tokens: int,
+    variant: DraftExtendVariant = "optimized",
+) -> DraftExtendSeqlens:
+    """See `jaxnsa.fill_draft_extend_metadata`."""
+    rows = jax.ShapeDtypeStruct((max_total_tokens,), jnp.int32)
+    total = jax.ShapeDtypeStruct((), jnp.int32)
+    offsets = jax.ShapeDtypeStruct((0 if variant == "optimized" else len(seq_lens) + 1,), jnp.int32)
+    *lengths, _ = _call(
+        _FILL_DRAFT_EXTEND,
+        (rows, rows, total, offsets),
+        extend_seq_lens,
+        seq_lens,
+        nsa_index_topk=np.int64(nsa_index_topk),
+        variant=variant,
+    )
+    return DraftExtendSeqlens(*lengths)
+
+
+def broadcast(
+    seq_lens: Array,
+    req_pool_indices: Array,
+    req_to_token: Array,
+    extend_seq_lens: Array | None,
+    out: tuple[NSAMetadata, ...] | None,
+    spec: Spec,
+) -> tuple[NSAMetadata, ...]:
+    """Computes the metadata of `spec` for all of its destinations."""
+    inputs = [seq_lens, req_pool_indices, req_to_token]
+    if spec.rows.tokens_per_request is None:
+        inputs.append(extend_seq_lens)
+    return _call_in_place(
+        _FUSED,
+        inputs,
+        out,
+        (spec.shapes(),) * spec.destinations,
+        tokens_per_request=np.int64(spec.rows.tokens_per_request or 0),
+        added_tokens=np.int64(spec.rows.added_tokens),
+        max_len=np.int64(spec.max_len),
+        nsa_index_topk=np.int64(spec.nsa_index_topk),
+        real_page_size=np.int64(spec.real_page_size),
+        wide_table=spec.wide_table,
+        tail=spec.tail,
+        num_backends=np.int64(spec.num_backends),
+        stacked=spec.stacked,
+    )
+
+
+def copy(
+    src: NSAMetadata,
+    out: tuple[NSAMetadata, ...] | None,
+    *,
+    num_backends: int,
+    live: Spec | None = None,
+) -> tuple[NSAMetadata, ...]:
+    """Copies `src` to `num_backends` destinations; its live columns only with `live`."""
+    page = {} if live is None else {"page_indices": 1, "real_page_table": live.real_page_size}
+    tokens = [page.get(field, 0) for field, array in vars(src).items() if array is not None]
+    inputs = jax.tree.leaves(src) + ([src.seqlens_expanded] if any(tokens) else [])
+    shapes = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), src)
+    return _call_in_place(
+        _COPY,
+        inputs,
+        out,
+        (shapes,) * num_backends,
+        num_backends=np.int64(num_backends),
+        tokens=np.array(tokens, np.int64),
+    )
+
+
+def _call_in_place(target: str, inputs: list, out: Any, shapes: Any, **attributes: Any) -> Any:
+    """A call whose results, a pytree of the given shapes, lie in `out` where that is given."""
+    held = jax.tree.leaves(out)
+    flat_shapes, structure = jax.tree.flatten(shapes)
+    aliases = {len(inputs) + k: k for k in range(len(held))}
+    results = _call(target, flat_shapes, *inputs, *held, aliases=aliases, **attributes)
+    return jax.tree.unflatten(structure, results)
+
+
+def _call(
+    target: str, shapes: Any, *operands: Array, aliases: Any = None, **attributes: Any
+) -> Any:
+    for platform in _LIBRARIES:
+        load(platform)
+    call = jax.ffi.ffi_call(
+        target, shapes, vmap_method="sequential", input_output_aliases=aliases or {}
+    )
+    return call(*operands, **attributes)
+
+
+@functools.cache
+def _probe(platform: str) -> str | None:
+    """Runs the smallest call: a runtime may refuse a handler and not say so until it is called."""
+    x = np.arange(3, dtype=np.int32)
+    try:
+        with jax.default_device(jax.devices(platform)[0]):
+            compiled = jax.jit(prefix_sum).lower(x).compile()
+            result = np.asarray(compiled(x))
+    except RuntimeError as error:
+        reason = str(error).splitlines()[0]
+        return (
+            f"{_LIBRARIES[platform]} was built with XLA FFI API {_built_api(platform)}, this jaxlib "
+            f"has {_runtime_api()}, and a probe call failed: {reason}; to rebuild the library for "
+            f"this jaxlib, run: {_rebuild()}"
+        )
+    if result.tolist() != [0, 0, 1, 3]:
+        return f"a probe call of {_LIBRARIES[platform]} returned {result.tolist()}"
+    return None
+
+
+def _built_api(platform: str) -> str:
+    version = ctypes.CDLL(str(library_path(platform))).jaxnsa_ffi_api_version()
+    return f"{version // 1000}.{version % 1000}"
+
+
+def _runtime_api() -> str:
+    header = Path(jax.ffi.include_dir()) / "xla" / "ffi" / "api" / "c_api.h"
+    numbers = re.findall(r"#define XLA_FFI_API_(?:MAJOR|MINOR) (\d+)", header.read_text())
+    return ".".join(numbers)
+
+
+def _rebuild() -> str:
+    return "pip install --force-reinstall --no-deps --no-build-isolation PATH_TO_JAXNSA"
