@@ -12,6 +12,8 @@ namespace {
 // lengths and prefix sums of 128 requests each, the others a share of one request's tables.
 
 constexpr int kThreads = 128;
+// Bounds the registers: copies want many loads in flight.
+constexpr int kBlocksPerMultiprocessor = 12;
 // Table blocks of a launch: enough to fill any GPU several times. Each takes as many turns as its
 // request's live columns need.
 constexpr int64_t kMaxTableBlocks = 8192;
@@ -25,67 +27,57 @@ __device__ uint32_t ClampedSeries(int32_t n, int32_t topk) {
 
 // The sum of nsa_cache_seqlens over the rows of a request, modulo 2^32.
 __device__ uint32_t NsaSum(const Rows& rows, int32_t cache_seqlen, int32_t q) {
+  if (q == 1) return rows.nsa_len(Max(cache_seqlen, 0));
   // A KV length past int32 has wrapped; the rows before that count.
   const int32_t last = cache_seqlen < 0 ? kInt32Max : cache_seqlen;
   return ClampedSeries(last, rows.nsa_index_topk) -
          ClampedSeries(Max(Add(cache_seqlen, -q), 0), rows.nsa_index_topk);
 }
 
-struct Sums {
-  uint32_t cache_seqlens;
-  uint32_t nsa_cache_seqlens;
-  int64_t rows;
-
-  __device__ Sums operator+(const Sums& other) const {
-    return {cache_seqlens + other.cache_seqlens, nsa_cache_seqlens + other.nsa_cache_seqlens,
-            rows + other.rows};
-  }
-};
-
-__device__ Sums SumsOf(const Rows& rows, int64_t i) {
-  if (i >= rows.requests) return {0, 0, 0};
-  const int32_t cache = rows.cache_seqlen(i), q = rows.q(i);
-  return {static_cast<uint32_t>(cache), NsaSum(rows, cache, q), q};
-}
-
-// The rows of the requests in [0, end), added up by all threads of a block for all of them.
-__device__ int64_t RowsBefore(const Rows& rows, int64_t end) {
-  using Reduce = cub::BlockReduce<int64_t, kThreads>;
+// The sum of `value(i)` over [begin, end), taken and received by all threads of a block.
+template <typename T, typename Value>
+__device__ T BlockSum(int64_t begin, int64_t end, Value value) {
+  using Reduce = cub::BlockReduce<T, kThreads>;
   __shared__ typename Reduce::TempStorage temp;
-  __shared__ int64_t result;
-  int64_t sum = 0;
-  for (int64_t i = threadIdx.x; i < end; i += kThreads) sum += rows.q(i);
+  __shared__ T result;
+  if (begin >= end) return 0;
+  T sum = 0;
+  for (int64_t i = begin + threadIdx.x; i < end; i += kThreads) sum += value(i);
   sum = Reduce(temp).Sum(sum);
   if (threadIdx.x == 0) result = sum;
   __syncthreads();
-  const int64_t total = result;
+  sum = result;
   __syncthreads();
-  return total;
+  return sum;
+}
+
+// What the threads before this one hold.
+template <typename T>
+__device__ T SumBeforeThread(T value) {
+  using Scan = cub::BlockScan<T, kThreads, cub::BLOCK_SCAN_WARP_SCANS>;
+  __shared__ typename Scan::TempStorage temp;
+  T before;
+  Scan(temp).ExclusiveSum(value, before);
+  __syncthreads();
+  return before;
 }
 
 __device__ void WriteLengths(const Fused& args, int64_t block, int64_t blocks) {
-  using Reduce = cub::BlockReduce<Sums, kThreads>;
-  using Scan = cub::BlockScan<Sums, kThreads>;
-  __shared__ union {
-    typename Reduce::TempStorage reduce;
-    typename Scan::TempStorage scan;
-  } temp;
-  __shared__ Sums before_block, all;
   const Rows& rows = args.rows;
-  const auto plus = [](const Sums& a, const Sums& b) { return a + b; };
+  const auto cache_seqlen = [&](int64_t i) -> uint32_t { return rows.cache_seqlen(i); };
+  const auto nsa_sum = [&](int64_t i) { return NsaSum(rows, rows.cache_seqlen(i), rows.q(i)); };
+  const auto q = [&](int64_t i) -> int64_t { return rows.q(i); };
+  const int64_t first = block * kThreads, i = first + threadIdx.x;
+  const bool exists = i < rows.requests;
 
-  Sums sum{0, 0, 0};
-  const int64_t first = block * kThreads;
-  for (int64_t i = threadIdx.x; i < first; i += kThreads) sum = sum + SumsOf(rows, i);
-  sum = Reduce(temp.reduce).Reduce(sum, plus);
-  if (threadIdx.x == 0) before_block = sum;
-  __syncthreads();
-
-  const int64_t i = first + threadIdx.x;
-  const Sums own = SumsOf(rows, i);
-  Sums before;
-  Scan(temp.scan).ExclusiveScan(own, before, Sums{0, 0, 0}, plus);
-  before = before + before_block;
+  const uint32_t cache_before = BlockSum<uint32_t>(0, first, cache_seqlen) +
+                                SumBeforeThread(exists ? cache_seqlen(i) : 0);
+  const uint32_t nsa_before =
+      BlockSum<uint32_t>(0, first, nsa_sum) + SumBeforeThread(exists ? nsa_sum(i) : 0);
+  int64_t row = i * rows.tokens_per_request;
+  if (rows.ragged()) {
+    row = BlockSum<int64_t>(0, first, q) + SumBeforeThread(exists ? q(i) : 0);
+  }
 
   if (i == 0) {
     for (int b = 0; b < args.num_backends; ++b) {
@@ -93,38 +85,34 @@ __device__ void WriteLengths(const Fused& args, int64_t block, int64_t blocks) {
       args.backends[b].nsa_cu_seqlens_k[0] = 0;
     }
   }
-  if (i < rows.requests) {
-    const int32_t cache = rows.cache_seqlen(i), q = rows.q(i);
+  if (exists) {
+    const int32_t cache = rows.cache_seqlen(i), tokens = rows.q(i);
     for (int b = 0; b < args.num_backends; ++b) {
       args.backends[b].cache_seqlens[i] = cache;
-      args.backends[b].cu_seqlens_k[i + 1] = before.cache_seqlens + own.cache_seqlens;
+      args.backends[b].cu_seqlens_k[i + 1] = cache_before + static_cast<uint32_t>(cache);
     }
-    uint32_t nsa_sum = before.nsa_cache_seqlens;
-    for (int32_t j = 0; j < q && before.rows + j < rows.count; ++j) {
-      const int64_t row = before.rows + j;
-      const int32_t kv_len = Rows::kv_len(cache, q, j), nsa_len = rows.nsa_len(kv_len);
-      nsa_sum += nsa_len;
+    uint32_t sum = nsa_before;
+    for (int32_t j = 0; j < tokens && row < rows.count; ++j, ++row) {
+      const int32_t kv_len = Rows::kv_len(cache, tokens, j), nsa_len = rows.nsa_len(kv_len);
+      sum += nsa_len;
       for (int b = 0; b < args.num_backends; ++b) {
         args.backends[b].seqlens_expanded[row] = kv_len;
         args.backends[b].nsa_cache_seqlens[row] = nsa_len;
-        args.backends[b].nsa_cu_seqlens_k[row + 1] = nsa_sum;
+        args.backends[b].nsa_cu_seqlens_k[row + 1] = sum;
       }
     }
   }
   if (!rows.ragged()) return;
 
   // The rows past the total.
-  __syncthreads();
-  sum = Sums{0, 0, 0};
-  for (int64_t k = threadIdx.x; k < rows.requests; k += kThreads) sum = sum + SumsOf(rows, k);
-  sum = Reduce(temp.reduce).Reduce(sum, plus);
-  if (threadIdx.x == 0) all = sum;
-  __syncthreads();
-  for (int64_t row = all.rows + i; row < rows.count; row += blocks * kThreads) {
+  const int64_t total = BlockSum<int64_t>(0, rows.requests, q);
+  if (total >= rows.count) return;
+  const uint32_t nsa_total = BlockSum<uint32_t>(0, rows.requests, nsa_sum);
+  for (row = total + i; row < rows.count; row += blocks * kThreads) {
     for (int b = 0; b < args.num_backends; ++b) {
       args.backends[b].seqlens_expanded[row] = 0;
       args.backends[b].nsa_cache_seqlens[row] = 0;
-      args.backends[b].nsa_cu_seqlens_k[row + 1] = all.nsa_cache_seqlens;
+      args.backends[b].nsa_cu_seqlens_k[row + 1] = nsa_total;
     }
   }
 }
@@ -163,51 +151,6 @@ struct Extent {
   int32_t end;
 };
 
-__device__ Extent ExtentOf(Tail tail, int32_t max_len, int32_t kv_len) {
-  const int32_t live = Min(kv_len, max_len);
-  if (tail == Tail::kCopy) return {max_len, max_len};
-  return {live, tail == Tail::kZero ? max_len : live};
-}
-
-// Writes the columns that start at token `column` to one row of both tables of every backend.
-template <int kWidth>
-__device__ void StoreColumns(const Fused& args, const Columns<kWidth>& columns, int64_t row,
-                             int32_t column, Extent extent) {
-  if (column >= extent.end) return;
-  const int32_t page = args.real_page_size;
-  Columns<kWidth> masked = columns;
-#pragma unroll
-  for (int e = 0; e < kWidth; ++e) {
-    if (column + e >= extent.live) masked.value[e] = 0;
-  }
-  if (args.backends[0].page_indices != nullptr) {
-    const int64_t offset = row * args.page_indices_stride + column;
-    if (column <= extent.end - kWidth) {
-      for (int b = 0; b < args.num_backends; ++b) masked.Store(args.backends[b].page_indices + offset);
-    } else {
-      for (int b = 0; b < args.num_backends; ++b) {
-#pragma unroll
-        for (int e = 0; e < kWidth; ++e) {
-          if (column + e < extent.end) args.backends[b].page_indices[offset + e] = masked.value[e];
-        }
-      }
-    }
-  }
-  if (args.backends[0].real_page_table != nullptr) {
-#pragma unroll
-    for (int e = 0; e < kWidth; ++e) {
-      const int32_t token = column + e;
-      const bool power_of_two = (page & (page - 1)) == 0;
-      const bool starts_page = power_of_two ? (token & (page - 1)) == 0 : token % page == 0;
-      if (starts_page && token < extent.end) {
-        const int64_t offset = row * args.real_page_table_stride + token / page;
-        const int32_t value = FloorDiv(masked.value[e], page);
-        for (int b = 0; b < args.num_backends; ++b) args.backends[b].real_page_table[offset] = value;
-      }
-    }
-  }
-}
-
 // One request's rows in a table: `count` of them from `first` on.
 struct Request {
   int64_t first;
@@ -218,99 +161,161 @@ struct Request {
   Tail tail;
 
   __device__ Extent extent(int32_t j) const {
-    return ExtentOf(tail, max_len, Rows::kv_len(cache_seqlen, q, j));
+    const int32_t live = Min(Rows::kv_len(cache_seqlen, q, j), max_len);
+    if (tail == Tail::kCopy) return {max_len, max_len};
+    return {live, tail == Tail::kZero ? max_len : live};
   }
-  __device__ Extent longest() const { return extent(count - 1); }
 };
 
+// The columns of one block's turn, loaded before any is stored.
 template <int kWidth>
-__device__ void CopyRows(const Fused& args, const Request& request, const int32_t* source,
-                         int64_t chunk) {
-  constexpr int kPerThread = Columns<kWidth>::kPerThread;
-  const Extent longest = request.longest();
-  const int64_t first = (chunk * kPerThread * kThreads + threadIdx.x) * kWidth;
-  Columns<kWidth> columns[kPerThread];
+struct Chunk {
+  static constexpr int kColumns = kThreads * kWidth * Columns<kWidth>::kPerThread;
+  Columns<kWidth> columns[Columns<kWidth>::kPerThread];
+
+  // The first column of this thread's u-th access.
+  static __device__ int32_t ColumnOf(int32_t chunk, int u) {
+    return chunk * kColumns + (u * kThreads + static_cast<int32_t>(threadIdx.x)) * kWidth;
+  }
+
+  __device__ void Load(const int32_t* source, int32_t chunk, int32_t live) {
 #pragma unroll
-  for (int u = 0; u < kPerThread; ++u) {
-    const int64_t column = first + u * kThreads * kWidth;
-    if (column <= longest.live - kWidth) {
-      columns[u].Load(source + column);
-    } else {
+    for (int u = 0; u < Columns<kWidth>::kPerThread; ++u) {
+      const int32_t column = ColumnOf(chunk, u);
+      if (column + kWidth <= live) {
+        columns[u].Load(source + column);
+      } else {
+#pragma unroll
+        for (int e = 0; e < kWidth; ++e) {
+          columns[u].value[e] = column + e < live ? source[column + e] : 0;
+        }
+      }
+    }
+  }
+
+  // Writes one row of both tables of every backend.
+  __device__ void Store(const Fused& args, int32_t chunk, int64_t row, Extent extent) const {
+    const int32_t page = args.real_page_size;
+    const bool power_of_two = (page & (page - 1)) == 0;
+    const bool pages = args.backends[0].real_page_table != nullptr;
+#pragma unroll
+    for (int u = 0; u < Columns<kWidth>::kPerThread; ++u) {
+      const int32_t column = ColumnOf(chunk, u);
+      if (column >= extent.end) return;
+      const int64_t offset = row * args.page_indices_stride + column;
+      if (column + kWidth <= extent.live) {
+        for (int b = 0; b < args.num_backends; ++b) {
+          columns[u].Store(args.backends[b].page_indices + offset);
+        }
+      } else {
+#pragma unroll
+        for (int e = 0; e < kWidth; ++e) {
+          if (column + e >= extent.end) break;
+          const int32_t value = column + e < extent.live ? columns[u].value[e] : 0;
+          for (int b = 0; b < args.num_backends; ++b) {
+            args.backends[b].page_indices[offset + e] = value;
+          }
+        }
+      }
+      if (!pages) continue;
 #pragma unroll
       for (int e = 0; e < kWidth; ++e) {
-        columns[u].value[e] = column + e < longest.live ? source[column + e] : 0;
+        const int32_t token = column + e;
+        if (token >= extent.end) break;
+        if (power_of_two ? (token & (page - 1)) == 0 : token % page == 0) {
+          StorePage(args, row, token, token < extent.live ? columns[u].value[e] : 0);
+        }
       }
     }
   }
-  for (int32_t j = 0; j < request.count; ++j) {
-    const Extent extent = request.extent(j);
-#pragma unroll
-    for (int u = 0; u < kPerThread; ++u) {
-      StoreColumns(args, columns[u], request.first + j,
-                   static_cast<int32_t>(Min(first + u * kThreads * kWidth, kInt32Max)), extent);
+
+  static __device__ void StorePage(const Fused& args, int64_t row, int32_t token, int32_t value) {
+    const int64_t offset = row * args.real_page_table_stride + token / args.real_page_size;
+    const int32_t page = FloorDiv(value, args.real_page_size);
+    for (int b = 0; b < args.num_backends; ++b) args.backends[b].real_page_table[offset] = page;
+  }
+};
+
+// One block's share of the tables of a request's rows. `locate` completes the request, and may take
+// its time: the first chunk is on its way by then.
+template <int kWidth, typename Locate>
+__device__ void CopyRows(const Fused& args, Request request, const int32_t* source, int32_t block,
+                         int32_t blocks, Locate locate) {
+  const Extent longest = request.extent(request.q - 1);
+  const int32_t chunks = (longest.end + Chunk<kWidth>::kColumns - 1) / Chunk<kWidth>::kColumns;
+  if (block >= chunks) return;
+  Chunk<kWidth> chunk;
+  chunk.Load(source, block, longest.live);
+  locate(request);
+  while (true) {
+    for (int32_t j = 0; j < request.count; ++j) {
+      chunk.Store(args, block, request.first + j, request.extent(j));
     }
+    block += blocks;
+    if (block >= chunks) return;
+    chunk.Load(source, block, longest.live);
   }
 }
 
-// Where there is no wide table, only the first token of each page is read.
-__device__ void CopyPages(const Fused& args, const Request& request, const int32_t* source,
-                          int64_t first_page) {
-  const int64_t token = (first_page + threadIdx.x) * args.real_page_size;
-  if (token >= args.max_len) return;
-  const Extent longest = request.longest();
-  const Columns<1> column{token < longest.live ? source[token] : 0};
-  for (int32_t j = 0; j < request.count; ++j) {
-    StoreColumns(args, column, request.first + j, static_cast<int32_t>(token),
-                 request.extent(j));
+// The same where there is no wide table: only the first token of each page is read.
+template <typename Locate>
+__device__ void CopyPages(const Fused& args, Request request, const int32_t* source, int32_t block,
+                          int32_t blocks, Locate locate) {
+  const int32_t end = request.extent(request.q - 1).end;
+  locate(request);
+  for (int64_t page = block * kThreads + threadIdx.x; page * args.real_page_size < end;
+       page += blocks * kThreads) {
+    const auto token = static_cast<int32_t>(page * args.real_page_size);
+    for (int32_t j = 0; j < request.count; ++j) {
+      const Extent extent = request.extent(j);
+      if (token >= extent.end) continue;
+      Chunk<1>::StorePage(args, request.first + j, token, token < extent.live ? source[token] : 0);
+    }
   }
 }
 
 template <int kWidth>
-__device__ void WriteTables(const Fused& args, int64_t i, int64_t requests, int64_t block,
-                            int64_t blocks) {
+__device__ void WriteTables(const Fused& args, int64_t i, int64_t requests, int32_t block,
+                            int32_t blocks) {
   const Rows& rows = args.rows;
-  const bool wide = args.backends[0].page_indices != nullptr;
-  const int64_t chunk = wide ? kThreads * kWidth * Columns<kWidth>::kPerThread
-                             : static_cast<int64_t>(kThreads) * args.real_page_size;
-  const auto copy = [&](const Request& request, const int32_t* source) {
-    const int64_t end = request.longest().end;
-    for (int64_t c = block; c * chunk < end; c += blocks) {
-      if (wide) {
-        CopyRows<kWidth>(args, request, source, c);
-      } else {
-        CopyPages(args, request, source, c * kThreads);
-      }
+  const auto q = [&](int64_t k) -> int64_t { return rows.q(k); };
+  const auto copy = [&](const Request& request, const int32_t* source, auto locate) {
+    if (args.backends[0].page_indices != nullptr) {
+      CopyRows<kWidth>(args, request, source, block, blocks, locate);
+    } else {
+      CopyPages(args, request, source, block, blocks, locate);
     }
   };
 
-  if (i < rows.requests) {
-    Request request{0, 0, rows.cache_seqlen(i), rows.q(i), args.max_len, args.tail};
-    request.first = rows.ragged() ? RowsBefore(rows, i) : i * request.q;
-    const int64_t room = rows.count - request.first;
-    request.count = room < request.q ? static_cast<int32_t>(room < 0 ? 0 : room) : request.q;
-    if (request.count > 0) copy(request, args.pool_row(i));
+  if (i < rows.requests && rows.q(i) > 0) {
+    const Request own{0, 0, rows.cache_seqlen(i), rows.q(i), args.max_len, args.tail};
+    copy(own, args.pool_row(i), [&](Request& request) {
+      request.first = rows.ragged() ? BlockSum<int64_t>(0, i, q) : i * request.q;
+      const int64_t room = rows.count - request.first;
+      request.count = room < request.q ? static_cast<int32_t>(room < 0 ? 0 : room) : request.q;
+    });
   }
   if (rows.ragged() && args.tail != Tail::kKeep) {
     // This request's share of the rows past the total: nothing is live in them.
-    const int64_t total = RowsBefore(rows, rows.requests);
+    const int64_t total = BlockSum<int64_t>(0, rows.requests, q);
     for (int64_t row = total + i; row < rows.count; row += requests) {
-      copy(Request{row, 1, 0, 1, args.max_len, Tail::kZero}, nullptr);
+      copy(Request{row, 1, 0, 1, args.max_len, Tail::kZero}, nullptr, [](Request&) {});
     }
   }
 }
 
 template <int kWidth>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor)
     FusedMetadataKernel(const __grid_constant__ Fused args, int64_t length_blocks,
-                        int64_t requests, int64_t blocks_per_request) {
+                        int64_t requests, int32_t blocks_per_request) {
   if (blockIdx.x < length_blocks) {
     WriteLengths(args, blockIdx.x, length_blocks);
     return;
   }
   // Neighbouring blocks write neighbouring memory.
   const int64_t block = blockIdx.x - length_blocks;
-  WriteTables<kWidth>(args, block / blocks_per_request, requests, block % blocks_per_request,
-                      blocks_per_request);
+  WriteTables<kWidth>(args, block / blocks_per_request, requests,
+                      static_cast<int32_t>(block % blocks_per_request), blocks_per_request);
 }
 
 bool IsAligned(const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % 16 == 0; }
@@ -629,13 +634,12 @@ std::string Cuda::FusedMetadata(Stream stream, const Fused& args) {
   const bool vectors = AllowsVectors(args);
   const int64_t chunk = args.backends[0].page_indices == nullptr
                             ? static_cast<int64_t>(kThreads) * args.real_page_size
-                        : vectors ? kThreads * 4 * Columns<4>::kPerThread
-                                  : kThreads * Columns<1>::kPerThread;
+                            : (vectors ? Chunk<4>::kColumns : Chunk<1>::kColumns);
   // Without requests, one block in their place clears the rows.
   const int64_t requests = std::max<int64_t>(args.rows.requests, 1);
   const int64_t length_blocks = CeilDiv(requests, kThreads);
-  const int64_t blocks_per_request =
-      std::min(CeilDiv(args.max_len, chunk), std::max<int64_t>(1, kMaxTableBlocks / requests));
+  const auto blocks_per_request = static_cast<int32_t>(
+      std::min(CeilDiv(args.max_len, chunk), std::max<int64_t>(1, kMaxTableBlocks / requests)));
   const auto blocks = static_cast<unsigned>(length_blocks + requests * blocks_per_request);
   if (vectors) {
     FusedMetadataKernel<4>

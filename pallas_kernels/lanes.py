@@ -13,6 +13,8 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels.streaming import store_streaming
+
 LANES = 128
 _UNROLL = 8  # vectors in flight while summing over requests
 _SERIAL = 32  # requests up to which adding one by one is faster than a vector and its reduction
@@ -38,6 +40,19 @@ class Lanes:
     def load(self, ref, index, width: int = 1) -> jax.Array:
         """A vector from memory."""
         return self.laid_out(ref[index], width)
+
+    def store(self, ref, index, vector: jax.Array, width: int = 1) -> None:
+        """Stores a vector that this kernel does not read again, past the caches."""
+        if self._interpret:
+            ref[index] = vector
+            return
+        layout = plgpu.Layout.WG_STRIDED(vector.shape, vec_size=width)
+
+        @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), layout))
+        def stream(_, memory, registers):
+            store_streaming(memory, registers, width)
+
+        stream(ref.at[index], vector)
 
     def iota(self, size: int, width: int = 1) -> jax.Array:
         """0, 1, ..., size - 1."""

@@ -142,7 +142,7 @@ class Table:
                     if self.tail == "zero":
                         window = jnp.where(start + iota < live, window, 0)
                     for ref, lead in destinations:
-                        ref[(*lead, row, columns)] = window
+                        lanes.store(ref, (*lead, row, columns), window, self.width)
 
             for_rows(request.rows, write_row)
 
@@ -166,7 +166,7 @@ class Table:
         @pl.when(start + self.window <= live)
         def _():
             for ref, lead in destinations:
-                ref[(*lead, row, columns)] = window
+                lanes.store(ref, (*lead, row, columns), window, self.width)
 
         @pl.when((start < live) & (live < start + self.window))
         def _():
