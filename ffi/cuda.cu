@@ -12,11 +12,13 @@ namespace {
 // lengths and prefix sums of 128 requests each, the others a share of one request's tables.
 
 constexpr int kThreads = 128;
-// Bounds the registers: copies want many loads in flight.
-constexpr int kBlocksPerMultiprocessor = 12;
-// Table blocks of a launch: enough to fill any GPU several times. Each takes as many turns as its
-// request's live columns need.
-constexpr int64_t kMaxTableBlocks = 8192;
+// Bounds the registers: copies want many blocks in flight.
+constexpr int kBlocksPerMultiprocessor = 10;
+// Table blocks of a launch; each takes as many turns as its request's live columns need. One wave of
+// them, all of which start at once, serves a small table best. More keep a large one's writes close
+// together, and cost little where their columns are dead.
+constexpr int64_t kOneWave = 1024;
+constexpr int64_t kManyWaves = 8192;
 
 // min(1, topk) + min(2, topk) + ... + min(n, topk), modulo 2^32.
 __device__ uint32_t ClampedSeries(int32_t n, int32_t topk) {
@@ -80,6 +82,7 @@ __device__ void WriteLengths(const Fused& args, int64_t block, int64_t blocks) {
   }
 
   if (i == 0) {
+#pragma unroll 1
     for (int b = 0; b < args.num_backends; ++b) {
       args.backends[b].cu_seqlens_k[0] = 0;
       args.backends[b].nsa_cu_seqlens_k[0] = 0;
@@ -87,14 +90,17 @@ __device__ void WriteLengths(const Fused& args, int64_t block, int64_t blocks) {
   }
   if (exists) {
     const int32_t cache = rows.cache_seqlen(i), tokens = rows.q(i);
+#pragma unroll 1
     for (int b = 0; b < args.num_backends; ++b) {
       args.backends[b].cache_seqlens[i] = cache;
       args.backends[b].cu_seqlens_k[i + 1] = cache_before + static_cast<uint32_t>(cache);
     }
     uint32_t sum = nsa_before;
+#pragma unroll 1
     for (int32_t j = 0; j < tokens && row < rows.count; ++j, ++row) {
       const int32_t kv_len = Rows::kv_len(cache, tokens, j), nsa_len = rows.nsa_len(kv_len);
       sum += nsa_len;
+#pragma unroll 1
       for (int b = 0; b < args.num_backends; ++b) {
         args.backends[b].seqlens_expanded[row] = kv_len;
         args.backends[b].nsa_cache_seqlens[row] = nsa_len;
@@ -108,7 +114,9 @@ __device__ void WriteLengths(const Fused& args, int64_t block, int64_t blocks) {
   const int64_t total = BlockSum<int64_t>(0, rows.requests, q);
   if (total >= rows.count) return;
   const uint32_t nsa_total = BlockSum<uint32_t>(0, rows.requests, nsa_sum);
+#pragma unroll 1
   for (row = total + i; row < rows.count; row += blocks * kThreads) {
+#pragma unroll 1
     for (int b = 0; b < args.num_backends; ++b) {
       args.backends[b].seqlens_expanded[row] = 0;
       args.backends[b].nsa_cache_seqlens[row] = 0;
@@ -123,14 +131,13 @@ struct Columns;
 
 template <>
 struct Columns<4> {
-  static constexpr int kPerThread = 4;
   int32_t value[4];
 
   __device__ void Load(const int32_t* source) {
     const int4 v = __ldg(reinterpret_cast<const int4*>(source));
     value[0] = v.x, value[1] = v.y, value[2] = v.z, value[3] = v.w;
   }
-  // Evicted first: an engine reads other memory before it reads this, and the pool stays cached.
+  // A launch reads nothing that it wrote: those lines are the first that the cache can do without.
   __device__ void Store(int32_t* destination) const {
     __stcs(reinterpret_cast<int4*>(destination), make_int4(value[0], value[1], value[2], value[3]));
   }
@@ -138,7 +145,6 @@ struct Columns<4> {
 
 template <>
 struct Columns<1> {
-  static constexpr int kPerThread = 8;
   int32_t value[1];
 
   __device__ void Load(const int32_t* source) { value[0] = __ldg(source); }
@@ -167,11 +173,42 @@ struct Request {
   }
 };
 
-// The columns of one block's turn, loaded before any is stored.
-template <int kWidth>
+// Division by the page size without a division: T. Granlund and P. Montgomery, "Division by invariant
+// integers using multiplication" (1994), for dividends below 2^31.
+struct Pages {
+  int32_t size;
+  int32_t shift;
+  uint32_t multiplier;
+
+  static Pages Of(int32_t size) {
+    int32_t bits = 0;
+    while ((int64_t{1} << bits) < size) ++bits;
+    const uint64_t multiplier = (uint64_t{1} << (31 + bits)) / size + 1;
+    return {size, 31 + bits, static_cast<uint32_t>(multiplier)};
+  }
+
+  // Rounds towards minus infinity.
+  __device__ int32_t Index(int32_t value) const {
+    const uint32_t sign = value < 0 ? 0xffffffffu : 0u;
+    const uint64_t magnitude = static_cast<uint32_t>(value) ^ sign;
+    return static_cast<int32_t>(static_cast<uint32_t>((magnitude * multiplier) >> shift) ^ sign);
+  }
+};
+
+__device__ void StorePage(const Fused& args, int64_t row, int32_t index, int32_t page) {
+  const int64_t offset = row * args.real_page_table_stride + index;
+#pragma unroll 1
+  for (int b = 0; b < args.num_backends; ++b) args.backends[b].real_page_table[offset] = page;
+}
+
+// The columns of one block's turn, loaded before any is stored: kAccesses of each thread.
+template <int kWidth, int kAccesses>
 struct Chunk {
-  static constexpr int kColumns = kThreads * kWidth * Columns<kWidth>::kPerThread;
-  Columns<kWidth> columns[Columns<kWidth>::kPerThread];
+  static constexpr int kColumns = kThreads * kWidth * kAccesses;
+
+  Columns<kWidth> columns[kAccesses];
+  int32_t page_index[kAccesses];  // of the page that starts in an access, or -1
+  int32_t page[kAccesses];
 
   // The first column of this thread's u-th access.
   static __device__ int32_t ColumnOf(int32_t chunk, int u) {
@@ -180,7 +217,7 @@ struct Chunk {
 
   __device__ void Load(const int32_t* source, int32_t chunk, int32_t live) {
 #pragma unroll
-    for (int u = 0; u < Columns<kWidth>::kPerThread; ++u) {
+    for (int u = 0; u < kAccesses; ++u) {
       const int32_t column = ColumnOf(chunk, u);
       if (column + kWidth <= live) {
         columns[u].Load(source + column);
@@ -193,63 +230,98 @@ struct Chunk {
     }
   }
 
-  // Writes one row of both tables of every backend.
-  __device__ void Store(const Fused& args, int32_t chunk, int64_t row, Extent extent) const {
-    const int32_t page = args.real_page_size;
-    const bool power_of_two = (page & (page - 1)) == 0;
-    const bool pages = args.backends[0].real_page_table != nullptr;
+  __device__ void FindPages(const Pages& pages, int32_t chunk) {
 #pragma unroll
-    for (int u = 0; u < Columns<kWidth>::kPerThread; ++u) {
+    for (int u = 0; u < kAccesses; ++u) {
       const int32_t column = ColumnOf(chunk, u);
-      if (column >= extent.end) return;
-      const int64_t offset = row * args.page_indices_stride + column;
-      if (column + kWidth <= extent.live) {
-        for (int b = 0; b < args.num_backends; ++b) {
-          columns[u].Store(args.backends[b].page_indices + offset);
-        }
-      } else {
-#pragma unroll
-        for (int e = 0; e < kWidth; ++e) {
-          if (column + e >= extent.end) break;
-          const int32_t value = column + e < extent.live ? columns[u].value[e] : 0;
-          for (int b = 0; b < args.num_backends; ++b) {
-            args.backends[b].page_indices[offset + e] = value;
-          }
-        }
-      }
-      if (!pages) continue;
+      const int32_t index = pages.Index(column + kWidth - 1);  // the last page in this access
+      page_index[u] = -1;
 #pragma unroll
       for (int e = 0; e < kWidth; ++e) {
-        const int32_t token = column + e;
-        if (token >= extent.end) break;
-        if (power_of_two ? (token & (page - 1)) == 0 : token % page == 0) {
-          StorePage(args, row, token, token < extent.live ? columns[u].value[e] : 0);
+        if (column + e == index * pages.size) {
+          page_index[u] = index;
+          page[u] = pages.Index(columns[u].value[e]);
         }
       }
     }
   }
 
-  static __device__ void StorePage(const Fused& args, int64_t row, int32_t token, int32_t value) {
-    const int64_t offset = row * args.real_page_table_stride + token / args.real_page_size;
-    const int32_t page = FloorDiv(value, args.real_page_size);
-    for (int b = 0; b < args.num_backends; ++b) args.backends[b].real_page_table[offset] = page;
+  // Writes a row of both tables of every backend, all columns of this chunk being live. At most one
+  // page starts in an access.
+  __device__ void StoreLive(const Fused& args, int32_t chunk, int64_t row) const {
+    const int64_t offset = row * args.page_indices_stride + ColumnOf(chunk, 0);
+    const int64_t page_offset = row * args.real_page_table_stride;
+#pragma unroll 2
+    for (int b = 0; b < args.num_backends; ++b) {
+      int32_t* const wide = args.backends[b].page_indices + offset;
+      int32_t* const real = args.backends[b].real_page_table;
+#pragma unroll
+      for (int u = 0; u < kAccesses; ++u) columns[u].Store(wide + u * kThreads * kWidth);
+      if (real == nullptr) continue;
+#pragma unroll
+      for (int u = 0; u < kAccesses; ++u) {
+        if (page_index[u] >= 0) real[page_offset + page_index[u]] = page[u];
+      }
+    }
+  }
+
+  // The same with any extent and page size.
+  __device__ void StorePart(const Fused& args, const Pages& pages, int32_t chunk, int64_t row,
+                            Extent extent) const {
+#pragma unroll
+    for (int u = 0; u < kAccesses; ++u) {
+      const int32_t column = ColumnOf(chunk, u);
+      const int64_t offset = row * args.page_indices_stride + column;
+      const bool vector = column + kWidth <= extent.live;
+      if (vector) {
+#pragma unroll 1
+        for (int b = 0; b < args.num_backends; ++b) {
+          columns[u].Store(args.backends[b].page_indices + offset);
+        }
+      }
+#pragma unroll
+      for (int e = 0; e < kWidth; ++e) {
+        const int32_t token = column + e;
+        if (token >= extent.end) break;
+        const int32_t value = token < extent.live ? columns[u].value[e] : 0;
+        if (!vector) {
+#pragma unroll 1
+          for (int b = 0; b < args.num_backends; ++b) {
+            args.backends[b].page_indices[offset + e] = value;
+          }
+        }
+        const int32_t index = pages.Index(token);
+        if (args.backends[0].real_page_table != nullptr && token == index * pages.size) {
+          StorePage(args, row, index, pages.Index(value));
+        }
+      }
+    }
   }
 };
 
 // One block's share of the tables of a request's rows. `locate` completes the request, and may take
 // its time: the first chunk is on its way by then.
-template <int kWidth, typename Locate>
-__device__ void CopyRows(const Fused& args, Request request, const int32_t* source, int32_t block,
-                         int32_t blocks, Locate locate) {
+template <int kWidth, int kAccesses, typename Locate>
+__device__ void CopyRows(const Fused& args, const Pages& pages, Request request,
+                         const int32_t* source, int32_t block, int32_t blocks, Locate locate) {
+  using ChunkType = Chunk<kWidth, kAccesses>;
   const Extent longest = request.extent(request.q - 1);
-  const int32_t chunks = (longest.end + Chunk<kWidth>::kColumns - 1) / Chunk<kWidth>::kColumns;
+  const int32_t chunks = (longest.end + ChunkType::kColumns - 1) / ChunkType::kColumns;
   if (block >= chunks) return;
-  Chunk<kWidth> chunk;
+  const bool one_page = pages.size >= kWidth || args.backends[0].real_page_table == nullptr;
+  ChunkType chunk;
   chunk.Load(source, block, longest.live);
   locate(request);
   while (true) {
+    chunk.FindPages(pages, block);
+#pragma unroll 1
     for (int32_t j = 0; j < request.count; ++j) {
-      chunk.Store(args, block, request.first + j, request.extent(j));
+      const Extent extent = request.extent(j);
+      if ((block + 1) * ChunkType::kColumns <= extent.live && one_page) {
+        chunk.StoreLive(args, block, request.first + j);
+      } else {
+        chunk.StorePart(args, pages, block, request.first + j, extent);
+      }
     }
     block += blocks;
     if (block >= chunks) return;
@@ -259,63 +331,73 @@ __device__ void CopyRows(const Fused& args, Request request, const int32_t* sour
 
 // The same where there is no wide table: only the first token of each page is read.
 template <typename Locate>
-__device__ void CopyPages(const Fused& args, Request request, const int32_t* source, int32_t block,
-                          int32_t blocks, Locate locate) {
+__device__ void CopyPages(const Fused& args, const Pages& pages, Request request,
+                          const int32_t* source, int32_t block, int32_t blocks, Locate locate) {
   const int32_t end = request.extent(request.q - 1).end;
   locate(request);
-  for (int64_t page = block * kThreads + threadIdx.x; page * args.real_page_size < end;
-       page += blocks * kThreads) {
-    const auto token = static_cast<int32_t>(page * args.real_page_size);
+#pragma unroll 1
+  for (int64_t index = block * kThreads + threadIdx.x; index * pages.size < end;
+       index += blocks * kThreads) {
+    const auto token = static_cast<int32_t>(index * pages.size);
+#pragma unroll 1
     for (int32_t j = 0; j < request.count; ++j) {
       const Extent extent = request.extent(j);
       if (token >= extent.end) continue;
-      Chunk<1>::StorePage(args, request.first + j, token, token < extent.live ? source[token] : 0);
+      const int32_t value = token < extent.live ? source[token] : 0;
+      StorePage(args, request.first + j, static_cast<int32_t>(index), pages.Index(value));
     }
   }
 }
 
-template <int kWidth>
-__device__ void WriteTables(const Fused& args, int64_t i, int64_t requests, int32_t block,
-                            int32_t blocks) {
+template <int kWidth, int kAccesses, bool kRagged>
+__device__ void WriteTables(const Fused& args, const Pages& pages, uint32_t i, uint32_t requests,
+                            int32_t block, int32_t blocks) {
   const Rows& rows = args.rows;
   const auto q = [&](int64_t k) -> int64_t { return rows.q(k); };
   const auto copy = [&](const Request& request, const int32_t* source, auto locate) {
     if (args.backends[0].page_indices != nullptr) {
-      CopyRows<kWidth>(args, request, source, block, blocks, locate);
+      CopyRows<kWidth, kAccesses>(args, pages, request, source, block, blocks, locate);
     } else {
-      CopyPages(args, request, source, block, blocks, locate);
+      CopyPages(args, pages, request, source, block, blocks, locate);
     }
   };
 
-  if (i < rows.requests && rows.q(i) > 0) {
-    const Request own{0, 0, rows.cache_seqlen(i), rows.q(i), args.max_len, args.tail};
-    copy(own, args.pool_row(i), [&](Request& request) {
-      request.first = rows.ragged() ? BlockSum<int64_t>(0, i, q) : i * request.q;
-      const int64_t room = rows.count - request.first;
-      request.count = room < request.q ? static_cast<int32_t>(room < 0 ? 0 : room) : request.q;
-    });
+  if (i < rows.requests) {
+    // Both loads are under way before either is needed.
+    const int64_t index = args.req_pool_indices[i], seq_len = rows.seq_lens[i];
+    const int32_t tokens = kRagged ? rows.q(i) : rows.tokens_per_request;
+    const Request own{0, 0, rows.cache_seqlen_of(seq_len), tokens, args.max_len, args.tail};
+    if (own.q > 0) {
+      copy(own, args.pool_row(index), [&](Request& request) {
+        request.first =
+            kRagged ? BlockSum<int64_t>(0, i, q) : static_cast<int64_t>(i) * request.q;
+        const int64_t room = rows.count - request.first;
+        request.count = room < request.q ? static_cast<int32_t>(room < 0 ? 0 : room) : request.q;
+      });
+    }
   }
-  if (rows.ragged() && args.tail != Tail::kKeep) {
+  if (kRagged && args.tail != Tail::kKeep) {
     // This request's share of the rows past the total: nothing is live in them.
     const int64_t total = BlockSum<int64_t>(0, rows.requests, q);
+#pragma unroll 1
     for (int64_t row = total + i; row < rows.count; row += requests) {
       copy(Request{row, 1, 0, 1, args.max_len, Tail::kZero}, nullptr, [](Request&) {});
     }
   }
 }
 
-template <int kWidth>
+template <int kWidth, int kAccesses, bool kRagged>
 __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor)
-    FusedMetadataKernel(const __grid_constant__ Fused args, int64_t length_blocks,
-                        int64_t requests, int32_t blocks_per_request) {
+    FusedMetadataKernel(const __grid_constant__ Fused args, const Pages pages,
+                        uint32_t length_blocks, uint32_t requests, uint32_t blocks_per_request) {
   if (blockIdx.x < length_blocks) {
     WriteLengths(args, blockIdx.x, length_blocks);
     return;
   }
   // Neighbouring blocks write neighbouring memory.
-  const int64_t block = blockIdx.x - length_blocks;
-  WriteTables<kWidth>(args, block / blocks_per_request, requests,
-                      static_cast<int32_t>(block % blocks_per_request), blocks_per_request);
+  const uint32_t block = blockIdx.x - length_blocks, i = block / blocks_per_request;
+  WriteTables<kWidth, kAccesses, kRagged>(args, pages, i, requests,
+                                          block - i * blocks_per_request, blocks_per_request);
 }
 
 bool IsAligned(const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % 16 == 0; }
@@ -330,6 +412,25 @@ bool AllowsVectors(const Fused& args) {
 }
 
 int64_t CeilDiv(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+template <int kWidth, int kAccesses>
+void LaunchFusedMetadata(cudaStream_t stream, const Fused& args) {
+  const int64_t chunk = args.backends[0].page_indices != nullptr
+                            ? Chunk<kWidth, kAccesses>::kColumns
+                            : static_cast<int64_t>(kThreads) * args.real_page_size;
+  // Without requests, one block in their place clears the rows.
+  const int64_t requests = std::max<int64_t>(args.rows.requests, 1);
+  const int64_t length_blocks = CeilDiv(requests, kThreads);
+  const int64_t chunks = CeilDiv(args.max_len, chunk);
+  const int64_t most = requests * chunks <= kManyWaves ? kOneWave : kManyWaves;
+  const int64_t blocks_per_request = std::min(chunks, std::max<int64_t>(1, most / requests));
+  const auto blocks = static_cast<unsigned>(length_blocks + requests * blocks_per_request);
+  const auto kernel = args.rows.ragged() ? FusedMetadataKernel<kWidth, kAccesses, true>
+                                         : FusedMetadataKernel<kWidth, kAccesses, false>;
+  kernel<<<blocks, kThreads, 0, stream>>>(
+      args, Pages::Of(args.real_page_size), static_cast<uint32_t>(length_blocks),
+      static_cast<uint32_t>(requests), static_cast<uint32_t>(blocks_per_request));
+}
 
 // ---------------------------------------------------------------------------------------------
 // Copies.
@@ -631,22 +732,10 @@ std::string Cuda::CopyMetadata(Stream stream, const Copy& args) {
 }
 
 std::string Cuda::FusedMetadata(Stream stream, const Fused& args) {
-  const bool vectors = AllowsVectors(args);
-  const int64_t chunk = args.backends[0].page_indices == nullptr
-                            ? static_cast<int64_t>(kThreads) * args.real_page_size
-                            : (vectors ? Chunk<4>::kColumns : Chunk<1>::kColumns);
-  // Without requests, one block in their place clears the rows.
-  const int64_t requests = std::max<int64_t>(args.rows.requests, 1);
-  const int64_t length_blocks = CeilDiv(requests, kThreads);
-  const auto blocks_per_request = static_cast<int32_t>(
-      std::min(CeilDiv(args.max_len, chunk), std::max<int64_t>(1, kMaxTableBlocks / requests)));
-  const auto blocks = static_cast<unsigned>(length_blocks + requests * blocks_per_request);
-  if (vectors) {
-    FusedMetadataKernel<4>
-        <<<blocks, kThreads, 0, stream>>>(args, length_blocks, requests, blocks_per_request);
+  if (AllowsVectors(args)) {
+    LaunchFusedMetadata<4, 1>(stream, args);
   } else {
-    FusedMetadataKernel<1>
-        <<<blocks, kThreads, 0, stream>>>(args, length_blocks, requests, blocks_per_request);
+    LaunchFusedMetadata<1, 4>(stream, args);
   }
   return LaunchError("fused_metadata");
 }

@@ -30,12 +30,12 @@ struct Vector {
     return is_wide ? static_cast<const int64_t*>(data)[i] : static_cast<const int32_t*>(data)[i];
   }
 
-  // A length: negative counts as 0, and nothing exceeds int32.
-  JAXNSA_HOST_DEVICE int32_t length(int64_t i) const {
-    const int64_t value = (*this)[i];
-    return value < 0 ? 0 : value > kInt32Max ? kInt32Max : static_cast<int32_t>(value);
-  }
 };
+
+// A value as a length: negative counts as 0, and nothing exceeds int32.
+JAXNSA_HOST_DEVICE int32_t Length(int64_t value) {
+  return value < 0 ? 0 : value > kInt32Max ? kInt32Max : static_cast<int32_t>(value);
+}
 
 // int32 arithmetic that wraps.
 JAXNSA_HOST_DEVICE int32_t Add(int32_t a, int32_t b) {
@@ -64,11 +64,13 @@ struct Rows {
   JAXNSA_HOST_DEVICE bool ragged() const { return tokens_per_request == 0; }
 
   JAXNSA_HOST_DEVICE int32_t q(int64_t i) const {
-    return ragged() ? extend_seq_lens.length(i) : tokens_per_request;
+    return ragged() ? Length(extend_seq_lens[i]) : tokens_per_request;
   }
 
-  JAXNSA_HOST_DEVICE int32_t cache_seqlen(int64_t i) const {
-    return Add(seq_lens.length(i), added_tokens);
+  JAXNSA_HOST_DEVICE int32_t cache_seqlen(int64_t i) const { return cache_seqlen_of(seq_lens[i]); }
+
+  JAXNSA_HOST_DEVICE int32_t cache_seqlen_of(int64_t seq_len) const {
+    return Add(Length(seq_len), added_tokens);
   }
 
   // A wrapped cache_seqlen wraps back here.
@@ -107,9 +109,9 @@ struct Fused {
 
   JAXNSA_HOST_DEVICE int32_t pages() const { return (max_len - 1) / real_page_size + 1; }
 
-  JAXNSA_HOST_DEVICE const int32_t* pool_row(int64_t i) const {
-    const int64_t row = req_pool_indices[i];
-    const int64_t inside = row < 0 ? 0 : row >= pool_rows ? pool_rows - 1 : row;
+  // The pool row that an index names, which is clamped into the pool.
+  JAXNSA_HOST_DEVICE const int32_t* pool_row(int64_t index) const {
+    const int64_t inside = index < 0 ? 0 : index >= pool_rows ? pool_rows - 1 : index;
     return req_to_token + inside * pool_stride;
   }
 };

@@ -43,8 +43,8 @@ _FUSED = "jaxnsa_fused_metadata_precompute_and_broadcast"
 _TARGETS = (_PREFIX_SUM, _FILL_DRAFT_EXTEND, _COPY, _FUSED)
 
 EXPORT_CHECKS = tuple(export.DisabledSafetyCheck.custom_call(target) for target in _TARGETS)
-"""The `disabled_checks` with which `jax.export.export` takes functions that use the FFI. The process
-that runs the exported function must have imported `jaxnsa.ffi` and called `load`."""
+"""The `disabled_checks` with which `jax.export.export` takes functions that use the FFI. The
+process that runs the exported function calls `load` for its platform first."""
 
 
 def unavailable(platform: str | None) -> str | None:
@@ -196,9 +196,9 @@ def _probe(platform: str) -> str | None:
     except RuntimeError as error:
         reason = str(error).splitlines()[0]
         return (
-            f"{_LIBRARIES[platform]} was built with XLA FFI API {_built_api(platform)}, this jaxlib "
-            f"has {_runtime_api()}, and a probe call failed: {reason}; to rebuild the library for "
-            f"this jaxlib, run: {_rebuild()}"
+            f"{_LIBRARIES[platform]} was built with XLA FFI API {_built_api(platform)}, this "
+            f"jaxlib has {_runtime_api()}, and a probe call failed: {reason}; to rebuild the "
+            f"library for this jaxlib, run: {_rebuild()}"
         )
     if result.tolist() != [0, 0, 1, 3]:
         return f"a probe call of {_LIBRARIES[platform]} returned {result.tolist()}"

@@ -107,7 +107,11 @@ def fused_metadata(
         page_indices=array(rows.rows, max_len) if wide_table else None,
         real_page_table=array(rows.rows, pages) if real_page_size > 1 else None,
     )
-    inputs = {"seq_lens": seq_lens, "indices": req_pool_indices, "pool": req_to_token}
+    inputs: dict[str, Any] = {
+        "seq_lens": seq_lens,
+        "indices": req_pool_indices,
+        "pool": req_to_token,
+    }
     if ragged:
         inputs["extend"] = extend_seq_lens
     if real_blocks and paged:

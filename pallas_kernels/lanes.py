@@ -4,6 +4,7 @@ Mosaic GPU holds arrays of a multiple of 128 elements, spread over the 128 threa
 On hardware every such array needs a layout; the interpreter has none.
 """
 
+import functools
 import math
 from collections.abc import Callable
 
@@ -92,11 +93,8 @@ def sum_over_requests(
     """
     if requests <= _SERIAL:
         values = [[ref[k] for ref in refs] for k in range(requests)]
-        sums = None
-        for k, v in enumerate(values):
-            added = terms(jnp.int32(k), True, *v)
-            sums = added if sums is None else _add(sums, added, limit)
-        return sums
+        added = [terms(jnp.int32(k), True, *v) for k, v in enumerate(values)]
+        return functools.reduce(lambda sums, t: _add(sums, t, limit), added)
 
     whole = requests // LANES
     iota = lanes.iota(LANES)

@@ -54,7 +54,7 @@ class Request(NamedTuple):
     rows: jax.Array | int
     total: jax.Array | int
 
-    def kv_len(self, j: jax.Array) -> jax.Array:
+    def kv_len(self, j: jax.Array | int) -> jax.Array:
         """Tokens that its row j sees."""
         return jnp.maximum(self.cache_seqlen - self.tokens + 1 + j, 0)
 
@@ -77,8 +77,8 @@ def locate(lanes: Lanes, rows: RowMap, seq_lens, extend_seq_lens, spill, i: jax.
     """Which rows request i has."""
     cache_seqlen = jnp.maximum(seq_lens[i], 0) + rows.added_tokens
     if rows.tokens_per_request is not None:
-        q = rows.tokens_per_request
-        return Request(cache_seqlen, q, i * q, q, rows.rows)
+        each = rows.tokens_per_request
+        return Request(cache_seqlen, each, i * each, each, rows.rows)
 
     def terms(index, exists, extend):
         q = jnp.clip(extend, 0, rows.rows)

@@ -5,7 +5,6 @@ from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import llvm, vector
 
 
-
 def store_streaming(memory: ir.Value, registers: mgpu.FragmentedArray, width: int) -> None:
     """Stores an int32 array to global memory.
 

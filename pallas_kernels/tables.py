@@ -110,7 +110,7 @@ class Table:
         mine = lax.div(end - block + (self.blocks - 1), jnp.int32(self.blocks))
         lax.fori_loop(0, mine, lambda k, _: write_chunk(block + k * self.blocks), None)
 
-    def _live(self, request: Request, j: jax.Array) -> jax.Array:
+    def _live(self, request: Request, j: jax.Array | int) -> jax.Array:
         kv_len = jnp.minimum(request.kv_len(j), self.columns * self.tokens)
         return lax.div(kv_len + (self.tokens - 1), jnp.int32(self.tokens))
 
