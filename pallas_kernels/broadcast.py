@@ -9,7 +9,7 @@ from jax.experimental import pallas as pl
 
 from pallas_kernels.lanes import Lanes, access_width
 from pallas_kernels.launch import launch
-from pallas_kernels.rows import Request
+from pallas_kernels.rows import Location, Request
 from pallas_kernels.tables import Table
 from pallas_kernels.tuning import BlockConfig
 
@@ -69,13 +69,13 @@ def broadcast(
                 row = lax.rem(index - first, jnp.int32(len(sources[k])))
                 block = lax.div(index - first, jnp.int32(len(sources[k])))
                 kv_len = inputs["kv_lens"][row] if k in live else jnp.int32(0)
-                request = Request(kv_len, 1, row, 1, len(sources[k]))
                 table.write(
                     lanes,
                     block,
                     lambda columns: inputs["sources"][k][row, columns],
-                    request,
-                    None,
+                    Request(kv_len, 1),
+                    lambda: Location(row, 1, len(sources[k])),
+                    lambda location, body: None,
                     [(result[k], ()) for result in results],
                 )
 

@@ -14,7 +14,14 @@ from jax.experimental import pallas as pl
 
 from pallas_kernels.lanes import Lanes, access_width, floor_div
 from pallas_kernels.launch import launch
-from pallas_kernels.rows import RowMap, locate, prefix_sums, spare_rows, write_row_lengths
+from pallas_kernels.rows import (
+    RowMap,
+    for_spare_rows,
+    load_request,
+    locate,
+    prefix_sums,
+    write_row_lengths,
+)
 from pallas_kernels.tables import Destination, Table
 from pallas_kernels.tuning import BlockConfig
 
@@ -137,15 +144,15 @@ def fused_metadata(
         def write(table: Table, first_block: int, read, field: str) -> None:
             @pl.when((block >= first_block) & (block < first_block + table.blocks))
             def _():
-                request = locate(lanes, rows, seq_lens, extend, spill, i)
-                spare = spare_rows(rows, request, i) if ragged and tail != "keep" else None
                 slot = jnp.clip(inputs["indices"][i], 0, pool_rows - 1)
+                request = load_request(rows, seq_lens, extend, i)
                 table.write(
                     lanes,
                     block - first_block,
                     lambda columns: read(slot, columns),
                     request,
-                    spare,
+                    lambda: locate(lanes, rows, request, extend, spill, i),
+                    lambda location, body: for_spare_rows(rows, location, i, body),
                     destinations(field),
                 )
 
@@ -175,7 +182,8 @@ def fused_metadata(
 
 def _write_lengths(lanes, rows: RowMap, seq_lens, extend, spill, i, destinations) -> None:
     """All arrays but the tables, as far as request i goes."""
-    request = locate(lanes, rows, seq_lens, extend, spill, i)
+    request = load_request(rows, seq_lens, extend, i)
+    location = locate(lanes, rows, request, extend, spill, i)
     sums = prefix_sums(lanes, rows, seq_lens, extend, spill, i)
 
     def store(field: str, index, value) -> None:
@@ -186,4 +194,4 @@ def _write_lengths(lanes, rows: RowMap, seq_lens, extend, spill, i, destinations
     store("cu_seqlens_k", i + 1, sums.cache_seqlens + request.cache_seqlen)
 
     pl.when(i == 0)(lambda: store("cu_seqlens_k", 0, jnp.int32(0)))
-    write_row_lengths(rows, request, sums, i, store)
+    write_row_lengths(rows, request, location, sums, i, store)

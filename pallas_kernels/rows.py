@@ -38,25 +38,33 @@ class RowMap(NamedTuple):
 
 
 class Request(NamedTuple):
-    """One request's share of the rows; scalars.
+    """One request; scalars.
 
     Attributes:
       cache_seqlen: KV length.
-      tokens: rows that it would have with unlimited capacity, q.
-      first_row: its first row.
-      rows: how many rows it has.
-      total: rows of all requests, at most the capacity.
+      tokens: rows that it has with unlimited capacity, q.
     """
 
     cache_seqlen: jax.Array
     tokens: jax.Array | int
-    first_row: jax.Array
-    rows: jax.Array | int
-    total: jax.Array | int
 
     def kv_len(self, j: jax.Array | int) -> jax.Array:
         """Tokens that its row j sees."""
         return jnp.maximum(self.cache_seqlen - self.tokens + 1 + j, 0)
+
+
+class Location(NamedTuple):
+    """Which rows a request has; scalars.
+
+    Attributes:
+      first_row: the first of them.
+      count: how many.
+      total: rows of all requests, at most the capacity.
+    """
+
+    first_row: jax.Array
+    count: jax.Array | int
+    total: jax.Array | int
 
 
 class PrefixSums(NamedTuple):
@@ -73,12 +81,21 @@ class PrefixSums(NamedTuple):
     nsa_total: jax.Array
 
 
-def locate(lanes: Lanes, rows: RowMap, seq_lens, extend_seq_lens, spill, i: jax.Array) -> Request:
-    """Which rows request i has."""
+def load_request(rows: RowMap, seq_lens, extend_seq_lens, i: jax.Array) -> Request:
+    """Request i."""
     cache_seqlen = jnp.maximum(seq_lens[i], 0) + rows.added_tokens
     if rows.tokens_per_request is not None:
+        return Request(cache_seqlen, rows.tokens_per_request)
+    return Request(cache_seqlen, jnp.maximum(extend_seq_lens[i], 0))
+
+
+def locate(
+    lanes: Lanes, rows: RowMap, request: Request, extend_seq_lens, spill, i: jax.Array
+) -> Location:
+    """Which rows request i has."""
+    if rows.tokens_per_request is not None:
         each = rows.tokens_per_request
-        return Request(cache_seqlen, each, i * each, each, rows.rows)
+        return Location(i * each, each, rows.rows)
 
     def terms(index, exists, extend):
         q = jnp.clip(extend, 0, rows.rows)
@@ -87,8 +104,7 @@ def locate(lanes: Lanes, rows: RowMap, seq_lens, extend_seq_lens, spill, i: jax.
     first, total = sum_over_requests(
         lanes, rows.requests, (extend_seq_lens,), spill, terms, limit=rows.rows
     )
-    q = jnp.maximum(extend_seq_lens[i], 0)
-    return Request(cache_seqlen, q, first, jnp.minimum(q, rows.rows - first), total)
+    return Location(first, jnp.minimum(request.tokens, rows.rows - first), total)
 
 
 def prefix_sums(
@@ -113,35 +129,38 @@ def prefix_sums(
     return PrefixSums(cache, nsa, nsa_total[0] if ragged else nsa)
 
 
-def spare_rows(rows: RowMap, request: Request, i: jax.Array) -> tuple[jax.Array, int, jax.Array]:
-    """Request i's share of the rows past the total: first, step, how many."""
-    first = request.total + i
-    left = jnp.maximum(rows.rows - first, 0)
-    return first, rows.requests, lax.div(left + (rows.requests - 1), jnp.int32(rows.requests))
-
-
-def for_rows(count: jax.Array | int, body: Callable) -> None:
-    """Calls `body(j)` for each row j of a request."""
-    if isinstance(count, int) and count == 1:
-        body(jnp.int32(0))
+def for_rows(location: Location, body: Callable) -> None:
+    """Calls `body(j, row)` for each row j of a request."""
+    if isinstance(location.count, int) and location.count == 1:
+        body(jnp.int32(0), location.first_row)
     else:
-        lax.fori_loop(0, count, lambda j, _: body(j), None)
+        lax.fori_loop(0, location.count, lambda j, _: body(j, location.first_row + j), None)
 
 
-def for_spare_rows(spare: tuple[jax.Array, int, jax.Array], body: Callable) -> None:
-    """Calls `body(row)` for each row of `spare_rows`."""
-    first, step, count = spare
-    lax.fori_loop(0, count, lambda m, _: body(first + m * step), None)
+def for_spare_rows(rows: RowMap, location: Location, i: jax.Array, body: Callable) -> None:
+    """Calls `body(row)` for request i's share of the rows past the total."""
+    if rows.tokens_per_request is not None:
+        return
+    first = location.total + i
+    left = jnp.maximum(rows.rows - first, 0)
+    count = lax.div(left + (rows.requests - 1), jnp.int32(rows.requests))
+    lax.fori_loop(0, count, lambda m, _: body(first + m * rows.requests), None)
 
 
 def write_row_lengths(
-    rows: RowMap, request: Request, sums: PrefixSums, i: jax.Array, store: Callable
+    rows: RowMap,
+    request: Request,
+    location: Location,
+    sums: PrefixSums,
+    i: jax.Array,
+    store: Callable,
 ) -> None:
     """Writes the lengths of request i's rows, and its share of the rows past the total.
 
     Args:
       rows: how rows map to requests.
       request: request i.
+      location: its rows.
       sums: over the requests before it.
       i: which request.
       store: called with the name of an array, an index and a value.
@@ -149,7 +168,7 @@ def write_row_lengths(
     pl.when(i == 0)(lambda: store("nsa_cu_seqlens_k", 0, jnp.int32(0)))
 
     def write_row(j, nsa_sum):
-        row = request.first_row + j
+        row = location.first_row + j
         kv_len = request.kv_len(j)
         nsa_len = jnp.minimum(kv_len, rows.nsa_index_topk)
         store("seqlens_expanded", row, kv_len)
@@ -157,16 +176,14 @@ def write_row_lengths(
         store("nsa_cu_seqlens_k", row + 1, nsa_sum + nsa_len)
         return nsa_sum + nsa_len
 
-    lax.fori_loop(0, request.rows, write_row, sums.nsa_cache_seqlens)
-    if rows.tokens_per_request is not None:
-        return
+    lax.fori_loop(0, location.count, write_row, sums.nsa_cache_seqlens)
 
     def clear_row(row):
         store("seqlens_expanded", row, jnp.int32(0))
         store("nsa_cache_seqlens", row, jnp.int32(0))
         store("nsa_cu_seqlens_k", row + 1, sums.nsa_total)
 
-    for_spare_rows(spare_rows(rows, request, i), clear_row)
+    for_spare_rows(rows, location, i, clear_row)
 
 
 def _nsa_sum(cache_seqlen: jax.Array, q, topk: int) -> jax.Array:

@@ -8,7 +8,7 @@ from jax.experimental import pallas as pl
 
 from pallas_kernels.lanes import Lanes, sum_over_requests
 from pallas_kernels.launch import launch
-from pallas_kernels.rows import RowMap, locate, prefix_sums, write_row_lengths
+from pallas_kernels.rows import RowMap, load_request, locate, prefix_sums, write_row_lengths
 
 
 class ExpandedSeqlens(NamedTuple):
@@ -53,13 +53,14 @@ def seqlen_expansion(
 
     def kernel(i, inputs, result, spill):
         extend, lens = inputs
-        request = locate(lanes, rows, lens, extend, spill, i)
+        request = load_request(rows, lens, extend, i)
+        location = locate(lanes, rows, request, extend, spill, i)
         sums = prefix_sums(lanes, rows, lens, extend, spill, i)
 
         def store(name, index, value):
             getattr(result, name)[index] = value
 
-        write_row_lengths(rows, request, sums, i, store)
+        write_row_lengths(rows, request, location, sums, i, store)
 
         @pl.when(i == 0)
         def _():

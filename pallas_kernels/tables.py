@@ -10,7 +10,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 
 from pallas_kernels.lanes import LANES, Lanes
-from pallas_kernels.rows import Request, for_rows, for_spare_rows
+from pallas_kernels.rows import Location, Request, for_rows
 from pallas_kernels.tuning import BlockConfig
 
 Destination = tuple[Any, tuple[int, ...]]
@@ -62,7 +62,8 @@ class Table:
         block: jax.Array,
         read: Callable,
         request: Request,
-        spare_rows: tuple[jax.Array, int, jax.Array] | None,
+        locate: Callable[[], Location],
+        for_spare_rows: Callable[[Location, Callable], None],
         destinations: Sequence[Destination],
     ) -> None:
         """Writes the share of one block in all rows of a request.
@@ -72,13 +73,15 @@ class Table:
           block: which of the request's blocks.
           read: gives the columns at an index, a scalar or a `pl.ds`, of the source row.
           request: whose rows.
-          spare_rows: first, step and number of the rows past the total to fill with 0, or None.
+          locate: tells which they are. That may take its time: where a block has one turn, its
+            loads are under way by then.
+          for_spare_rows: calls a function for each of the rows past the total to fill with 0.
           destinations: where to.
         """
         if not self.width:
             first = block * self.config.scalars
             columns = [first + k for k in range(self.config.scalars)]
-            self._write_scalars(columns, read, request, spare_rows, destinations)
+            self._write_scalars(columns, read, request, locate(), for_spare_rows, destinations)
             return
         chunk_columns = self.config.windows * self.window
         windows = self.columns // self.window
@@ -87,11 +90,12 @@ class Table:
         # The columns that fill no window are covered by one that overlaps its neighbour.
         rest = [self.columns - self.window] if self.columns % self.window else []
 
-        def write_chunk(chunk):
+        def write_chunk(chunk, locate):
             def write(count, more=()):
                 starts = [chunk * chunk_columns + k * self.window for k in range(count)]
-                starts += more
-                self._write_windows(lanes, starts, read, request, spare_rows, destinations)
+                self._write_windows(
+                    lanes, starts + list(more), read, request, locate, for_spare_rows, destinations
+                )
 
             if in_last == self.config.windows and not rest:
                 write(in_last)
@@ -101,22 +105,25 @@ class Table:
                 pl.when(chunk < chunks - 1)(lambda: write(self.config.windows))
 
         if self.blocks == chunks:
-            write_chunk(block)
+            write_chunk(block, locate)
             return
+        location = locate()
         end = jnp.int32(chunks)
         if self.tail == "keep":
-            live = self._live(request, request.rows - 1)
+            live = self._live(request, request.tokens - 1)
             end = jnp.minimum(end, lax.div(live + (chunk_columns - 1), jnp.int32(chunk_columns)))
-        mine = lax.div(end - block + (self.blocks - 1), jnp.int32(self.blocks))
-        lax.fori_loop(0, mine, lambda k, _: write_chunk(block + k * self.blocks), None)
+        turns = lax.div(end - block + (self.blocks - 1), jnp.int32(self.blocks))
+        lax.fori_loop(
+            0, turns, lambda k, _: write_chunk(block + k * self.blocks, lambda: location), None
+        )
 
     def _live(self, request: Request, j: jax.Array | int) -> jax.Array:
         kv_len = jnp.minimum(request.kv_len(j), self.columns * self.tokens)
         return lax.div(kv_len + (self.tokens - 1), jnp.int32(self.tokens))
 
-    def _write_windows(self, lanes, starts, read, request, spare_rows, destinations):
+    def _write_windows(self, lanes, starts, read, request, locate, for_spare_rows, destinations):
         keep = self.tail == "keep"
-        longest = self._live(request, request.rows - 1) if keep else self.columns
+        longest = self._live(request, request.tokens - 1) if keep else self.columns
 
         def load(start):
             def window():
@@ -130,9 +137,9 @@ class Table:
         def write():
             iota = lanes.iota(self.window, self.width)
             windows = [load(start) for start in starts]
+            location = locate()
 
-            def write_row(j):
-                row = request.first_row + j
+            def write_row(j, row):
                 live = self.columns if self.tail == "copy" else self._live(request, j)
                 for start, window in zip(starts, windows, strict=True):
                     columns = pl.ds(start, self.window)
@@ -144,21 +151,22 @@ class Table:
                     for ref, lead in destinations:
                         lanes.store(ref, (*lead, row, columns), window, self.width)
 
-            for_rows(request.rows, write_row)
-
-        if keep:
-            pl.when(starts[0] < longest)(write)
-            return
-        write()
-        if spare_rows is not None:
+            for_rows(location, write_row)
+            if keep:
+                return
             zeros = lanes.zeros(self.window, self.width)
 
             def clear_row(row):
                 for start in starts:
                     for ref, lead in destinations:
-                        ref[(*lead, row, pl.ds(start, self.window))] = zeros
+                        lanes.store(ref, (*lead, row, pl.ds(start, self.window)), zeros, self.width)
 
-            for_spare_rows(spare_rows, clear_row)
+            for_spare_rows(location, clear_row)
+
+        if keep:
+            pl.when(starts[0] < longest)(write)
+        else:
+            write()
 
     def _keep(self, lanes, iota, row, start, window, live, destinations):
         columns = pl.ds(start, self.window)
@@ -175,11 +183,10 @@ class Table:
                 held = lanes.load(ref, index, self.width)
                 ref[index] = jnp.where(start + iota < live, window, held)
 
-    def _write_scalars(self, columns, read, request, spare_rows, destinations):
+    def _write_scalars(self, columns, read, request, location, for_spare_rows, destinations):
         values = [read(jnp.minimum(column, self.columns - 1)) for column in columns]
 
-        def write_row(j):
-            row = request.first_row + j
+        def write_row(j, row):
             live = self.columns if self.tail == "copy" else self._live(request, j)
             for column, value in zip(columns, values, strict=True):
                 if self.tail == "zero":
@@ -190,15 +197,16 @@ class Table:
                     for ref, lead in destinations:
                         ref[(*lead, row, column)] = value
 
-        for_rows(request.rows, write_row)
-        if spare_rows is not None:
+        for_rows(location, write_row)
+        if self.tail == "keep":
+            return
 
-            def clear_row(row):
-                for column in columns:
+        def clear_row(row):
+            for column in columns:
 
-                    @pl.when(column < self.columns)
-                    def _(column=column):
-                        for ref, lead in destinations:
-                            ref[(*lead, row, column)] = jnp.int32(0)
+                @pl.when(column < self.columns)
+                def _(column=column):
+                    for ref, lead in destinations:
+                        ref[(*lead, row, column)] = jnp.int32(0)
 
-            for_spare_rows(spare_rows, clear_row)
+        for_spare_rows(location, clear_row)
