@@ -15,7 +15,6 @@ from jaxnsa.metadata import ForwardMode, NSAMetadata
 BROADCAST = "fused_metadata_precompute_and_broadcast"
 FUNCTIONS = (BROADCAST, "fused_metadata_copy", "fill_draft_extend_metadata", "prefix_sum")
 
-_CASES_PER_SHAPE = 5  # cases that differ in values only, and so share a compilation
 _SHRINK_STEPS = 200
 _HELD = -7  # what destinations hold before they are filled in place
 
@@ -137,11 +136,17 @@ class Case:
         return "\n".join(lines)
 
 
-def random_cases(count: int, seed: int) -> Iterator[Case]:
-    """`count` random cases of all functions, modes and strategies, the same ones for a seed."""
+def random_cases(count: int, seed: int, cases_per_shape: int = 5) -> Iterator[Case]:
+    """Random cases of all functions, modes and strategies.
+
+    Args:
+      count: how many.
+      seed: the same one gives the same cases.
+      cases_per_shape: cases in a row that differ in values only, and so share a compilation.
+    """
     rng = np.random.default_rng(seed)
     for number in range(count):
-        if number % _CASES_PER_SHAPE == 0:
+        if number % cases_per_shape == 0:
             shape = _random_shape(rng)
         yield _with_random_values(shape, rng)
 

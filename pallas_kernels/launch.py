@@ -38,18 +38,15 @@ def launch(
 
     Returns:
       The results; those of `out` in its memory where it is donated.
+
+    Under `jax.vmap`, fresh results take a launch for each element of the batch; with `out` it
+    raises NotImplementedError.
     """
     flat_inputs, structure = jax.tree.flatten(inputs)
     flat_shapes, out_structure = jax.tree.flatten(shapes)
-    held = (
-        []
-        if out is None
-        else [jax.new_ref(array, memory_space=plgpu.GMEM) for array in jax.tree.leaves(out)]
-    )
+    split = len(flat_inputs)
 
     def body(*refs):
-        split = len(flat_inputs)
-
         def scoped(scratch):
             kernel(
                 lax.axis_index("block"),
@@ -60,13 +57,36 @@ def launch(
 
         pl.run_scoped(scoped, plgpu.SMEM(shared, jnp.int32))
 
-    results = pl.kernel(
-        body,
-        out_type=() if held else flat_shapes,
-        mesh=plgpu.Mesh(grid=(blocks,), grid_names=("block",)),
-        # A kernel whose threads read what others have written says where they must wait.
-        compiler_params=plgpu.CompilerParams(unsafe_no_auto_barriers=True),
-        interpret=interpret,
-        name=name,
-    )(*flat_inputs, *held)
-    return jax.tree.unflatten(out_structure, [ref[...] for ref in held] if held else results)
+    def run(*arrays):
+        held = [jax.new_ref(array, memory_space=plgpu.GMEM) for array in arrays[split:]]
+        results = pl.kernel(
+            body,
+            out_type=() if held else flat_shapes,
+            mesh=plgpu.Mesh(grid=(blocks,), grid_names=("block",)),
+            # A kernel whose threads read what others have written says where they must wait.
+            compiler_params=plgpu.CompilerParams(unsafe_no_auto_barriers=True),
+            interpret=interpret,
+            name=name,
+        )(*arrays[:split], *held)
+        return [ref[...] for ref in held] if held else results
+
+    arrays = [*flat_inputs, *jax.tree.leaves(out)]
+    if out is None:
+        results = jax.custom_batching.sequential_vmap(run)(*arrays)
+    else:
+        results = run(*_unbatched(arrays))
+    return jax.tree.unflatten(out_structure, results)
+
+
+@jax.custom_batching.custom_vmap
+def _unbatched(arrays: list[jax.Array]) -> list[jax.Array]:
+    """The same arrays, which `jax.vmap` may not batch."""
+    return arrays
+
+
+@_unbatched.def_vmap
+def _refuse_batch(axis_size, batched, arrays):
+    raise NotImplementedError(
+        "Pallas kernels that write in place cannot run under jax.vmap: call without out=, or take "
+        "another implementation"
+    )

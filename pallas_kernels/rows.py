@@ -58,12 +58,12 @@ class Location(NamedTuple):
 
     Attributes:
       first_row: the first of them.
-      count: how many.
+      rows: how many.
       total: rows of all requests, at most the capacity.
     """
 
     first_row: jax.Array
-    count: jax.Array | int
+    rows: jax.Array | int
     total: jax.Array | int
 
 
@@ -131,10 +131,10 @@ def prefix_sums(
 
 def for_rows(location: Location, body: Callable) -> None:
     """Calls `body(j, row)` for each row j of a request."""
-    if isinstance(location.count, int) and location.count == 1:
+    if isinstance(location.rows, int) and location.rows == 1:
         body(jnp.int32(0), location.first_row)
     else:
-        lax.fori_loop(0, location.count, lambda j, _: body(j, location.first_row + j), None)
+        lax.fori_loop(0, location.rows, lambda j, _: body(j, location.first_row + j), None)
 
 
 def for_spare_rows(rows: RowMap, location: Location, i: jax.Array, body: Callable) -> None:
@@ -176,7 +176,7 @@ def write_row_lengths(
         store("nsa_cu_seqlens_k", row + 1, nsa_sum + nsa_len)
         return nsa_sum + nsa_len
 
-    lax.fori_loop(0, location.count, write_row, sums.nsa_cache_seqlens)
+    lax.fori_loop(0, location.rows, write_row, sums.nsa_cache_seqlens)
 
     def clear_row(row):
         store("seqlens_expanded", row, jnp.int32(0))

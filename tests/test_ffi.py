@@ -1,0 +1,271 @@
+"""The FFI library: variants, checks in the handlers, export, and how it is found and probed."""
+
+import ctypes
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from helpers import assert_same, inputs, mode_options
+from jax import export
+
+import jaxnsa
+from jaxnsa import ForwardMode, ffi, reference
+from jaxnsa.config import Settings
+from jaxnsa.implementations import IMPLEMENTATIONS, choose
+
+BS = (0, 1, 6, 7, 15, 16, 17, 100, 257, 1000)
+
+
+def eager(function, *arguments, **options):
+    return jax.jit(functools.partial(function, **options))(*arguments)
+
+
+@pytest.mark.parametrize("variant", ffi.VARIANTS["prefix_sum"])
+@pytest.mark.parametrize("n", (*BS, 1023, 1024, 1025, 5000))
+def test_prefix_sum_variants(n, variant):
+    x = np.random.default_rng(n).integers(-(2**31), 2**31, n).astype(np.int32)
+    assert_same(eager(ffi.prefix_sum, x, variant=variant), reference.prefix_sum(x))
+
+
+@pytest.mark.parametrize("variant", ffi.VARIANTS["fill_draft_extend_metadata"])
+@pytest.mark.parametrize("bs", BS)
+def test_draft_extend_variants(bs, variant):
+    seq_lens, _, _ = inputs(bs, seed=bs)
+    extend = mode_options(ForwardMode.DRAFT_EXTEND, bs, seed=bs)["extend_seq_lens"]
+    for capacity in (0, bs, 3 * bs + 5):
+        options = {"nsa_index_topk": 64, "max_total_tokens": capacity}
+        actual = eager(ffi.fill_draft_extend_metadata, extend, seq_lens, variant=variant, **options)
+        assert_same(actual, reference.fill_draft_extend_metadata(extend, seq_lens, **options))
+
+
+def test_unknown_variant():
+    with pytest.raises(
+        Exception, match="prefix_sum: variant: got fast, expected one of block_scan"
+    ):
+        eager(ffi.prefix_sum, np.arange(3, dtype=np.int32), variant="fast")
+
+
+def shape(*dims, dtype=jnp.int32):
+    return jax.ShapeDtypeStruct(dims, dtype)
+
+
+def raw_call(target, shapes, *operands, **attributes):
+    """A call that no check of the Python side has seen."""
+    return jax.jit(lambda *a: jax.ffi.ffi_call(target, shapes)(*a, **attributes))(*operands)
+
+
+X = np.arange(3, dtype=np.int32)
+FUSED = {
+    "tokens_per_request": np.int64(1),
+    "added_tokens": np.int64(0),
+    "max_len": np.int64(4),
+    "nsa_index_topk": np.int64(2),
+    "real_page_size": np.int64(2),
+    "wide_table": True,
+    "tail": "copy",
+    "num_backends": np.int64(1),
+    "stacked": False,
+}
+FUSED_OPERANDS = (X, X, np.zeros((2, 5), np.int32))
+FUSED_RESULTS = [
+    shape(3),
+    shape(4),
+    shape(3),
+    shape(3),
+    shape(4),
+    shape(3, 4),
+    shape(3, 2),
+]
+
+
+def replaced(sequence, k, value):
+    return [*sequence[:k], value, *sequence[k + 1 :]]
+
+
+@pytest.mark.parametrize(
+    "operands, results, attributes, message",
+    [
+        (
+            replaced(FUSED_OPERANDS, 0, X.astype(np.float32)),
+            None,
+            {},
+            "seq_lens: expected int32 or",
+        ),
+        (replaced(FUSED_OPERANDS, 0, X[None]), None, {}, r"seq_lens: got shape \[1, 3\], expected"),
+        (replaced(FUSED_OPERANDS, 1, X[:2]), None, {}, r"req_pool_indices: got shape \[2\], expec"),
+        (
+            replaced(FUSED_OPERANDS, 2, X),
+            None,
+            {},
+            r"req_to_token: got shape \[3\], expected \[\*, ",
+        ),
+        (
+            replaced(FUSED_OPERANDS, 2, np.zeros((0, 5), np.int32)),
+            None,
+            {},
+            "req_to_token: expected at least",
+        ),
+        (FUSED_OPERANDS[:2], None, {}, "operands: expected the inputs"),
+        (None, FUSED_RESULTS[:-1], {}, "results: expected 7 arrays"),
+        (None, replaced(FUSED_RESULTS, 5, shape(3, 3)), {}, r"page_indices: got shape \[3, 3\]"),
+        (None, replaced(FUSED_RESULTS, 1, shape(3)), {}, r"cu_seqlens_k: got shape \[3\], exp"),
+        (None, replaced(FUSED_RESULTS, 2, shape(2)), {}, "seqlens_expanded: expected tokens_per"),
+        (None, replaced(FUSED_RESULTS, 2, shape()), {}, r"seqlens_expanded: expected \[rows\]"),
+        (None, replaced(FUSED_RESULTS, 0, shape(3, dtype=jnp.float32)), {}, "cache_seqlens: expec"),
+        (None, None, {"max_len": np.int64(6)}, "req_to_token: expected at least max_len columns"),
+        (None, None, {"max_len": np.int64(-1)}, "max_len: expected an int32 of at least 1"),
+        (None, None, {"real_page_size": np.int64(0)}, "real_page_size: expected an int32 of at"),
+        (
+            None,
+            None,
+            {"num_backends": np.int64(0)},
+            "num_backends: expected an int32 of at least 1",
+        ),
+        (None, None, {"num_backends": np.int64(2)}, "results: expected 7 arrays of each backend"),
+        (None, None, {"tail": "drop"}, "tail: expected copy, zero or keep"),
+    ],
+)
+def test_handlers_name_what_is_wrong(operands, results, attributes, message):
+    call = functools.partial(raw_call, "jaxnsa_fused_metadata_precompute_and_broadcast")
+    raw = call(FUSED_RESULTS, *FUSED_OPERANDS, **FUSED)
+    assert raw[0].tolist() == [0, 1, 2]
+    with pytest.raises(Exception, match=f"precompute_and_broadcast: {message}"):
+        jax.block_until_ready(
+            call(results or FUSED_RESULTS, *(operands or FUSED_OPERANDS), **(FUSED | attributes))
+        )
+
+
+@pytest.mark.parametrize(
+    "target, results, operands, attributes, message",
+    [
+        (
+            "jaxnsa_prefix_sum",
+            shape(3),
+            (X,),
+            {"variant": "block_scan"},
+            r"result: got shape \[3\]",
+        ),
+        (
+            "jaxnsa_prefix_sum",
+            shape(4),
+            (X.astype(np.uint32),),
+            {"variant": "block_scan"},
+            "x: expected int32",
+        ),
+        (
+            "jaxnsa_fill_draft_extend_metadata",
+            (shape(4), shape(5), shape(), shape(0)),
+            (X, X),
+            {"nsa_index_topk": np.int64(2), "variant": "optimized"},
+            r"nsa_cache_seqlens: got shape \[5\], expected \[4\]",
+        ),
+        (
+            "jaxnsa_fill_draft_extend_metadata",
+            (shape(4), shape(4), shape(), shape(0)),
+            (X, X),
+            {"nsa_index_topk": np.int64(2), "variant": "basic"},
+            r"offsets: got shape \[0\], expected \[4\]",
+        ),
+        (
+            "jaxnsa_fused_metadata_copy",
+            (shape(4),),
+            (X,),
+            {"num_backends": np.int64(1), "tokens": np.array([0])},
+            r"result 0: got shape \[4\], expected \[3\]",
+        ),
+        (
+            "jaxnsa_fused_metadata_copy",
+            (shape(2, 3),),
+            (np.zeros((2, 3), np.int32), X),
+            {"num_backends": np.int64(1), "tokens": np.array([1])},
+            r"kv_lens: got shape \[3\], expected \[2\]",
+        ),
+    ],
+)
+def test_other_handlers_name_what_is_wrong(target, results, operands, attributes, message):
+    with pytest.raises(Exception, match=message):
+        jax.block_until_ready(raw_call(target, results, *operands, **attributes))
+
+
+def test_handlers_take_int64_lengths():
+    with jax.enable_x64(True):
+        wide = jnp.array([2**40, -5, 1])
+        raw = raw_call(
+            "jaxnsa_fused_metadata_precompute_and_broadcast",
+            FUSED_RESULTS,
+            wide,
+            wide,
+            FUSED_OPERANDS[2],
+            **FUSED,
+        )
+    assert raw[0].tolist() == [2**31 - 1, 0, 1]
+
+
+def test_exported_function_runs():
+    arguments = inputs(5)
+    function = jax.jit(functools.partial(jaxnsa.precompute_decode_metadata, implementation="ffi"))
+    exported = export.export(function, disabled_checks=ffi.EXPORT_CHECKS)(*arguments)
+    export.register_pytree_node_serialization(
+        jaxnsa.NSAMetadata,
+        serialized_name="jaxnsa.NSAMetadata",
+        serialize_auxdata=lambda _: b"",
+        deserialize_auxdata=lambda _: ((), ()),
+    )
+    restored = export.deserialize(exported.serialize())
+    expected = reference.precompute_decode_metadata(*arguments)
+    for actual, wanted in zip(
+        jax.tree.leaves(restored.call(*arguments)), jax.tree.leaves(expected), strict=True
+    ):
+        np.testing.assert_array_equal(actual, wanted)
+    with pytest.raises(ValueError, match="jaxnsa_fused_metadata_precompute_and_broadcast"):
+        export.export(function)(*arguments)
+
+
+@pytest.fixture
+def fresh_probe():
+    def forget():
+        jax.clear_caches()
+        ffi.load.cache_clear()
+        ffi._probe.cache_clear()
+
+    forget()
+    yield
+    forget()
+
+
+def test_a_library_that_was_not_built_says_what_builds_it(fresh_probe, monkeypatch, tmp_path):
+    monkeypatch.setattr(ffi, "library_path", lambda platform: tmp_path / "jaxnsa_cpu.so")
+    reason = IMPLEMENTATIONS["ffi"].unavailable("cpu")
+    assert "jaxnsa_cpu.so was not built when jaxnsa was installed, which takes a C++17" in reason
+    assert "pip install --force-reinstall" in reason
+    with pytest.raises(jaxnsa.ImplementationUnavailableError, match="was not built"):
+        choose("ffi", Settings(), "cpu")
+
+
+def test_a_library_that_does_not_load_says_so(fresh_probe, monkeypatch, tmp_path):
+    damaged = tmp_path / "jaxnsa_cpu.so"
+    damaged.write_bytes(b"not a library")
+    monkeypatch.setattr(ffi, "library_path", lambda platform: damaged)
+    assert "could not be loaded" in IMPLEMENTATIONS["ffi"].unavailable("cpu")
+
+
+def test_a_refused_library_names_both_versions(fresh_probe, monkeypatch):
+    """What a runtime that refuses the handler does: the first call fails."""
+    monkeypatch.setattr(ffi, "_PREFIX_SUM", "jaxnsa_of_another_api")
+    reason = IMPLEMENTATIONS["ffi"].unavailable("cpu")
+    assert "was built with XLA FFI API 0." in reason
+    assert f"this jaxlib has {ffi._runtime_api()}" in reason
+    assert "pip install --force-reinstall" in reason
+
+
+def test_probe_runs_while_a_caller_traces(fresh_probe):
+    step = jax.jit(lambda x: jaxnsa.prefix_sum(x, implementation=("ffi", "xla")))
+    assert step(X).tolist() == [0, 0, 1, 3]
+
+
+def test_library_tells_the_api_it_was_built_with():
+    library = ctypes.CDLL(str(ffi.library_path("cpu")))
+    assert library.jaxnsa_ffi_api_version() // 1000 == 0
+    assert ffi._built_api("cpu") <= ffi._runtime_api()
