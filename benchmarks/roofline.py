@@ -1,6 +1,6 @@
 """The whole job on a GPU against the roof: live bytes read once and written N times."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -133,7 +133,7 @@ def _time(arguments: tuple, options: dict[str, Any], name: str) -> float:
 
 
 def _check(backends: Any, arguments: tuple, options: dict[str, Any]) -> None:
-    expected: Callable = reference.fused_metadata_precompute_and_broadcast
+    expected: Any = reference.fused_metadata_precompute_and_broadcast
     (wanted,) = expected(*arguments, **(options | {"num_backends": 1}))
     if not all(same(backend, wanted) for backend in backends):
         raise AssertionError(f"wrong result for {options}")
