@@ -131,6 +131,8 @@ def test_vmap_of_the_small_functions(implementation):
 @pytest.mark.parametrize("in_place", (False, True))
 def test_shard_map_over_eight_devices(mode, in_place, implementation):
     shards, bs = 8, 3
+    if jax.device_count() < shards:
+        pytest.skip("needs 8 devices: a machine without a GPU simulates them")
     seq_lens, indices, pool = inputs(shards * bs)
     options = {"num_backends": 2, "forward_mode": mode}
     extend = None
