@@ -98,8 +98,8 @@ def _markdown(record: dict, names: list[str]) -> str:
         "",
         f"Commit {record['commit']}, {versions}. `{record['command']}`.",
         f"{record['unit'].capitalize()}, in place, page 64, top-k 2048, tail `keep`; rows are "
-        f"mode, bs, max_len, N and live, lengths uniform in [live/2, live]. The roof is live bytes read "
-        f"once and written to each row of each backend, over the "
+        "mode, bs, max_len, N and live, lengths uniform in [live/2, live]. The roof is live bytes "
+        "read once and written to each row of each backend, over the "
         f"{record['copy_bandwidth_tb_s']:.2f} TB/s of a large copy in the same run. A time above "
         "its target is in bold.",
         "",

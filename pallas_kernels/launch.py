@@ -58,7 +58,10 @@ def launch(
         pl.run_scoped(scoped, plgpu.SMEM(shared, jnp.int32))
 
     def run(*arrays):
-        held = [jax.new_ref(array, memory_space=plgpu.GMEM) for array in arrays[split:]]
+        # The barrier keeps XLA from handing the kernel a slice of a larger array in place of the
+        # array that it is to write: the result would be another buffer, which nobody fills.
+        destinations = lax.optimization_barrier(arrays[split:])
+        held = [jax.new_ref(array, memory_space=plgpu.GMEM) for array in destinations]
         results = pl.kernel(
             body,
             out_type=() if held else flat_shapes,

@@ -246,11 +246,11 @@ def test_vmap_in_place_says_what_to_do(interpreted):
 
 
 def lowered_operations(function, *arguments, donate=()):
-    """What XLA gets for CUDA, without the views that launch nothing."""
+    """What XLA gets for CUDA, without what only renames or orders values and launches nothing."""
     traced = jax.jit(function, donate_argnums=donate).trace(*arguments)
     text = traced.lower(lowering_platforms=("cuda",)).as_text()
     operations = re.findall(r'= "?stablehlo\.(\w+)', text)
-    return [op for op in operations if op not in ("reshape",)]
+    return [op for op in operations if op not in ("reshape", "optimization_barrier")]
 
 
 @pytest.mark.parametrize("mode", ForwardMode)
@@ -321,7 +321,7 @@ def test_launches_of_strategies(strategy, launches):
     )
     operations = lowered_operations(compute, *inputs(7, pool_cols=256))
     assert operations.count("custom_call") == launches
-    assert set(operations) <= {"custom_call", "optimization_barrier"}
+    assert set(operations) == {"custom_call"}
 
 
 def test_unavailable_on_the_cpu_says_what_it_needs():

@@ -10,9 +10,10 @@ from jaxnsa import ForwardMode
 @pytest.mark.parametrize("mode", ForwardMode)
 @pytest.mark.parametrize("stacked", (False, True))
 @pytest.mark.parametrize("tail, in_place", (("copy", False), ("keep", True), ("zero", True)))
-def test_same_bits(strategy, mode, stacked, tail, in_place, implementation):
+@pytest.mark.parametrize("bs", (6, 64))
+def test_same_bits(strategy, mode, stacked, tail, in_place, bs, implementation):
     check_broadcast(
-        inputs(6),
+        inputs(bs, pool_cols=128),
         implementation=implementation,
         strategy=strategy,
         in_place=in_place,
@@ -20,5 +21,5 @@ def test_same_bits(strategy, mode, stacked, tail, in_place, implementation):
         num_backends=3,
         forward_mode=mode,
         stacked=stacked,
-        **mode_options(mode, 6),
+        **mode_options(mode, bs),
     )

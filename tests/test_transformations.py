@@ -84,6 +84,25 @@ def test_donation_inside_jit_is_in_place(mode, strategy, tail, implementation):
     assert pointers(result) == before
 
 
+@pytest.mark.parametrize("strategy", ("ultra_fast", "fast", "fallback"))
+def test_destinations_may_be_slices(strategy, implementation):
+    """Slices at aligned offsets, which XLA may try to pass on without a copy."""
+    arguments = inputs(64, pool_cols=128)
+    options = {"num_backends": 2, "tail": "keep"}
+    kept = held(specify(*arguments, **(options | {"tail": None})))
+    whole = jax.tree.map(lambda a: jnp.stack([jnp.full_like(a, 3), a]), on_device(kept))
+
+    @jax.jit
+    def step(whole, *arguments):
+        out = jax.tree.map(lambda a: a[1], whole)
+        return compute(
+            *arguments, out=out, strategy=strategy, implementation=implementation, **options
+        )
+
+    assert_same(step(whole, *arguments), specify(*arguments, out=kept, **options))
+    assert all((a[0] == 3).all() and (a[1] == -7).all() for a in jax.tree.leaves(whole))
+
+
 def test_donated_arrays_are_gone(implementation):
     out = jaxnsa.precompute_decode_metadata(*inputs(3))
     jaxnsa.precompute_decode_metadata(*inputs(3), out=out, implementation=implementation)
@@ -93,6 +112,8 @@ def test_donated_arrays_are_gone(implementation):
 @pytest.mark.parametrize("mode", ForwardMode)
 @pytest.mark.parametrize("in_place", (False, True))
 def test_vmap(mode, in_place, implementation):
+    if in_place and implementation == "pallas":
+        pytest.skip("refused with a reason: see test_pallas.py")
     seq_lens, indices, pool = inputs(7)
     options = {"num_backends": 2, "forward_mode": mode} | mode_options(mode, 7)
     batches = np.stack([seq_lens, seq_lens[::-1], np.zeros_like(seq_lens)])
