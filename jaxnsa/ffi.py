@@ -10,7 +10,7 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import export
+from jax import export, lax
 
 from jaxnsa.metadata import Array, DraftExtendSeqlens, NSAMetadata
 from jaxnsa.spec import Spec
@@ -167,7 +167,9 @@ def copy(
 
 def _call_in_place(target: str, inputs: list, out: Any, shapes: Any, **attributes: Any) -> Any:
     """A call whose results, a pytree of the given shapes, lie in `out` where that is given."""
-    held = jax.tree.leaves(out)
+    # The barrier keeps XLA from handing the call a slice of a larger array in place of the array that
+    # it is to write: the result would be another buffer, which nobody fills.
+    held = lax.optimization_barrier(jax.tree.leaves(out))
     flat_shapes, structure = jax.tree.flatten(shapes)
     aliases = {len(inputs) + k: k for k in range(len(held))}
     results = _call(target, flat_shapes, *inputs, *held, aliases=aliases, **attributes)

@@ -80,7 +80,8 @@ def get_kernel_info() -> dict[str, Any]:
       - "devices": its devices, as text;
       - "default": the implementation that a call takes where nothing is named;
       - "strategy": the broadcast strategy that the settings select;
-      - "implementations": for each name, "available" (bool) and "reason" (None where available);
+      - "implementations": for each name, "available" (bool), "reason" (None where available) and
+        "variants": for each function that has several, their names and what they do;
       - "versions": of jaxnsa, jax, jaxlib and numpy.
     """
     platform = jax.default_backend()
@@ -88,7 +89,11 @@ def get_kernel_info() -> dict[str, Any]:
     implementations = {}
     for name, module in IMPLEMENTATIONS.items():
         reason = module.unavailable(platform)
-        implementations[name] = {"available": reason is None, "reason": reason}
+        implementations[name] = {
+            "available": reason is None,
+            "reason": reason,
+            "variants": getattr(module, "VARIANTS", {}),
+        }
     return {
         "platform": platform,
         "devices": [device.device_kind for device in jax.devices()],

@@ -105,6 +105,7 @@ def test_an_implementation_that_cannot_run_says_why(other):
     assert info["implementations"]["other"] == {
         "available": False,
         "reason": "no such GPU; install one",
+        "variants": info["implementations"]["xla"]["variants"],
     }
     assert info["default"] == "xla"
 
