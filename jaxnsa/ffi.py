@@ -167,8 +167,8 @@ def copy(
 
 def _call_in_place(target: str, inputs: list, out: Any, shapes: Any, **attributes: Any) -> Any:
     """A call whose results, a pytree of the given shapes, lie in `out` where that is given."""
-    # The barrier keeps XLA from handing the call a slice of a larger array in place of the array that
-    # it is to write: the result would be another buffer, which nobody fills.
+    # The barrier keeps XLA from handing the call a slice of a larger array in place of the array
+    # that it is to write: the result would be another buffer, which nobody fills.
     held = lax.optimization_barrier(jax.tree.leaves(out))
     flat_shapes, structure = jax.tree.flatten(shapes)
     aliases = {len(inputs) + k: k for k in range(len(held))}
