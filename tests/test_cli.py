@@ -69,7 +69,9 @@ def test_demo_refuses(tmp_path):
     result = run("demo", "--trace", str(trace))
     assert result.exit_code == 1
     assert f"Error: {trace}:2: GeneratedTokens: got 'x'" in result.output
-    assert "expected one of 'xla'" in run("demo", "--implementation", "cuda").output
+    assert (
+        "expected one of 'pallas', 'ffi', 'xla'" in run("demo", "--implementation", "cuda").output
+    )
     assert run("demo", "--batch-size", "0").exit_code == 2
     assert run("demo", "--trace", str(tmp_path / "none")).exit_code == 2
 

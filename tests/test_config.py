@@ -84,7 +84,9 @@ def test_bad_settings(monkeypatch):
         jaxnsa.prefix_sum(ARGUMENTS[0])
     monkeypatch.delenv("JAXNSA_VALIDATE")
     monkeypatch.setenv("JAXNSA_IMPLEMENTATION", "cuda")
-    with pytest.raises(ValueError, match="implementation: got 'cuda', expected one of 'xla'"):
+    with pytest.raises(
+        ValueError, match="implementation: got 'cuda', expected one of 'pallas', 'ffi', 'xla'"
+    ):
         jaxnsa.prefix_sum(ARGUMENTS[0])
     with (
         pytest.raises(TypeError, match="validate: got 1, expected True, False or None"),
