@@ -30,6 +30,10 @@ console = Console()
 @click.version_option(package_name="jaxnsa")
 def main() -> None:
     """Attention metadata for DeepSeek sparse attention, in one launch for all backends."""
+    try:
+        get_kernel_info()
+    except ValueError as error:  # a setting in the environment
+        raise click.ClickException(str(error)) from None
 
 
 @main.command()

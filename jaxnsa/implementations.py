@@ -78,11 +78,15 @@ def get_kernel_info() -> dict[str, Any]:
     Returns:
       - "platform": the default JAX backend, "cpu" or "gpu";
       - "devices": its devices, as text;
-      - "default": the implementation that a call takes where nothing is named;
+      - "default": the implementation that a call takes where nothing is named; None where the
+        settings name only ones that cannot run;
       - "strategy": the broadcast strategy that the settings select;
       - "implementations": for each name, "available" (bool), "reason" (None where available) and
         "variants": for each function that has several, their names and what they do;
       - "versions": of jaxnsa, jax, jaxlib and numpy.
+
+    Raises:
+      ValueError: an environment variable holds no legal value.
     """
     platform = jax.default_backend()
     here = settings()
@@ -94,10 +98,14 @@ def get_kernel_info() -> dict[str, Any]:
             "reason": reason,
             "variants": getattr(module, "VARIANTS", {}),
         }
+    try:
+        default = choose(None, here, platform)
+    except ImplementationUnavailableError:
+        default = None
     return {
         "platform": platform,
         "devices": [device.device_kind for device in jax.devices()],
-        "default": choose(None, here, platform),
+        "default": default,
         "strategy": here.strategy,
         "implementations": implementations,
         "versions": {

@@ -24,6 +24,8 @@ def unavailable(platform: str | None) -> str | None:
             f"{platform}; install jax[cuda13] on a machine that has one"
         )
     capability = jax.devices("gpu")[0].compute_capability
+    if not capability.replace(".", "").isdigit():
+        return f"needs an NVIDIA GPU, not {capability}; use another implementation"
     if float(capability) < _OLDEST:
         return (
             f"needs compute capability {_OLDEST} (Hopper) or newer, this GPU has {capability}; "

@@ -124,3 +124,24 @@ def test_help_is_there_for_every_command():
         result = run(command, "--help")
         assert result.exit_code == 0
         assert command in run("--help").output
+
+
+def test_bad_settings_are_errors_and_not_tracebacks(monkeypatch):
+    monkeypatch.setenv("JAXNSA_IMPLEMENTATION", "bogus")
+    result = run("info")
+    assert result.exit_code == 1
+    assert "Error: implementation: got 'bogus', expected one of" in result.output
+    monkeypatch.setenv("JAXNSA_IMPLEMENTATION", "xla")
+    monkeypatch.setenv("JAXNSA_VALIDATE", "maybe")
+    assert "Error: JAXNSA_VALIDATE: got 'maybe'" in run("verify", "--cases", "1").output
+
+
+def test_info_without_an_implementation_that_runs(monkeypatch):
+    module = types.SimpleNamespace(**vars(xla))
+    module.unavailable = lambda platform: "needs a GPU"
+    monkeypatch.setitem(IMPLEMENTATIONS, "absent", module)
+    monkeypatch.setenv("JAXNSA_IMPLEMENTATION", "absent")
+    result = run("info")
+    assert result.exit_code == 0
+    assert "default" not in result.output
+    assert "cannot run here: needs a GPU" in run("demo").output
