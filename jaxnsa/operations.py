@@ -1,6 +1,7 @@
 """The public operations: check the arguments, choose an implementation, call it."""
 
 import functools
+import logging
 from collections.abc import Sequence
 from typing import Any
 
@@ -17,6 +18,7 @@ from jaxnsa.spec import Rows, Spec, Tail
 from jaxnsa.validation import check_values
 
 _INT32 = np.iinfo(np.int32)
+_logger = logging.getLogger("jaxnsa")
 
 
 def precompute_decode_metadata(
@@ -398,7 +400,20 @@ def _compute(
     if here.validate:
         check_values(inputs, rows, spec.max_len, spec.nsa_index_topk, debug=True)
     name = choose(implementation, here, _platform(inputs))
+    _log_path(name, strategy, spec.num_backends)
     return _run_broadcast(inputs, out, spec=spec, strategy=strategy, implementation=name)
+
+
+@functools.cache  # once for each path, not for each call
+def _log_path(implementation: str, strategy: Strategy, num_backends: int) -> None:
+    path = {
+        "ultra_fast": "fused precompute + broadcast",
+        "fast": "one precompute and a copy for each backend",
+        "fallback": "a computation for each backend",
+    }[strategy]
+    _logger.info("implementation %s, strategy %s: %s", implementation, strategy, path)
+    if strategy == "ultra_fast" and num_backends > 1 and implementation != "xla":
+        _logger.info("kernel launches reduced from 1 + N to 1 (N = %d backends)", num_backends)
 
 
 def _platform(arrays: Any) -> str | None:

@@ -1,9 +1,12 @@
 """The three strategies: the same bits in the same places."""
 
+import logging
+
 import pytest
 from helpers import check_broadcast, inputs, mode_options
 
-from jaxnsa import ForwardMode
+import jaxnsa
+from jaxnsa import ForwardMode, operations
 
 
 @pytest.mark.parametrize("strategy", ("ultra_fast", "fast", "fallback"))
@@ -23,3 +26,21 @@ def test_same_bits(strategy, mode, stacked, tail, in_place, bs, implementation):
         stacked=stacked,
         **mode_options(mode, bs),
     )
+
+
+def test_the_path_is_logged_once(caplog):
+    operations._log_path.cache_clear()
+    arguments = inputs(3)
+    with caplog.at_level(logging.INFO, logger="jaxnsa"):
+        for _ in range(3):
+            jaxnsa.fused_metadata_precompute_and_broadcast(
+                *arguments, num_backends=3, implementation="ffi"
+            )
+        jaxnsa.fused_metadata_precompute_and_broadcast(
+            *arguments, num_backends=3, strategy="fast", implementation="xla"
+        )
+    assert [record.getMessage() for record in caplog.records] == [
+        "implementation ffi, strategy ultra_fast: fused precompute + broadcast",
+        "kernel launches reduced from 1 + N to 1 (N = 3 backends)",
+        "implementation xla, strategy fast: one precompute and a copy for each backend",
+    ]
