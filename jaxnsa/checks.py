@@ -174,13 +174,16 @@ def source(src: Any) -> None:
             raise TypeError(f"src.{field}: got {_described(value)}, expected an int32 array")
 
 
-def destinations(out: Any, expected: NSAMetadata, count: int | None) -> tuple[NSAMetadata, ...]:
+def destinations(
+    out: Any, expected: NSAMetadata, count: int | None, read: dict[str, Array]
+) -> tuple[NSAMetadata, ...]:
     """`out` as a tuple of NSAMetadata whose arrays can be donated.
 
     Args:
       out: what the caller gave.
       expected: the shape and dtype of every array of one destination.
       count: how many destinations `out` must hold; None where it must be one, by itself.
+      read: the arrays that the computation reads, by name: none of them may be written.
     """
     if count is None:
         named = {"out": out}
@@ -189,7 +192,7 @@ def destinations(out: Any, expected: NSAMetadata, count: int | None) -> tuple[NS
     else:
         got = f"{len(out)} of them" if isinstance(out, (tuple, list)) else _described(out)
         raise ValueError(f"out: got {got}, expected a tuple of {count} NSAMetadata")
-    seen: dict[int, str] = {}
+    seen = {id(array): name for name, array in read.items()}
     for argument, destination in named.items():
         if not isinstance(destination, NSAMetadata):
             raise TypeError(f"{argument}: got {_described(destination)}, expected an NSAMetadata")

@@ -277,7 +277,8 @@ def fused_metadata_copy(
     num_backends = checks.integer("num_backends", num_backends, 1)
     if out is not None:
         shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), src)
-        out = checks.destinations(out, shapes, num_backends)
+        read = {f"src.{field}": array for field, array in vars(src).items()}
+        out = checks.destinations(out, shapes, num_backends, read)
     name = choose(implementation, settings(), _platform(src))
     return _run_copy(src, out, num_backends=num_backends, implementation=name)
 
@@ -392,7 +393,8 @@ def _compute(
     )
     spec = checks.spec(rows, inputs.req_to_token.shape[1], fresh=out is None, **options)
     if out is not None:
-        out = checks.destinations(out, spec.shapes(), spec.num_backends if several else None)
+        count = spec.num_backends if several else None
+        out = checks.destinations(out, spec.shapes(), count, inputs._asdict())
     here = settings()
     strategy = checks.one_of(
         "strategy", strategy or here.strategy, ("ultra_fast", "fast", "fallback")

@@ -159,6 +159,15 @@ def test_out_arrays_must_be_alive_and_distinct():
         jaxnsa.precompute_decode_metadata(SEQ_LENS, INDICES, POOL, out=same)
 
 
+def test_out_arrays_must_not_be_inputs():
+    lengths = jnp.asarray(SEQ_LENS)
+    with pytest.raises(ValueError, match="out.cache_seqlens: got the array of seq_lens, expected"):
+        jaxnsa.precompute_decode_metadata(lengths, INDICES, POOL, out=out(cache_seqlens=lengths))
+    src = out()
+    with pytest.raises(ValueError, match=r"out\[0\].cache_seqlens: got the array of src.cache_seq"):
+        jaxnsa.fused_metadata_copy(src, out=(src,))
+
+
 def test_refused_destinations_keep_their_values():
     destination = out()
     with pytest.raises(ValueError, match="max_len"):
