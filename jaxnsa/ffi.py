@@ -34,7 +34,7 @@ VARIANTS = {
 CPU all variants are the same loop."""
 
 _LIBRARIES = {"cpu": "jaxnsa_cpu.so", "gpu": "jaxnsa_cuda.so"}
-_NEEDS = {"cpu": "a C++17 compiler", "gpu": "a C++17 compiler and nvcc 12 or newer"}
+_NEEDS = {"cpu": "a C++17 compiler", "gpu": "a C++17 compiler and nvcc 12.1 or newer"}
 _XLA_PLATFORMS = {"cpu": "cpu", "gpu": "CUDA"}
 _PREFIX_SUM = "jaxnsa_prefix_sum"
 _FILL_DRAFT_EXTEND = "jaxnsa_fill_draft_extend_metadata"

@@ -15,6 +15,11 @@ from jaxnsa import ForwardMode, ffi, reference
 from jaxnsa.config import Settings
 from jaxnsa.implementations import IMPLEMENTATIONS, choose
 
+pytestmark = pytest.mark.skipif(
+    ffi.load("cpu") is not None,
+    reason=f"runs where a C++ compiler built the FFI library: {ffi.load('cpu')}",
+)
+
 BS = (0, 1, 6, 7, 15, 16, 17, 100, 257, 1000)
 
 
