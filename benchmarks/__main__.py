@@ -52,9 +52,8 @@ def roofline(out: Path, commit: str | None) -> None:
     names = [name for name, state in info["implementations"].items() if state["available"]]
     bandwidth = suite.copy_bandwidth()
     rows = []
-    problems = track(suite.PROBLEMS, "problems", console=Console(stderr=True))
-    for row in (next(suite.measure((problem,), names)) for problem in problems):
-        p = row.problem
+    for p in track(suite.PROBLEMS, "problems", console=Console(stderr=True)):
+        row = suite.measure(p, names)
         label = f"{p.mode.value}: {p.bs}, {p.max_len}, {p.num_backends}, live {p.live}"
         roof = row.bytes_moved / bandwidth * 1e6
         rows.append(

@@ -1,6 +1,5 @@
 """The whole job on a GPU against the roof: live bytes read once and written N times."""
 
-from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -72,12 +71,11 @@ def copy_bandwidth() -> float:
     return 2 * source.nbytes / (device_time(lambda: copy(source), calls=10) * 1e-6)
 
 
-def measure(problems: tuple[Problem, ...], names: list[str]) -> Iterator[Row]:
-    """Checks and measures each problem with each implementation, in place, tail "keep"."""
-    for problem in problems:
-        arguments, options, bytes_moved = _inputs(problem)
-        times = {name: _time(arguments, options, name) for name in names}
-        yield Row(problem, bytes_moved, times)
+def measure(problem: Problem, names: list[str]) -> Row:
+    """Checks and measures a problem with each implementation, in place, tail "keep"."""
+    arguments, options, bytes_moved = _inputs(problem)
+    times = {name: _time(arguments, options, name) for name in names}
+    return Row(problem, bytes_moved, times)
 
 
 def _inputs(problem: Problem) -> tuple[tuple, dict[str, Any], int]:
