@@ -26,7 +26,7 @@ from jaxnsa.config import Settings, names, settings
 IMPLEMENTATIONS: dict[str, ModuleType] = {"pallas": pallas, "ffi": ffi, "xla": xla}
 
 # The order in which they are tried where none is named, by platform.
-PREFERENCE: dict[str, tuple[str, ...]] = {"gpu": ("pallas", "xla")}
+PREFERENCE: dict[str, tuple[str, ...]] = {"gpu": ("pallas", "ffi", "xla")}
 _ELSEWHERE = ("xla",)
 
 

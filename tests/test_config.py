@@ -118,3 +118,15 @@ def test_a_name_is_taken_at_its_word_while_tracing(other):
     with pytest.raises(jaxnsa.ImplementationUnavailableError, match="not on cpu"):
         choose("other", config.settings(), "cpu")
     assert choose(("other", "xla"), config.settings(), None) == "xla"
+
+
+def test_a_gpu_takes_the_first_that_runs(monkeypatch):
+    order = ("pallas", "ffi", "xla")
+    for k, name in enumerate(order):
+        for other in order[:k]:
+            module = types.SimpleNamespace(unavailable=lambda platform: "not here")
+            monkeypatch.setitem(IMPLEMENTATIONS, other, module)
+        for other in order[k:]:
+            module = types.SimpleNamespace(unavailable=lambda platform: None)
+            monkeypatch.setitem(IMPLEMENTATIONS, other, module)
+        assert choose(None, config.settings(), "gpu") == name
