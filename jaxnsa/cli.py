@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import click
+import jax
 import numpy as np
 from rich.console import Console
 from rich.markup import escape
@@ -18,6 +19,7 @@ from jaxnsa.config import settings
 from jaxnsa.implementations import (
     IMPLEMENTATIONS,
     ImplementationUnavailableError,
+    candidates,
     choose,
     get_kernel_info,
 )
@@ -31,7 +33,7 @@ console = Console()
 def main() -> None:
     """Attention metadata for DeepSeek sparse attention, in one launch for all backends."""
     try:
-        get_kernel_info()
+        candidates(None, settings(), jax.default_backend())
     except ValueError as error:  # a setting in the environment
         raise click.ClickException(str(error)) from None
 
@@ -77,7 +79,7 @@ def demo(
     with status 1 on any mismatch.
     """
     try:
-        name = choose(implementation, settings(), get_kernel_info()["platform"])
+        name = choose(implementation, settings(), jax.default_backend())
         requests = (
             itertools.cycle(read_trace(trace))
             if trace
@@ -130,10 +132,9 @@ def verify(cases: int, seed: int) -> None:
         for case in progress.track(
             verification.random_cases(cases, seed), total=cases, description="cases"
         ):
-            for name in runnable:
-                ran[name, case.title] += 1
-                if case.fails(name):
-                    failures[name, case.title].append(case)
+            ran.update((name, case.title) for name in runnable)
+            for name in case.failing(runnable):
+                failures[name, case.title].append(case)
     table = Table(title=f"{cases} random cases, seed {seed}")
     table.add_column("implementation")
     table.add_column("function", overflow="fold")

@@ -151,9 +151,10 @@ def copy(
     live: Spec | None = None,
 ) -> tuple[NSAMetadata, ...]:
     """Copies `src` to `num_backends` destinations; its live columns only with `live`."""
-    page = {} if live is None else {"page_indices": 1, "real_page_table": live.real_page_size}
-    tokens = [page.get(field, 0) for field, array in vars(src).items() if array is not None]
-    inputs = jax.tree.leaves(src) + ([src.seqlens_expanded] if any(tokens) else [])
+    inputs = jax.tree.leaves(src)
+    tokens = [0] * len(inputs) if live is None else live.column_tokens(src)
+    if any(tokens):
+        inputs.append(src.seqlens_expanded)
     shapes = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), src)
     return _call_in_place(
         _COPY,

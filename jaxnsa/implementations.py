@@ -40,6 +40,18 @@ def preference(platform: str, settings: Settings) -> tuple[str, ...]:
     return tuple(n for n in order if n != "triton" or settings.triton_metadata)
 
 
+def candidates(
+    requested: str | Sequence[str] | None, settings: Settings, platform: str
+) -> tuple[str, ...]:
+    """The names that a call would try, in order; ValueError where one is unknown."""
+    named = settings.implementation if requested is None else names(requested, "implementation")
+    for name in named or ():
+        if name not in IMPLEMENTATIONS:
+            known = ", ".join(repr(n) for n in IMPLEMENTATIONS)
+            raise ValueError(f"implementation: got {name!r}, expected one of {known}")
+    return preference(platform, settings) if named is None else named
+
+
 def choose(requested: str | Sequence[str] | None, settings: Settings, platform: str | None) -> str:
     """The name of the implementation that a call takes.
 
@@ -54,17 +66,13 @@ def choose(requested: str | Sequence[str] | None, settings: Settings, platform: 
       ValueError: a name is unknown.
       ImplementationUnavailableError: none that was asked for can run.
     """
-    named = settings.implementation if requested is None else names(requested, "implementation")
-    for name in named or ():
-        if name not in IMPLEMENTATIONS:
-            known = ", ".join(repr(n) for n in IMPLEMENTATIONS)
-            raise ValueError(f"implementation: got {name!r}, expected one of {known}")
     here = platform or jax.default_backend()
-    candidates = preference(here, settings) if named is None else named
-    if named is None or len(named) > 1:
+    tried = candidates(requested, settings, here)
+    is_named = requested is not None or settings.implementation is not None
+    if not is_named or len(tried) > 1:
         platform = here
     reasons = []
-    for name in candidates:
+    for name in tried:
         reason = IMPLEMENTATIONS[name].unavailable(platform)
         if reason is None:
             return name

@@ -110,17 +110,12 @@ def copy(
     """Copies `src` to `num_backends` destinations; its live columns only with `live`."""
     if any(not array.size for array in jax.tree.leaves(src)):
         return xla.copy(src, out, num_backends=num_backends, live=live)
-    fields = [field for field, array in vars(src).items() if array is not None]
-    tokens = {}
-    if live is not None:
-        of_field = {"page_indices": 1, "real_page_table": live.real_page_size}
-        tokens = {k: of_field[f] for k, f in enumerate(fields) if f in of_field}
     return _kernels().broadcast(
         src,
         out,
         num_backends=num_backends,
-        live=tokens,
-        kv_lens=src.seqlens_expanded if tokens else None,
+        column_tokens=None if live is None else live.column_tokens(src),
+        kv_lens=None if live is None else src.seqlens_expanded,
         interpret=_interpret(),
     )
 

@@ -2,7 +2,7 @@
 
 import dataclasses
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, cast
 
 import jax
@@ -96,17 +96,24 @@ class Case:
             arguments["strategy"] = self.strategy
         return getattr(operations, self.function)(**arguments)
 
+    def failing(self, implementations: Sequence[str]) -> list[str]:
+        """Those that differ from the reference in any value, shape or dtype."""
+        expected, structure = jax.tree.flatten(self.expected())
+
+        def differs(name: str) -> bool:
+            actual, actual_structure = jax.tree.flatten(self.actual(name))
+            if structure != actual_structure:  # type: ignore[operator]
+                return True
+            return any(
+                a.dtype != e.dtype or not np.array_equal(a, e)
+                for a, e in zip(actual, expected, strict=True)
+            )
+
+        return [name for name in implementations if differs(name)]
+
     def fails(self, implementation: str) -> bool:
-        """Whether the implementation differs from the reference in any value, shape or dtype."""
-        expected, actual = self.expected(), self.actual(implementation)
-        expected_leaves, structure = jax.tree.flatten(expected)
-        leaves, actual_structure = jax.tree.flatten(actual)
-        if structure != actual_structure:  # type: ignore[operator]
-            return True
-        return any(
-            a.dtype != e.dtype or not np.array_equal(a, e)
-            for a, e in zip(leaves, expected_leaves, strict=True)
-        )
+        """Whether one implementation differs from the reference."""
+        return bool(self.failing([implementation]))
 
     def code(self, implementation: str) -> str:
         """The case as a program that shows both results."""

@@ -16,7 +16,7 @@ from jaxnsa.spec import Rows, Spec
 _CHUNK = 4096
 
 
-def unavailable(platform: str) -> str | None:
+def unavailable(platform: str | None) -> str | None:
     """Why this cannot run on a platform; None where it can."""
     return None
 

@@ -21,7 +21,7 @@ def broadcast(
     out: tuple[Any, ...] | None,
     *,
     num_backends: int,
-    live: dict[int, int] | None = None,
+    column_tokens: list[int] | None = None,
     kv_lens: jax.Array | None = None,
     config: BlockConfig | None = None,
     interpret: Any = False,
@@ -32,9 +32,10 @@ def broadcast(
       source: pytree of int32 arrays of one or two dimensions.
       out: destinations of the same structure to fill in place, or None for fresh ones.
       num_backends: number of copies.
-      live: which leaves, by position, are copied only as far as `kv_lens` reaches, and the tokens
-        that a column of each stands for. The rest of their destinations is left as it is.
-      kv_lens: int32 [rows] of the leaves in `live`.
+      column_tokens: for each leaf, the tokens that a column stands for: it is copied as far as
+        `kv_lens` reaches, and the rest of its destinations is left as it is. 0, or None for all
+        leaves: it is copied whole.
+      kv_lens: int32 [rows] of the leaves that are not copied whole.
       config: block sizes; None: `BlockConfig.heuristic`.
       interpret: `InterpretGPUParams` to run without a GPU.
 
@@ -43,21 +44,20 @@ def broadcast(
     """
     lanes = Lanes(bool(interpret))
     leaves, structure = jax.tree.flatten(source)
-    live = live or {}
+    tokens = column_tokens or [0] * len(leaves)
     # Whole arrays are copied as one long row, where an index reaches their end.
-    flat = [k not in live and leaf.size <= _MAX_FLAT for k, leaf in enumerate(leaves)]
+    flat = [not t and leaf.size <= _MAX_FLAT for t, leaf in zip(tokens, leaves, strict=True)]
 
     def view(arrays: list[jax.Array]) -> list[jax.Array]:
         return [a.reshape(1, -1) if f else a for a, f in zip(arrays, flat, strict=True)]
 
     sources = view(leaves)
     tables = []
-    for k, leaf in enumerate(sources):
+    for t, leaf in zip(tokens, sources, strict=True):
         rows, columns = leaf.shape
-        tail = "keep" if k in live else "copy"
         blocks = config or BlockConfig.heuristic(rows, columns)
-        width = access_width(columns)
-        tables.append(Table.of(rows, columns, live.get(k, 1), tail, width, blocks))
+        tail, width = "keep" if t else "copy", access_width(columns)
+        tables.append(Table.of(rows, columns, t or 1, tail, width, blocks))
     counts = [t.blocks * len(s) for t, s in zip(tables, sources, strict=True)]
 
     def kernel(index, inputs, results, _):
@@ -68,7 +68,7 @@ def broadcast(
             def _(k=k, table=table, first=first):
                 row = lax.rem(index - first, jnp.int32(len(sources[k])))
                 block = lax.div(index - first, jnp.int32(len(sources[k])))
-                kv_len = inputs["kv_lens"][row] if k in live else jnp.int32(0)
+                kv_len = inputs["kv_lens"][row] if tokens[k] else jnp.int32(0)
                 table.write(
                     lanes,
                     block,
@@ -81,7 +81,7 @@ def broadcast(
 
             first += count
 
-    inputs = {"sources": sources} | ({"kv_lens": kv_lens} if live else {})
+    inputs = {"sources": sources} | ({"kv_lens": kv_lens} if any(tokens) else {})
     held = None if out is None else [view(jax.tree.leaves(o)) for o in out]
     shapes = [[jax.ShapeDtypeStruct(s.shape, s.dtype) for s in sources]] * num_backends
     results = launch(
