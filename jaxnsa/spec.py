@@ -96,7 +96,7 @@ class Spec:
         return (self.num_backends,) if self.stacked else ()
 
     def column_tokens(self, metadata: NSAMetadata) -> list[int]:
-        """For each array of `metadata`, the tokens that a column stands for; 0 if it is no table."""
+        """For each array of `metadata`, tokens that a column stands for; 0 if it is no table."""
         tables = {"page_indices": 1, "real_page_table": self.real_page_size}
         return [
             tables.get(field, 0) for field, array in vars(metadata).items() if array is not None
