@@ -20,10 +20,15 @@ from typing import Any
 
 import jax
 
-from jaxnsa import ffi, pallas, xla
+from jaxnsa import ffi, pallas, triton, xla
 from jaxnsa.config import Settings, names, settings
 
-IMPLEMENTATIONS: dict[str, ModuleType] = {"pallas": pallas, "ffi": ffi, "xla": xla}
+IMPLEMENTATIONS: dict[str, ModuleType] = {
+    "pallas": pallas,
+    "ffi": ffi,
+    "triton": triton,
+    "xla": xla,
+}
 
 # The order in which they are tried where none is named, by platform.
 PREFERENCE: dict[str, tuple[str, ...]] = {"gpu": ("pallas", "ffi", "xla")}

@@ -1,0 +1,25 @@
+"""Triton kernels for the attention metadata of DeepSeek sparse attention, called through jax-triton.
+
+Each function is one kernel launch. The way in: `fused_metadata` is the whole job; `rows` says how
+table rows map to requests, `columns` how a piece of a row is written everywhere it goes, `launch`
+how a kernel is called. Needs compute capability 8.0 (Ampere) or newer; with TRITON_INTERPRET=1 set
+before the import, Triton's interpreter runs the kernels on a CPU, slowly.
+"""
+
+from triton_kernels.broadcast import broadcast
+from triton_kernels.fused_metadata import Metadata, fused_metadata
+from triton_kernels.prefix_sum import prefix_sum
+from triton_kernels.rows import RowMap
+from triton_kernels.seqlen_expansion import ExpandedSeqlens, seqlen_expansion
+from triton_kernels.tuning import BlockConfig
+
+__all__ = [
+    "BlockConfig",
+    "ExpandedSeqlens",
+    "Metadata",
+    "RowMap",
+    "broadcast",
+    "fused_metadata",
+    "prefix_sum",
+    "seqlen_expansion",
+]

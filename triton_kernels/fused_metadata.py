@@ -1,0 +1,302 @@
+"""The whole job in one launch: lengths, prefix sums and page tables, for every destination.
+
+A grid of independent programs. Program 0 of each request writes its lengths and prefix sums, which it
+adds up by itself; every other program copies pieces of the request's page tables to all of its rows
+in all destinations. No program waits for another.
+"""
+
+import math
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import triton
+import triton.language as tl
+
+from triton_kernels.columns import floor_div, load_tokens, store, store_tokens
+from triton_kernels.launch import launch
+from triton_kernels.rows import RowMap, load_request, locate, prefix_sums, write_row_lengths
+from triton_kernels.tuning import BlockConfig
+
+_TAILS = {"copy": 0, "zero": 1, "keep": 2}
+_COPY, _KEEP = (tl.constexpr(_TAILS[tail]) for tail in ("copy", "keep"))
+
+
+class Metadata(NamedTuple):
+    """The arrays of one destination, all int32; stacked ones have one more leading axis.
+
+    Attributes:
+      cache_seqlens: [requests].
+      cu_seqlens_k: [requests + 1].
+      seqlens_expanded: [rows].
+      nsa_cache_seqlens: [rows].
+      nsa_cu_seqlens_k: [rows + 1].
+      page_indices: [rows, max_len] or None.
+      real_page_table: [rows, ceil(max_len / page)] or None.
+    """
+
+    cache_seqlens: Any
+    cu_seqlens_k: Any
+    seqlens_expanded: Any
+    nsa_cache_seqlens: Any
+    nsa_cu_seqlens_k: Any
+    page_indices: Any
+    real_page_table: Any
+
+
+def fused_metadata(
+    seq_lens: jax.Array,
+    req_pool_indices: jax.Array,
+    req_to_token: jax.Array,
+    extend_seq_lens: jax.Array | None,
+    out: tuple[Metadata, ...] | None,
+    *,
+    rows: RowMap,
+    max_len: int,
+    real_page_size: int,
+    wide_table: bool,
+    tail: str,
+    num_backends: int,
+    stacked: bool = False,
+    config: BlockConfig | None = None,
+) -> tuple[Metadata, ...]:
+    """Computes the metadata of a step for all backends in one kernel launch.
+
+    Args:
+      seq_lens: int32 [requests].
+      req_pool_indices: int32 [requests].
+      req_to_token: int32 [pool_rows, pool_cols].
+      extend_seq_lens: int32 [requests] where rows are ragged, otherwise None.
+      out: destinations to fill in place, or None for fresh ones.
+      rows: how rows map to requests; at least one request.
+      max_len: columns of the page table, at most 2**30.
+      real_page_size: tokens in a physical page; 1: no `real_page_table`.
+      wide_table: whether `page_indices` is wanted.
+      tail: what tables hold past the live columns. "keep" without `out` leaves them unspecified.
+      num_backends: number of copies.
+      stacked: one Metadata whose arrays lead with [num_backends].
+      config: block sizes; None: `BlockConfig.heuristic`.
+
+    Returns:
+      `num_backends` Metadata, or one if stacked.
+    """
+    pool_rows, pool_cols = req_to_token.shape
+    pages = -(-max_len // real_page_size)
+    config = config or BlockConfig.heuristic(rows.rows, max_len)
+    if wide_table:
+        piece = config.tokens
+        page_lanes = triton.next_power_of_2(piece // real_page_size + 1)
+        if piece % real_page_size == 0:
+            page_lanes = piece // real_page_size
+    else:
+        page_lanes = min(config.pages, triton.next_power_of_2(pages))
+        piece = page_lanes * real_page_size
+    pieces = -(-max_len // piece)
+    pieces_at_once = min(pieces, max(1, config.programs // rows.requests))
+    widths = math.gcd(4, pool_cols), math.gcd(4, max_len)
+
+    lead = (num_backends,) if stacked else ()
+    destinations = 1 if stacked else num_backends
+
+    def array(*shape: int) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct((*lead, *shape), jnp.int32)
+
+    shapes = Metadata(
+        cache_seqlens=array(rows.requests),
+        cu_seqlens_k=array(rows.requests + 1),
+        seqlens_expanded=array(rows.rows),
+        nsa_cache_seqlens=array(rows.rows),
+        nsa_cu_seqlens_k=array(rows.rows + 1),
+        page_indices=array(rows.rows, max_len) if wide_table else None,
+        real_page_table=array(rows.rows, pages) if real_page_size > 1 else None,
+    )
+    ragged = rows.tokens_per_request is None
+    inputs = (seq_lens, req_pool_indices, req_to_token, *([extend_seq_lens] if ragged else []))
+    fields = [field for field, shape in shapes._asdict().items() if shape is not None]
+    results = launch(
+        _fused_metadata,
+        inputs,
+        None if out is None else [[getattr(o, field) for o in out] for field in fields],
+        [[getattr(shapes, field)] * destinations for field in fields],
+        programs=rows.requests * (1 + pieces_at_once),
+        warps=config.warps,
+        scalars=rows.scalars()
+        | {
+            "max_len": max_len,
+            "pages": pages,
+            "pool_rows": pool_rows,
+            "pool_units": pool_cols // widths[0],
+            "table_units": max_len // widths[1],
+            "programs": 1 + pieces_at_once,
+        },
+        constants=rows.constants()
+        | {
+            "PAGE": real_page_size,
+            "WIDE": int(wide_table),
+            "TAIL": _TAILS[tail],
+            "COPIES": num_backends if stacked else 1,
+            "POOL_WIDTH": widths[0],
+            "TABLE_WIDTH": widths[1],
+            "PIECE": piece,
+            "PAGE_LANES": page_lanes,
+        },
+    )
+    absent: dict[str, Any] = {"page_indices": None, "real_page_table": None}
+    return tuple(
+        Metadata(**absent | dict(zip(fields, arrays, strict=True)))
+        for arrays in zip(*results, strict=True)
+    )
+
+
+@triton.jit
+def _fused_metadata(
+    inputs,
+    results,
+    requests,
+    rows,
+    added_tokens,
+    topk,
+    max_len,
+    pages,
+    pool_rows,
+    pool_units,
+    table_units,
+    programs,
+    TOKENS: tl.constexpr,
+    ROW_LANES: tl.constexpr,
+    SCAN: tl.constexpr,
+    PAGE: tl.constexpr,
+    WIDE: tl.constexpr,
+    TAIL: tl.constexpr,
+    COPIES: tl.constexpr,
+    POOL_WIDTH: tl.constexpr,
+    TABLE_WIDTH: tl.constexpr,
+    PIECE: tl.constexpr,
+    PAGE_LANES: tl.constexpr,
+):
+    seq_lens, indices, pool = inputs[0], inputs[1], inputs[2]
+    extend_seq_lens = inputs[3] if TOKENS == 0 else seq_lens
+    # Neighbouring programs write neighbouring memory.
+    i = tl.program_id(0) // programs
+    program = tl.program_id(0) % programs
+    cache_seqlen, q = load_request(seq_lens, extend_seq_lens, i, added_tokens, TOKENS)
+    if program == 0:
+        cache_before, nsa_before, nsa_total = prefix_sums(
+            seq_lens, extend_seq_lens, i, requests, added_tokens, topk, TOKENS, SCAN
+        )
+        store(results[0], i, cache_seqlen, None, requests, COPIES)
+        if i == 0:
+            store(results[1], 0, 0, None, requests + 1, COPIES)
+        store(results[1], i + 1, cache_before + cache_seqlen, None, requests + 1, COPIES)
+        write_row_lengths(
+            results[2],
+            results[3],
+            results[4],
+            extend_seq_lens,
+            i,
+            cache_seqlen,
+            q,
+            nsa_before,
+            nsa_total,
+            requests,
+            rows,
+            topk,
+            TOKENS,
+            ROW_LANES,
+            SCAN,
+            COPIES,
+        )
+    else:
+        index = tl.minimum(tl.maximum(tl.load(indices + i), 0), pool_rows - 1)
+        _write_tables(
+            pool + index.to(tl.int64) * (pool_units * POOL_WIDTH),
+            results[5:],
+            extend_seq_lens,
+            i,
+            program - 1,
+            programs - 1,
+            cache_seqlen,
+            q,
+            requests,
+            rows,
+            max_len,
+            pages,
+            table_units,
+            TOKENS,
+            SCAN,
+            PAGE,
+            WIDE,
+            TAIL,
+            COPIES,
+            TABLE_WIDTH,
+            PIECE,
+            PAGE_LANES,
+        )
+
+
+@triton.jit
+def _write_tables(
+    source,
+    tables,
+    extend_seq_lens,
+    i,
+    program,
+    programs,
+    cache_seqlen,
+    q,
+    requests,
+    rows,
+    max_len,
+    pages,
+    table_units,
+    TOKENS: tl.constexpr,
+    SCAN: tl.constexpr,
+    PAGE: tl.constexpr,
+    WIDE: tl.constexpr,
+    TAIL: tl.constexpr,
+    COPIES: tl.constexpr,
+    TABLE_WIDTH: tl.constexpr,
+    PIECE: tl.constexpr,
+    PAGE_LANES: tl.constexpr,
+):
+    """One program's share of a request's rows in both tables."""
+    longest = max_len
+    if TAIL == _KEEP:
+        # A KV length past int32 has wrapped; the rows before that are whole.
+        longest = tl.where(cache_seqlen < 0, max_len, tl.minimum(cache_seqlen, max_len))
+    first_row, count, total = locate(extend_seq_lens, i, q, requests, rows, TOKENS, SCAN)
+    wide_size = tl.cast(rows, tl.int64) * max_len
+    real_size = tl.cast(rows, tl.int64) * pages
+    for piece in range(program, tl.cdiv(longest, PIECE), programs):
+        start = piece * PIECE
+        if WIDE:
+            tokens = load_tokens(source, start, longest, PIECE)
+        if PAGE > 1:
+            # The pages that start in this piece.
+            page = tl.cdiv(start, PAGE) + tl.arange(0, PAGE_LANES)
+            token = page.to(tl.int64) * PAGE
+            in_piece = token < start + PIECE
+            page_starts = tl.load(source + token, in_piece & (token < longest), 0)
+            page_values = floor_div(page_starts, PAGE)
+        for j in range(0, count):
+            row = tl.cast(first_row + j, tl.int64)
+            live = max_len
+            if TAIL != _COPY:
+                live = tl.minimum(tl.maximum(cache_seqlen - q + 1 + j, 0), max_len)
+            end = live if TAIL == _KEEP else max_len
+            if WIDE:
+                base = row * (table_units * TABLE_WIDTH)
+                store_tokens(tables[0], base, start, tokens, live, end, wide_size, COPIES, PIECE)
+            if PAGE > 1:
+                values = tl.where(token < live, page_values, 0)
+                mask = in_piece & (token < end)
+                store(tables[WIDE], row * pages + page, values, mask, real_size, COPIES)
+        if TOKENS == 0 and TAIL != _KEEP:
+            for spare in range(total + i, rows, requests):
+                row = tl.cast(spare, tl.int64)
+                if WIDE:
+                    base = row * (table_units * TABLE_WIDTH)
+                    store_tokens(tables[0], base, start, tokens, 0, max_len, wide_size, COPIES, PIECE)
+                if PAGE > 1:
+                    mask = in_piece & (token < max_len)
+                    store(tables[WIDE], row * pages + page, 0, mask, real_size, COPIES)
