@@ -13,6 +13,8 @@ namespace jaxnsa {
 struct Cpu {
   struct Stream {};  // calls run to completion
 
+  static Stream StreamOf(void*) { return {}; }
+
   static std::string PrefixSum(Stream stream, PrefixSumVariant variant, const int32_t* x, int64_t n,
                                int32_t* out);
   static std::string FillDraftExtend(Stream stream, DraftExtendVariant variant,

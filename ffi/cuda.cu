@@ -171,6 +171,12 @@ struct Request {
     if (tail == Tail::kCopy) return {max_len, max_len};
     return {live, tail == Tail::kZero ? max_len : live};
   }
+
+  // What its rows take together: the last one the most, unless its KV length has wrapped.
+  __device__ Extent longest() const {
+    const Extent a = extent(0), b = extent(q - 1);
+    return {Max(a.live, b.live), Max(a.end, b.end)};
+  }
 };
 
 // Division by the page size without a division: T. Granlund and P. Montgomery, "Division by invariant
@@ -305,7 +311,7 @@ template <int kWidth, int kAccesses, typename Locate>
 __device__ void CopyRows(const Fused& args, const Pages& pages, Request request,
                          const int32_t* source, int32_t block, int32_t blocks, Locate locate) {
   using ChunkType = Chunk<kWidth, kAccesses>;
-  const Extent longest = request.extent(request.q - 1);
+  const Extent longest = request.longest();
   const int32_t chunks = (longest.end + ChunkType::kColumns - 1) / ChunkType::kColumns;
   if (block >= chunks) return;
   const bool one_page = pages.size >= kWidth || args.backends[0].real_page_table == nullptr;
@@ -333,7 +339,7 @@ __device__ void CopyRows(const Fused& args, const Pages& pages, Request request,
 template <typename Locate>
 __device__ void CopyPages(const Fused& args, const Pages& pages, Request request,
                           const int32_t* source, int32_t block, int32_t blocks, Locate locate) {
-  const int32_t end = request.extent(request.q - 1).end;
+  const int32_t end = request.longest().end;
   locate(request);
 #pragma unroll 1
   for (int64_t index = block * kThreads + threadIdx.x; index * pages.size < end;

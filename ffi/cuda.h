@@ -15,6 +15,8 @@ namespace jaxnsa {
 struct Cuda {
   using Stream = cudaStream_t;
 
+  static Stream StreamOf(void* stream) { return static_cast<Stream>(stream); }
+
   static std::string PrefixSum(Stream stream, PrefixSumVariant variant, const int32_t* x, int64_t n,
                                int32_t* out);
   static std::string FillDraftExtend(Stream stream, DraftExtendVariant variant,

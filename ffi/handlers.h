@@ -221,6 +221,7 @@ ffi::Error FusedMetadataHandler(typename Platform::Stream stream, ffi::Remaining
   in_range(tokens_per_request, 0, "tokens_per_request");
   in_range(added_tokens, 0, "added_tokens");
   in_range(max_len, 1, "max_len");
+  check.Expect(max_len <= kMaxLen, "max_len: expected at most 2^30");
   in_range(nsa_index_topk, 1, "nsa_index_topk");
   in_range(real_page_size, 1, "real_page_size");
   in_range(num_backends, 1, "num_backends");

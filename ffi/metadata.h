@@ -18,6 +18,9 @@ constexpr int kMaxBackends = 64;
 
 constexpr int32_t kInt32Max = 0x7fffffff;
 
+// The widest page table, in tokens: kernels count the columns of a row in 32 bits.
+constexpr int64_t kMaxLen = int64_t{1} << 30;
+
 // What a table holds past a row's live columns: the pool's content, 0, or what was there.
 enum class Tail : int32_t { kCopy, kZero, kKeep };
 

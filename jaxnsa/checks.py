@@ -10,7 +10,7 @@ import jax
 import numpy as np
 
 from jaxnsa.metadata import Array, ForwardMode, NSAMetadata
-from jaxnsa.spec import Rows, Spec
+from jaxnsa.spec import MAX_LEN, Rows, Spec
 
 INT32_MAX = 2**31 - 1
 
@@ -146,7 +146,9 @@ def spec(
     """The static description of a computation."""
     result = Spec(
         rows=rows,
-        max_len=pool_cols if max_len is None else integer("max_len", max_len, 1, pool_cols),
+        max_len=integer(
+            "max_len", pool_cols if max_len is None else max_len, 1, min(pool_cols, MAX_LEN)
+        ),
         nsa_index_topk=integer("nsa_index_topk", nsa_index_topk, 1),
         real_page_size=integer("real_page_size", real_page_size, 1),
         wide_table=flag("wide_table", wide_table),

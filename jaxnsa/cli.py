@@ -1,9 +1,11 @@
 """The command line: `jaxnsa demo`, `jaxnsa verify`, `jaxnsa info`."""
 
 import collections
+import functools
 import itertools
 import sys
 from pathlib import Path
+from typing import Any
 
 import click
 import jax
@@ -23,6 +25,7 @@ from jaxnsa.implementations import (
     choose,
     get_kernel_info,
 )
+from jaxnsa.preference import BROADCAST, MEASURED_ON, measured_platform, nearest, rule
 from jaxnsa.traces import read_trace, synthetic_requests
 
 console = Console()
@@ -79,7 +82,7 @@ def demo(
     with status 1 on any mismatch.
     """
     try:
-        name = choose(implementation, settings(), jax.default_backend())
+        name = choose(implementation, settings(), jax.default_backend(), requests=batch_size)
         requests = (
             itertools.cycle(read_trace(trace))
             if trace
@@ -153,22 +156,79 @@ def verify(cases: int, seed: int) -> None:
         sys.exit(1)
 
 
+class Shape(click.ParamType):
+    """BS,MAX_LEN,N as three ints."""
+
+    name = "BS,MAX_LEN,N"
+
+    def convert(self, value, param, ctx):
+        """A tuple of three ints, each at least 1."""
+        try:
+            shape = tuple(int(part) for part in value.split(","))
+        except ValueError:
+            shape = ()
+        if len(shape) != 3 or min(shape) < 1:
+            self.fail(f"got {value!r}, expected three ints >= 1, such as 32,65536,3", param, ctx)
+        return shape
+
+
 @main.command()
-def info() -> None:
+@click.option(
+    "--explain",
+    multiple=True,
+    type=Shape(),
+    help="Tell which implementation a broadcast of this shape takes, and why. May be repeated.",
+)
+def info(explain: tuple[tuple[int, int, int], ...]) -> None:
     """Show versions, devices, and which implementations run here or why they do not."""
     kernels = get_kernel_info()
+    if explain:
+        for shape in explain:
+            _explain(*shape, kernels)
+        return
     for package, version in kernels["versions"].items():
         console.print(f"{package} {version}", highlight=False)
     console.print(f"devices: {', '.join(kernels['devices'])} ({kernels['platform']})")
     console.print(f"strategy: {kernels['strategy']}")
     table = Table()
     table.add_column("implementation")
-    table.add_column("state")
+    table.add_column("version")
+    table.add_column("state", overflow="fold")
     for name, state in kernels["implementations"].items():
         described = "available" if state["available"] else f"unavailable: {state['reason']}"
-        described = escape(described)
-        table.add_row(name, described + (", default" if name == kernels["default"] else ""))
+        described = escape(described) + (", default" if name == kernels["default"] else "")
+        for function, variants in state["variants"].items():
+            described += f"\n{function}: {', '.join(variants)}"
+        table.add_row(name, state["version"] or "-", described)
     console.print(table)
+
+
+def _explain(bs: int, max_len: int, num_backends: int, kernels: dict[str, Any]) -> None:
+    platform, here = kernels["platform"], settings()
+    say = functools.partial(console.print, soft_wrap=True, markup=False, highlight=False)
+    tried = candidates(None, here, platform, requests=bs)
+    try:
+        name = choose(None, here, platform, requests=bs)
+        taken = f"takes {name}"
+    except ImplementationUnavailableError:
+        name, taken = None, "finds nothing that can run"
+    say(f"bs {bs}, max_len {max_len}, N {num_backends} on this {platform}: {taken}")
+    decided = rule(platform, BROADCAST, bs)
+    if here.implementation is not None:
+        say(f"  the settings name {', '.join(tried)}")
+    else:
+        say(f"  order: {', '.join(tried)}: {decided.reason}")
+    for skipped in tried[: tried.index(name) if name else None]:
+        reason = kernels["implementations"][skipped]["reason"]
+        say(f"  {skipped} cannot run here: {reason}")
+    m = nearest(platform, bs, max_len, num_backends)
+    times = sorted(m.microseconds.items(), key=lambda item: item[1])
+    say(
+        f"  nearest shape measured ({MEASURED_ON[measured_platform(platform)]}): "
+        f"bs {m.bs}, max_len {m.max_len}, N {m.num_backends}, live {m.live}: "
+        + ", ".join(f"{name} {time:g}" for name, time in times)
+        + " microseconds"
+    )
 
 
 def _progress() -> Progress:

@@ -50,10 +50,17 @@ process that runs the exported function calls `load` for its platform first."""
 def unavailable(platform: str | None) -> str | None:
     """Why this cannot run on a platform; None where it can."""
     if platform is None:
-        return None if any(load(p) is None for p in _LIBRARIES) else load("cpu")
+        reasons = [_missing(load(p)) for p in _LIBRARIES]
+        return None if None in reasons else reasons[0]
     if platform not in _LIBRARIES:
         return f"needs a CPU or an NVIDIA GPU, not a {platform}"
-    return load(platform) or _probe(platform)
+    return _missing(load(platform)) or _probe(platform)
+
+
+def version() -> str | None:
+    """The XLA FFI API of each library; None where none was built."""
+    built = [p for p in _LIBRARIES if _missing(load(p)) is None]
+    return ", ".join(f"XLA FFI API {_built_api(p)} ({p})" for p in built) or None
 
 
 def library_path(platform: str) -> Path:
@@ -63,11 +70,11 @@ def library_path(platform: str) -> Path:
 
 
 @functools.cache
-def load(platform: str) -> str | None:
+def load(platform: str) -> ctypes.CDLL | str:
     """Loads the library for "cpu" or "gpu" and registers its handlers, once.
 
     Returns:
-      Why that was not possible and what would make it so; None if it was.
+      The library, or why there is none and what would make it so.
     """
     path = library_path(platform)
     if not path.exists():
@@ -83,7 +90,7 @@ def load(platform: str) -> str | None:
         jax.ffi.register_ffi_target(
             target, jax.ffi.pycapsule(getattr(library, target)), platform=_XLA_PLATFORMS[platform]
         )
-    return None
+    return library
 
 
 def prefix_sum(x: Array, *, variant: PrefixSumVariant = "block_scan") -> Array:
@@ -188,6 +195,10 @@ def _call(
     return call(*operands, **attributes)
 
 
+def _missing(loaded: ctypes.CDLL | str) -> str | None:
+    return loaded if isinstance(loaded, str) else None
+
+
 @functools.cache
 def _probe(platform: str) -> str | None:
     """Runs the smallest call: a runtime may refuse a handler and not say so until it is called."""
@@ -209,7 +220,7 @@ def _probe(platform: str) -> str | None:
 
 
 def _built_api(platform: str) -> str:
-    version = ctypes.CDLL(str(library_path(platform))).jaxnsa_ffi_api_version()
+    version = load(platform).jaxnsa_ffi_api_version()  # type: ignore[union-attr]
     return f"{version // 1000}.{version % 1000}"
 
 

@@ -1,9 +1,10 @@
 """Which code computes: the registry, what can run here, and the choice.
 
-An implementation is a module with five functions:
+An implementation is a module with six functions:
 
 - `unavailable(platform)`: why it cannot run there and what would make it run, or None. A platform
   of None asks only about what is installed;
+- `version()`: of what it is built on, as text;
 - `prefix_sum(x)`;
 - `fill_draft_extend_metadata(extend_seq_lens, seq_lens, *, nsa_index_topk, max_total_tokens)`;
 - `broadcast(seq_lens, req_pool_indices, req_to_token, extend_seq_lens, out, spec)`;
@@ -22,6 +23,7 @@ import jax
 
 from jaxnsa import ffi, pallas, triton, xla
 from jaxnsa.config import Settings, names, settings
+from jaxnsa.preference import BROADCAST, rule
 
 IMPLEMENTATIONS: dict[str, ModuleType] = {
     "pallas": pallas,
@@ -30,23 +32,20 @@ IMPLEMENTATIONS: dict[str, ModuleType] = {
     "xla": xla,
 }
 
-# The order in which they are tried where none is named, by platform.
-PREFERENCE: dict[str, tuple[str, ...]] = {"gpu": ("pallas", "ffi", "xla")}
-_ELSEWHERE = ("xla",)
+FUSED = ("pallas", "ffi", "triton")
+"""Those that take one launch for each function, prefix sums included."""
 
 
 class ImplementationUnavailableError(RuntimeError):
     """No implementation that was asked for can run here; the message says why, one by one."""
 
 
-def preference(platform: str, settings: Settings) -> tuple[str, ...]:
-    """The names that are tried on a platform, fastest first, where none is named."""
-    order = PREFERENCE.get(platform, _ELSEWHERE)
-    return tuple(n for n in order if n != "triton" or settings.triton_metadata)
-
-
 def candidates(
-    requested: str | Sequence[str] | None, settings: Settings, platform: str
+    requested: str | Sequence[str] | None,
+    settings: Settings,
+    platform: str,
+    function: str = BROADCAST,
+    requests: int = 1,
 ) -> tuple[str, ...]:
     """The names that a call would try, in order; ValueError where one is unknown."""
     named = settings.implementation if requested is None else names(requested, "implementation")
@@ -54,10 +53,19 @@ def candidates(
         if name not in IMPLEMENTATIONS:
             known = ", ".join(repr(n) for n in IMPLEMENTATIONS)
             raise ValueError(f"implementation: got {name!r}, expected one of {known}")
-    return preference(platform, settings) if named is None else named
+    if named is not None:
+        return named
+    order = rule(platform, function, requests).order
+    return tuple(n for n in order if n != "triton" or settings.triton_metadata)
 
 
-def choose(requested: str | Sequence[str] | None, settings: Settings, platform: str | None) -> str:
+def choose(
+    requested: str | Sequence[str] | None,
+    settings: Settings,
+    platform: str | None,
+    function: str = BROADCAST,
+    requests: int = 1,
+) -> str:
     """The name of the implementation that a call takes.
 
     Args:
@@ -66,13 +74,15 @@ def choose(requested: str | Sequence[str] | None, settings: Settings, platform: 
       platform: where the arrays are; None while tracing. A single named implementation is then
         taken at its word, because the function may be lowered for another platform than this
         machine's.
+      function: name of the public function.
+      requests: the batch size, or the length of the vector.
 
     Raises:
       ValueError: a name is unknown.
       ImplementationUnavailableError: none that was asked for can run.
     """
     here = platform or jax.default_backend()
-    tried = candidates(requested, settings, here)
+    tried = candidates(requested, settings, here, function, requests)
     is_named = requested is not None or settings.implementation is not None
     if not is_named or len(tried) > 1:
         platform = here
@@ -91,11 +101,13 @@ def get_kernel_info() -> dict[str, Any]:
     Returns:
       - "platform": the default JAX backend, "cpu" or "gpu";
       - "devices": its devices, as text;
-      - "default": the implementation that a call takes where nothing is named; None where the
-        settings name only ones that cannot run;
+      - "default": the implementation that a broadcast to a few requests takes where nothing is
+        named; None where the settings name only ones that cannot run;
       - "strategy": the broadcast strategy that the settings select;
-      - "implementations": for each name, "available" (bool), "reason" (None where available) and
-        "variants": for each function that has several, their names and what they do;
+      - "implementations": for each name, "available" (bool), "reason" (None where available),
+        "version" of what it is built on (None where that is not installed), "prefix_sum_fusion"
+        (bool): whether prefix sums and what needs them are one launch, and "variants": for each
+        function that has several, their names, the default first, and what they do;
       - "versions": of jaxnsa, jax, jaxlib and numpy.
 
     Raises:
@@ -109,6 +121,8 @@ def get_kernel_info() -> dict[str, Any]:
         implementations[name] = {
             "available": reason is None,
             "reason": reason,
+            "version": module.version(),
+            "prefix_sum_fusion": name in FUSED,
             "variants": getattr(module, "VARIANTS", {}),
         }
     try:

@@ -12,7 +12,7 @@ import numpy as np
 from jaxnsa import checks, strategies
 from jaxnsa.checks import Inputs
 from jaxnsa.config import Strategy, settings
-from jaxnsa.implementations import IMPLEMENTATIONS, choose
+from jaxnsa.implementations import FUSED, IMPLEMENTATIONS, choose
 from jaxnsa.metadata import Array, DraftExtendSeqlens, ForwardMode, NSAMetadata
 from jaxnsa.spec import Rows, Spec, Tail
 from jaxnsa.validation import check_values
@@ -279,7 +279,13 @@ def fused_metadata_copy(
         shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), src)
         read = {f"src.{field}": array for field, array in vars(src).items()}
         out = checks.destinations(out, shapes, num_backends, read)
-    name = choose(implementation, settings(), _platform(src))
+    name = choose(
+        implementation,
+        settings(),
+        _platform(src),
+        "fused_metadata_copy",
+        len(src.cache_seqlens),
+    )
     return _run_copy(src, out, num_backends=num_backends, implementation=name)
 
 
@@ -331,7 +337,13 @@ def fill_draft_extend_metadata(
         seq_lens,
         nsa_index_topk=topk,
         max_total_tokens=capacity,
-        implementation=choose(implementation, here, _platform(inputs)),
+        implementation=choose(
+            implementation,
+            here,
+            _platform(inputs),
+            "fill_draft_extend_metadata",
+            len(seq_lens),
+        ),
     )
 
 
@@ -350,7 +362,8 @@ def prefix_sum(x: Array, *, implementation: str | Sequence[str] | None = None) -
       ImplementationUnavailableError: no implementation that was asked for can run here.
     """
     x = checks.array("x", x, 1, tuple(f"{s}int{b}" for s in ("", "u") for b in (8, 16, 32, 64)))
-    return _run_prefix_sum(x, implementation=choose(implementation, settings(), _platform(x)))
+    name = choose(implementation, settings(), _platform(x), "prefix_sum", len(x))
+    return _run_prefix_sum(x, implementation=name)
 
 
 def _precompute(mode: ForwardMode, *inputs: Array, **options: Any) -> NSAMetadata:
@@ -401,7 +414,7 @@ def _compute(
     )
     if here.validate:
         check_values(inputs, rows, spec.max_len, spec.nsa_index_topk, debug=True)
-    name = choose(implementation, here, _platform(inputs))
+    name = choose(implementation, here, _platform(inputs), requests=rows.requests)
     _log_path(name, strategy, spec.num_backends)
     return _run_broadcast(inputs, out, spec=spec, strategy=strategy, implementation=name)
 
@@ -414,7 +427,7 @@ def _log_path(implementation: str, strategy: Strategy, num_backends: int) -> Non
         "fallback": "a computation for each backend",
     }[strategy]
     _logger.info("implementation %s, strategy %s: %s", implementation, strategy, path)
-    if strategy == "ultra_fast" and num_backends > 1 and implementation != "xla":
+    if strategy == "ultra_fast" and num_backends > 1 and implementation in FUSED:
         _logger.info("kernel launches reduced from 1 + N to 1 (N = %d backends)", num_backends)
 
 

@@ -1,5 +1,6 @@
 """The Pallas implementation: `pallas_kernels` behind the interface of implementations."""
 
+import importlib.metadata
 import importlib.util
 from typing import Any
 
@@ -32,6 +33,11 @@ def unavailable(platform: str | None) -> str | None:
             f"use another implementation"
         )
     return None
+
+
+def version() -> str:
+    """Of the jax that holds Pallas."""
+    return f"jax {importlib.metadata.version('jax')}"
 
 
 def prefix_sum(x: Array) -> Array:

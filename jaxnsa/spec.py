@@ -10,6 +10,9 @@ from jaxnsa.metadata import ForwardMode, NSAMetadata
 
 Tail = Literal["copy", "zero", "keep"]
 
+MAX_LEN = 2**30
+"""The widest page table, in tokens: kernels count the columns of a row in 32 bits."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Rows:

@@ -16,13 +16,12 @@ _OLDEST = 8.0  # Ampere
 
 def unavailable(platform: str | None) -> str | None:
     """Why this cannot run on a platform; None where it can."""
-    missing = [name for name in ("triton", "jax_triton") if not importlib.util.find_spec(name)]
-    if missing:
+    if missing := _missing():
         return f"{' and '.join(missing)} not installed; run: pip install 'jaxnsa[triton]'"
     if platform is None:
         return None
     if platform != "gpu":
-        if _kernels().launch.INTERPRET:
+        if _interpreted():
             return None
         return (
             f"needs an NVIDIA GPU of compute capability {_OLDEST} (Ampere) or newer, not a "
@@ -39,9 +38,12 @@ def unavailable(platform: str | None) -> str | None:
     return _import_error()
 
 
-def version() -> str:
-    """Of jax-triton and Triton."""
-    return ", ".join(f"{name} {importlib.metadata.version(name)}" for name in ("jax-triton", "triton"))
+def version() -> str | None:
+    """Of jax-triton and Triton; None where one is missing."""
+    if _missing():
+        return None
+    packages = ("jax-triton", "triton")
+    return ", ".join(f"{name} {importlib.metadata.version(name)}" for name in packages)
 
 
 def prefix_sum(x: Array) -> Array:
@@ -122,6 +124,16 @@ def copy(
         column_tokens=None if live is None else live.column_tokens(src),
         kv_lens=None if live is None else src.seqlens_expanded,
     )
+
+
+def _missing() -> list[str]:
+    return [name for name in ("jax_triton", "triton") if not importlib.util.find_spec(name)]
+
+
+def _interpreted() -> bool:
+    from triton_kernels.launch import INTERPRET
+
+    return INTERPRET
 
 
 @functools.cache

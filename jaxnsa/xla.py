@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import importlib.metadata
 from typing import NamedTuple
 
 import jax
@@ -19,6 +20,11 @@ _CHUNK = 4096
 def unavailable(platform: str | None) -> str | None:
     """Why this cannot run on a platform; None where it can."""
     return None
+
+
+def version() -> str:
+    """Of the jaxlib that compiles it."""
+    return f"jaxlib {importlib.metadata.version('jaxlib')}"
 
 
 def prefix_sum(x: Array) -> Array:

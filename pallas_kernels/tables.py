@@ -110,7 +110,7 @@ class Table:
         location = locate()
         end = jnp.int32(chunks)
         if self.tail == "keep":
-            live = self._live(request, request.tokens - 1)
+            live = self._longest(request)
             end = jnp.minimum(end, lax.div(live + (chunk_columns - 1), jnp.int32(chunk_columns)))
         turns = lax.div(end - block + (self.blocks - 1), jnp.int32(self.blocks))
         lax.fori_loop(
@@ -121,9 +121,15 @@ class Table:
         kv_len = jnp.minimum(request.kv_len(j), self.columns * self.tokens)
         return lax.div(kv_len + (self.tokens - 1), jnp.int32(self.tokens))
 
+    def _longest(self, request: Request) -> jax.Array:
+        """Live columns of all rows together: the last one's, unless its KV length has wrapped."""
+        if isinstance(request.tokens, int) and request.tokens == 1:
+            return self._live(request, 0)
+        return jnp.maximum(self._live(request, 0), self._live(request, request.tokens - 1))
+
     def _write_windows(self, lanes, starts, read, request, locate, for_spare_rows, destinations):
         keep = self.tail == "keep"
-        longest = self._live(request, request.tokens - 1) if keep else self.columns
+        longest = self._longest(request) if keep else self.columns
 
         def load(start):
             def window():

@@ -1,6 +1,7 @@
 """Random inputs, comparison with the reference, and what the tests look at from outside."""
 
 import contextlib
+import re
 
 import jax
 import jax.numpy as jnp
@@ -80,6 +81,14 @@ def check_broadcast(arguments, *, out_shape_from=None, strategy="ultra_fast", **
     if in_place:
         assert pointers(actual) == before
     return actual
+
+
+def lowered_operations(function, *arguments, donate=()):
+    """What XLA gets for CUDA, without what only renames or orders values and launches nothing."""
+    traced = jax.jit(function, donate_argnums=donate).trace(*arguments)
+    text = traced.lower(lowering_platforms=("cuda",)).as_text()
+    operations = re.findall(r'= "?stablehlo\.(\w+)', text)
+    return [op for op in operations if op not in ("reshape", "optimization_barrier")]
 
 
 @contextlib.contextmanager

@@ -1,5 +1,6 @@
 """The command line as a user meets it."""
 
+import json
 import re
 import types
 
@@ -7,6 +8,7 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 
+import jaxnsa
 from jaxnsa import reference, verify, xla
 from jaxnsa.cli import main
 from jaxnsa.implementations import IMPLEMENTATIONS
@@ -69,9 +71,8 @@ def test_demo_refuses(tmp_path):
     result = run("demo", "--trace", str(trace))
     assert result.exit_code == 1
     assert f"Error: {trace}:2: GeneratedTokens: got 'x'" in result.output
-    assert (
-        "expected one of 'pallas', 'ffi', 'xla'" in run("demo", "--implementation", "cuda").output
-    )
+    names = "expected one of 'pallas', 'ffi', 'triton', 'xla'"
+    assert names in run("demo", "--implementation", "cuda").output
     assert run("demo", "--batch-size", "0").exit_code == 2
     assert run("demo", "--trace", str(tmp_path / "none")).exit_code == 2
 
@@ -115,8 +116,25 @@ def test_random_cases_repeat_with_their_seed():
 def test_info():
     result = run("info")
     assert result.exit_code == 0
-    assert re.search(r"xla +│ available, default", result.output)
+    assert re.search(r"xla +│ jaxlib [\d.]+ +│ available, default", result.output)
     assert re.search(r"^jax \d", result.output, re.MULTILINE)
+    assert json.loads(json.dumps(jaxnsa.get_kernel_info()))["default"] == "xla"
+
+
+def test_info_explains_the_choice(monkeypatch):
+    result = run("info", "--explain", "32,2048,3", "--explain", "1,1,1")
+    assert result.exit_code == 0
+    assert "bs 32, max_len 2048, N 3 on this cpu: takes xla\n" in result.output
+    assert "bs 1, max_len 1, N 1 on this cpu: takes xla\n" in result.output
+    assert "  order: xla: " in result.output
+    assert "bs 32, max_len 2048, N 3, live 2048: ffi 110, xla 187 microseconds" in result.output
+    monkeypatch.setenv("JAXNSA_IMPLEMENTATION", "pallas,xla")
+    output = run("info", "--explain", "32,2048,3").output
+    assert "  the settings name pallas, xla\n  pallas cannot run here: needs an NVIDIA" in output
+    for wrong in ("32", "32,2048", "a,b,c", "0,1,1", "32,-1,3"):
+        result = run("info", "--explain", wrong)
+        assert result.exit_code == 2
+        assert f"got '{wrong}', expected three ints >= 1" in result.output
 
 
 def test_help_is_there_for_every_command():

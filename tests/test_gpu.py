@@ -11,6 +11,7 @@ from helpers import inputs, mode_options, pointers
 import jaxnsa
 from benchmarks.measure import kernel_times
 from jaxnsa import ForwardMode, NSAMetadata, reference, verify
+from jaxnsa.implementations import FUSED
 
 pytestmark = pytest.mark.gpu
 
@@ -85,7 +86,7 @@ def test_offsets_past_32_bits(implementation):
 
 
 @pytest.mark.parametrize("mode", ForwardMode)
-@pytest.mark.parametrize("name", ("pallas", "ffi"))
+@pytest.mark.parametrize("name", FUSED)
 def test_the_whole_job_is_one_launch(name, mode):
     seq_lens, indices, pool = (jnp.asarray(a) for a in inputs(7, pool_cols=512))
     options = {"forward_mode": mode, "num_backends": 3, "implementation": name}

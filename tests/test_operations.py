@@ -141,10 +141,12 @@ def test_draft_extend_totals_past_int32_fill_the_capacity(implementation):
     )
 
 
-def test_extreme_values(implementation):
+@pytest.mark.parametrize("tail", ("copy", "zero", "keep"))
+@pytest.mark.parametrize("pool_cols", (4, 700))
+def test_extreme_values(pool_cols, tail, implementation):
     low, high = -(2**31), 2**31 - 1
-    lengths = np.array([low, high, 0, -1, 1, high], np.int32)
-    pool = np.array([[low, high, -1, 0], [1, -64, 63, 64]], np.int32)
+    lengths = np.array([low, high, 0, -1, 1, high - 2], np.int32)
+    pool = np.resize(np.array([low, high, -1, 0, 1, -64, 63], np.int32), (2, pool_cols))
     for mode in ForwardMode:
         options = mode_options(mode, 6)
         if mode is ForwardMode.DRAFT_EXTEND:
@@ -152,6 +154,8 @@ def test_extreme_values(implementation):
         check_broadcast(
             (lengths, lengths[::-1], pool),
             implementation=implementation,
+            in_place=True,
+            tail=tail,
             num_backends=1,
             forward_mode=mode,
             real_page_size=3,

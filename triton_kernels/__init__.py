@@ -1,4 +1,4 @@
-"""Triton kernels for the attention metadata of DeepSeek sparse attention, called through jax-triton.
+"""Triton kernels for the attention metadata of DeepSeek sparse attention, by jax-triton.
 
 Each function is one kernel launch. The way in: `fused_metadata` is the whole job; `rows` says how
 table rows map to requests, `columns` how a piece of a row is written everywhere it goes, `launch`

@@ -45,7 +45,6 @@ def broadcast(
     pieces = [-(-columns // config.tokens) for _, columns in shapes]
     counts = [rows * count for (rows, _), count in zip(shapes, pieces, strict=True)]
     firsts = [sum(counts[:k]) for k in range(len(counts))]
-    widths = tuple(math.gcd(4, columns) for _, columns in shapes)
     results = launch(
         _broadcast,
         (*leaves, *([kv_lens] if any(tokens) else [])),
@@ -56,9 +55,13 @@ def broadcast(
         scalars={
             "firsts": tuple(firsts),
             "pieces": tuple(pieces),
-            "units": tuple(columns // width for (_, columns), width in zip(shapes, widths)),
+            "units": tuple(columns // math.gcd(4, columns) for _, columns in shapes),
         },
-        constants={"WIDTHS": widths, "COLUMN_TOKENS": tuple(tokens), "PIECE": config.tokens},
+        constants={
+            "WIDTHS": tuple(math.gcd(4, columns) for _, columns in shapes),
+            "COLUMN_TOKENS": tuple(tokens),
+            "PIECE": config.tokens,
+        },
     )
     return tuple(jax.tree.unflatten(structure, copy) for copy in zip(*results, strict=True))
 

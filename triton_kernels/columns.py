@@ -1,7 +1,7 @@
 """A piece of a table row: loaded once, stored in every backend.
 
-A column stands for the token at which it starts: column c of the page table for token c, of the real
-page table for token c * PAGE. Both are live, and exist, as far as their token is.
+A column stands for the token at which it starts: column c of the page table for token c, of the
+real page table for token c * PAGE. Both are live, and exist, as far as their token is.
 """
 
 import triton

@@ -1,8 +1,8 @@
 """The whole job in one launch: lengths, prefix sums and page tables, for every destination.
 
-A grid of independent programs. Program 0 of each request writes its lengths and prefix sums, which it
-adds up by itself; every other program copies pieces of the request's page tables to all of its rows
-in all destinations. No program waits for another.
+A grid of independent programs. Program 0 of each request writes its lengths and prefix sums, which
+it adds up by itself; every other program copies pieces of the request's page tables to all of its
+rows in all destinations. No program waits for another.
 """
 
 import math
@@ -90,7 +90,7 @@ def fused_metadata(
             page_lanes = piece // real_page_size
     else:
         page_lanes = min(config.pages, triton.next_power_of_2(pages))
-        piece = page_lanes * real_page_size
+        piece = min(page_lanes * real_page_size, 2**30)
     pieces = -(-max_len // piece)
     pieces_at_once = min(pieces, max(1, config.programs // rows.requests))
     widths = math.gcd(4, pool_cols), math.gcd(4, max_len)
@@ -273,9 +273,10 @@ def _write_tables(
             tokens = load_tokens(source, start, longest, PIECE)
         if PAGE > 1:
             # The pages that start in this piece.
-            page = tl.cdiv(start, PAGE) + tl.arange(0, PAGE_LANES)
-            token = page.to(tl.int64) * PAGE
-            in_piece = token < start + PIECE
+            begin = tl.cast(start, tl.int64)
+            page = tl.cdiv(begin, PAGE) + tl.arange(0, PAGE_LANES)
+            token = page * PAGE
+            in_piece = token < begin + PIECE
             page_starts = tl.load(source + token, in_piece & (token < longest), 0)
             page_values = floor_div(page_starts, PAGE)
         for j in range(0, count):
@@ -296,7 +297,9 @@ def _write_tables(
                 row = tl.cast(spare, tl.int64)
                 if WIDE:
                     base = row * (table_units * TABLE_WIDTH)
-                    store_tokens(tables[0], base, start, tokens, 0, max_len, wide_size, COPIES, PIECE)
+                    store_tokens(
+                        tables[0], base, start, tokens, 0, max_len, wide_size, COPIES, PIECE
+                    )
                 if PAGE > 1:
                     mask = in_piece & (token < max_len)
                     store(tables[WIDE], row * pages + page, 0, mask, real_size, COPIES)

@@ -2,7 +2,7 @@
 
 import functools
 import linecache
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -20,13 +20,13 @@ OLDEST_CAPABILITY = 80
 
 def launch(
     kernel: Callable,
-    inputs: tuple[jax.Array, ...],
+    inputs: Sequence[Any],
     out: list[list[jax.Array]] | None,
     shapes: list[list[jax.ShapeDtypeStruct]],
     *,
     programs: int,
     warps: int,
-    scalars: dict[str, int | tuple[int, ...]],
+    scalars: Mapping[str, int | tuple[int, ...]],
     constants: dict[str, Any],
 ) -> list[list[jax.Array]]:
     """Runs a kernel, in place where it is told to.
@@ -56,7 +56,7 @@ def launch(
             kernel,
             len(inputs),
             tuple(map(len, shapes)),
-            tuple((name, np.size(value) if np.ndim(value) else 0) for name, value in scalars.items()),
+            tuple((n, len(v) if isinstance(v, tuple) else 0) for n, v in scalars.items()),
             tuple(constants),
         ),
         leaves,

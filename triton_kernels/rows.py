@@ -1,7 +1,7 @@
 """How table rows map to requests, inside a kernel: written once for all forward modes.
 
-Request i owns q[i] consecutive rows: TOKENS of them, or extend_seq_lens[i] where TOKENS is 0. Its KV
-length is `cache_seqlens[i] = max(seq_lens[i], 0) + added_tokens`, and its row j sees
+Request i owns q[i] consecutive rows: TOKENS of them, or extend_seq_lens[i] where TOKENS is 0. Its
+KV length is `cache_seqlens[i] = max(seq_lens[i], 0) + added_tokens`, and its row j sees
 `max(cache_seqlens[i] - q[i] + 1 + j, 0)` tokens. Sums over earlier requests are taken by every
 program for itself, out of the L2 cache: no program waits for another.
 """
@@ -56,10 +56,7 @@ class RowMap(NamedTuple):
 def load_request(seq_lens, extend_seq_lens, i, added_tokens, TOKENS: tl.constexpr, mask=True):
     """cache_seqlens and q of request i, or of several, where `mask` holds."""
     cache_seqlen = tl.maximum(tl.load(seq_lens + i, mask, 0), 0) + added_tokens
-    if TOKENS == 0:
-        q = tl.maximum(tl.load(extend_seq_lens + i, mask, 0), 0)
-    else:
-        q = TOKENS
+    q = tl.maximum(tl.load(extend_seq_lens + i, mask, 0), 0) if TOKENS == 0 else TOKENS
     return cache_seqlen, q
 
 

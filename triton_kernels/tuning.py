@@ -22,5 +22,7 @@ class BlockConfig:
 
     @classmethod
     def heuristic(cls, rows: int, columns: int) -> "BlockConfig":
-        """Small pieces for a small table, so that every one of 132 multiprocessors has work."""
-        return cls(tokens=1024 if rows * columns >= 132 * 2048 * 4 else 512)
+        """Small pieces for a small table, so that every multiprocessor of a Hopper GPU has work."""
+        if rows * columns < 132 * 2048 * 4:
+            return cls(tokens=512, warps=2)
+        return cls()

@@ -1,7 +1,8 @@
-// The XLA FFI library for the CPU.
+// The library for the CPU: XLA FFI handlers, and the same for direct callers.
 #include <optional>
 
 #include "cpu.h"
+#include "direct.h"
 #include "handlers.h"
 
 template <>
@@ -14,3 +15,5 @@ struct xla::ffi::CtxDecoding<jaxnsa::Cpu::Stream> {
 };
 
 JAXNSA_DEFINE_HANDLERS(jaxnsa::Cpu, xla::ffi::Ffi::Bind().Ctx<jaxnsa::Cpu::Stream>())
+
+JAXNSA_DEFINE_DIRECT(jaxnsa::Cpu)

@@ -1,0 +1,156 @@
+"""The C interface of the FFI library: its computations on any memory and stream, without JAX.
+
+The structs mirror `ffi/metadata.h`, which documents their fields.
+"""
+
+import ctypes
+import functools
+
+from jaxnsa import ffi
+
+MAX_BACKENDS = 64
+COPIED_ARRAYS = 7
+TAILS = ("copy", "zero", "keep")
+_pointer, _int32, _int64 = ctypes.c_void_p, ctypes.c_int32, ctypes.c_int64
+
+
+class Vector(ctypes.Structure):
+    """int32 or int64 values."""
+
+    _fields_ = (("data", _pointer), ("is_wide", _int64))
+
+
+class Rows(ctypes.Structure):
+    """How rows map to requests."""
+
+    _fields_ = (
+        ("requests", _int32),
+        ("count", _int32),
+        ("tokens_per_request", _int32),
+        ("added_tokens", _int32),
+        ("nsa_index_topk", _int32),
+        ("seq_lens", Vector),
+        ("extend_seq_lens", Vector),
+    )
+
+
+class Destination(ctypes.Structure):
+    """The arrays of one backend; tables may be null."""
+
+    _fields_ = tuple(
+        (field, _pointer)
+        for field in (
+            "cache_seqlens",
+            "cu_seqlens_k",
+            "seqlens_expanded",
+            "nsa_cache_seqlens",
+            "nsa_cu_seqlens_k",
+            "page_indices",
+            "real_page_table",
+        )
+    )
+
+
+class Fused(ctypes.Structure):
+    """The whole job. Strides are in elements."""
+
+    _fields_ = (
+        ("rows", Rows),
+        ("req_pool_indices", Vector),
+        ("req_to_token", _pointer),
+        ("pool_rows", _int64),
+        ("pool_stride", _int64),
+        ("page_indices_stride", _int64),
+        ("real_page_table_stride", _int64),
+        ("max_len", _int32),
+        ("real_page_size", _int32),
+        ("tail", _int32),
+        ("num_backends", _int32),
+        ("backends", Destination * MAX_BACKENDS),
+    )
+
+
+class CopiedArray(ctypes.Structure):
+    """One array of a copy."""
+
+    _fields_ = (
+        ("source", _pointer),
+        ("rows", _int64),
+        ("columns", _int64),
+        ("tokens", _int64),
+    )
+
+
+class Copy(ctypes.Structure):
+    """Copies of arrays to every destination."""
+
+    _fields_ = (
+        ("arrays", CopiedArray * COPIED_ARRAYS),
+        ("kv_lens", _pointer),
+        ("num_backends", _int32),
+        ("destinations", (_pointer * COPIED_ARRAYS) * MAX_BACKENDS),
+    )
+
+
+class DraftExtend(ctypes.Structure):
+    """The lengths of a draft-extend step."""
+
+    _fields_ = (
+        ("rows", Rows),
+        ("seqlens_expanded", _pointer),
+        ("nsa_cache_seqlens", _pointer),
+        ("total_tokens", _pointer),
+        ("offsets", _pointer),
+    )
+
+
+class Library:
+    """The functions of one library; they raise RuntimeError where a launch fails."""
+
+    def __init__(self, library: ctypes.CDLL):
+        for name, struct in (("fused", Fused), ("copy", Copy), ("draft_extend", DraftExtend)):
+            size = getattr(library, f"jaxnsa_direct_size_of_{name}")()
+            if size != ctypes.sizeof(struct):
+                raise RuntimeError(
+                    f"{library._name} was built from other sources: its {struct.__name__} has "
+                    f"{size} bytes, expected {ctypes.sizeof(struct)}; reinstall jaxnsa"
+                )
+        self._fused_metadata = library.jaxnsa_direct_fused_metadata
+        self._copy_metadata = library.jaxnsa_direct_copy_metadata
+        self._fill_draft_extend = library.jaxnsa_direct_fill_draft_extend
+        self._fused_metadata.argtypes = (_pointer, ctypes.POINTER(Fused))
+        self._copy_metadata.argtypes = (_pointer, ctypes.POINTER(Copy))
+        self._fill_draft_extend.argtypes = (_pointer, _int32, ctypes.POINTER(DraftExtend))
+        for function in (self._fused_metadata, self._copy_metadata, self._fill_draft_extend):
+            function.restype = ctypes.c_char_p
+
+    def fused_metadata(self, stream: int, args: Fused) -> None:
+        """The whole job, queued on a CUDA stream; at once on the CPU."""
+        _raise(self._fused_metadata(stream, args))
+
+    def copy_metadata(self, stream: int, args: Copy) -> None:
+        """Copies, queued on a CUDA stream; at once on the CPU."""
+        _raise(self._copy_metadata(stream, args))
+
+    def fill_draft_extend(self, stream: int, variant: str, args: DraftExtend) -> None:
+        """The lengths of a draft-extend step, queued on a CUDA stream; at once on the CPU."""
+        number = list(ffi.VARIANTS["fill_draft_extend_metadata"]).index(variant)
+        _raise(self._fill_draft_extend(stream, number, args))
+
+
+@functools.cache
+def library(platform: str) -> Library:
+    """The library for "cpu" or "gpu".
+
+    Raises:
+      RuntimeError: it was not built, or cannot be loaded; the message says what to do.
+    """
+    loaded = ffi.load(platform)
+    if isinstance(loaded, str):
+        raise RuntimeError(loaded)
+    return Library(loaded)
+
+
+def _raise(error: bytes | None) -> None:
+    if error is not None:
+        raise RuntimeError(error.decode())

@@ -1,0 +1,133 @@
+"""The order in which implementations are tried where none is named, and why: measurements."""
+
+from typing import NamedTuple
+
+BROADCAST = "fused_metadata_precompute_and_broadcast"
+
+
+class Rule(NamedTuple):
+    """An order of implementations.
+
+    Attributes:
+      platform: "gpu" or "cpu".
+      functions: which it holds for; () for all.
+      requests: the batch size from which it holds.
+      order: names, the fastest first. The first that can run is taken.
+      reason: what was measured.
+    """
+
+    platform: str
+    functions: tuple[str, ...]
+    requests: int
+    order: tuple[str, ...]
+    reason: str
+
+
+class Measurement(NamedTuple):
+    """Microseconds of one broadcast in place, tail "keep", page 64, top-k 2048, decode.
+
+    Attributes:
+      platform: "gpu" or "cpu".
+      bs, max_len, num_backends, live: the shape; lengths are uniform between live / 2 and live.
+      microseconds: by implementation: device time on a GPU, end to end on a CPU.
+    """
+
+    platform: str
+    bs: int
+    max_len: int
+    num_backends: int
+    live: int
+    microseconds: dict[str, float]
+
+
+RULES = (
+    Rule(
+        "gpu",
+        ("prefix_sum", "fill_draft_extend_metadata"),
+        0,
+        ("pallas", "ffi", "triton", "xla"),
+        "pallas and ffi are within 0.4 microseconds of each other and beat the launches of xla",
+    ),
+    Rule(
+        "gpu",
+        (),
+        256,
+        ("triton", "ffi", "pallas", "xla"),
+        "pallas holds fewer blocks in flight, which many requests need",
+    ),
+    Rule(
+        "gpu",
+        (),
+        0,
+        ("triton", "pallas", "ffi", "xla"),
+        "triton leads in every row with fewer requests, and pallas in most of the others",
+    ),
+    Rule(
+        "cpu",
+        (),
+        0,
+        ("xla",),
+        "ffi saves less than half of the time of xla, which needs no compiler",
+    ),
+)
+"""The first rule that fits a call decides."""
+
+MEASURED_ON = {
+    "gpu": "NVIDIA H200, jax 0.11.2, jax-triton 0.3.1, Triton 3.6",
+    "cpu": "2 cores, jax 0.10.2",
+}
+
+MEASUREMENTS = (
+    Measurement("gpu", 32, 2048, 3, 2048, {"triton": 1.6, "pallas": 2.1, "ffi": 2.5, "xla": 14.5}),
+    Measurement(
+        "gpu", 32, 65_536, 3, 8192, {"triton": 2.7, "pallas": 2.9, "ffi": 3.0, "xla": 23.0}
+    ),
+    Measurement(
+        "gpu", 32, 65_536, 3, 65_536, {"triton": 6.4, "pallas": 6.8, "ffi": 8.0, "xla": 23.0}
+    ),
+    Measurement(
+        "gpu", 6, 131_072, 1, 131_072, {"triton": 2.2, "pallas": 2.2, "ffi": 3.1, "xla": 6.3}
+    ),
+    Measurement(
+        "gpu", 256, 32_768, 8, 16_384, {"triton": 31.8, "ffi": 30.9, "pallas": 36.8, "xla": 181.8}
+    ),
+    Measurement(
+        "gpu", 128, 131_072, 3, 131_072, {"triton": 55.5, "pallas": 58.2, "ffi": 59.0, "xla": 139.4}
+    ),
+    Measurement(
+        "gpu", 1024, 32_768, 3, 4096, {"triton": 13.5, "ffi": 14.9, "pallas": 22.5, "xla": 258.9}
+    ),
+    Measurement("cpu", 32, 2048, 3, 2048, {"ffi": 110, "xla": 187}),
+    Measurement("cpu", 32, 131_072, 3, 16_000, {"ffi": 164, "xla": 260}),
+    Measurement("cpu", 32, 131_072, 3, 131_072, {"ffi": 1284, "xla": 1829}),
+)
+
+
+def measured_platform(platform: str) -> str:
+    """The platform whose rules and measurements hold for a JAX platform."""
+    return platform if platform == "gpu" else "cpu"
+
+
+def rule(platform: str, function: str, requests: int) -> Rule:
+    """The rule that decides for a call of `function` with so many requests."""
+    return next(
+        r
+        for r in RULES
+        if r.platform == measured_platform(platform)
+        and (not r.functions or function in r.functions)
+        and requests >= r.requests
+    )
+
+
+def nearest(platform: str, bs: int, max_len: int, num_backends: int) -> Measurement:
+    """The measurement whose shape is nearest, by the ratio of the elements written and of bs."""
+
+    def distance(m: Measurement) -> float:
+        ratios = (
+            bs / m.bs,
+            (bs * max_len * num_backends) / (m.bs * m.max_len * m.num_backends),
+        )
+        return sum(max(r, 1 / r) for r in ratios)
+
+    here = measured_platform(platform)
+    return min((m for m in MEASUREMENTS if m.platform == here), key=distance)

@@ -1,0 +1,218 @@
+"""The Triton kernels without a GPU: compiled to PTX, and lowered for CUDA."""
+
+import functools
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import pytest
+from helpers import inputs, lowered_operations, mode_options, on_device
+
+import jaxnsa
+from jaxnsa import ForwardMode, reference, triton
+
+compiler = pytest.importorskip(
+    "triton.compiler", reason="runs where the extra jaxnsa[triton] is installed"
+)
+
+NAME = {"implementation": "triton"}
+
+
+def test_under_the_interpreter():
+    """Everything in interpreted_triton.py."""
+    pytest.importorskip("torch", reason="runs where PyTorch is, the memory of Triton's interpreter")
+    if jax.default_backend() != "cpu":
+        pytest.skip("runs on a machine without a GPU")
+    file = Path(__file__).with_name("interpreted_triton.py")
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", file],
+        env=os.environ | {"TRITON_INTERPRET": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout
+
+
+@pytest.fixture(params=(80, 90))
+def compiled(request, monkeypatch):
+    """Kernels are compiled for a GPU that is not there; their PTX by name."""
+    from triton.backends.compiler import GPUTarget
+
+    from triton_kernels import launch
+
+    texts = {}
+
+    def compile(signature, shapes, *arrays, programs, warps, scalars, constants):
+        del programs
+        entry = launch._entry(signature)
+        pointers = ["*i32"] * (signature.inputs + len(shapes))
+        types = ["i32"] * len(scalars) + pointers + ["constexpr"] * len(constants)
+        aligned = {(len(scalars) + k,): [["tt.divisibility", 16]] for k in range(len(pointers))}
+        source = compiler.ASTSource(
+            entry,
+            dict(zip(entry.arg_names, types, strict=True)),
+            constexprs=constants,
+            attrs=aligned,
+        )
+        target = GPUTarget("cuda", request.param, 32)
+        binary = compiler.compile(source, target=target, options={"num_warps": warps})
+        ptx = binary.asm["ptx"]
+        assert f".target sm_{request.param}" in ptx
+        assert binary.asm["cubin"]
+        texts[signature.kernel.__name__] = ptx
+        return [jnp.zeros(shape.shape, shape.dtype) for shape in shapes]
+
+    monkeypatch.setattr(launch, "_call", compile)
+    return texts
+
+
+@pytest.mark.parametrize("mode", ForwardMode)
+@pytest.mark.parametrize("max_len, width", ((4096, "v4.b32"), (4095, "b32")))
+def test_the_whole_job_compiles_to_ptx(mode, max_len, width, compiled):
+    import triton_kernels
+
+    lengths = jnp.ones(7, jnp.int32)
+    tokens = {ForwardMode.DECODE: 1, ForwardMode.TARGET_VERIFY: 3}.get(mode)
+    for tail in ("copy", "zero", "keep"):
+        triton_kernels.fused_metadata(
+            lengths,
+            lengths,
+            jnp.zeros((8, 4096), jnp.int32),
+            None if tokens else lengths,
+            None,
+            rows=triton_kernels.RowMap(7, 7 * (tokens or 2), tokens, 0, 2048),
+            max_len=max_len,
+            real_page_size=64,
+            wide_table=True,
+            tail=tail,
+            num_backends=3,
+        )
+        ptx = compiled["_fused_metadata"]
+        assert "ld.global.v4.b32" in ptx
+        assert f"st.global.cs.{width}" in ptx
+
+
+def test_the_other_functions_compile_to_ptx(compiled):
+    import triton_kernels
+
+    lengths = jnp.ones(7, jnp.int32)
+    triton_kernels.prefix_sum(lengths)
+    triton_kernels.seqlen_expansion(lengths, lengths, nsa_index_topk=3, max_total_tokens=9)
+    triton_kernels.broadcast((lengths, jnp.ones((8, 64), jnp.int32)), None, num_backends=2)
+    assert set(compiled) == {"_prefix_sum", "_seqlen_expansion", "_broadcast"}
+
+
+@pytest.fixture
+def lowers():
+    """jax-triton can be imported, which takes JAX's CUDA plugin, though no GPU."""
+    if reason := triton._import_error():
+        pytest.skip(f"runs where JAX's CUDA plugin is, as .ci/run installs it: {reason}")
+
+
+@pytest.mark.parametrize("mode", ForwardMode)
+@pytest.mark.parametrize("in_place", (False, True))
+@pytest.mark.parametrize("stacked", (False, True))
+@pytest.mark.parametrize("max_len, page", ((2048, 64), (37, 1)))
+def test_broadcast_is_one_custom_call(mode, in_place, stacked, max_len, page, lowers):
+    options = {"num_backends": 3, "forward_mode": mode, "stacked": stacked}
+    options |= {"max_len": max_len, "real_page_size": page} | mode_options(mode, 7)
+    arguments = inputs(7, pool_cols=2048)
+    extend = options.pop("extend_seq_lens", None)
+    compute = functools.partial(jaxnsa.fused_metadata_precompute_and_broadcast, **NAME, **options)
+    out = None
+    if in_place:
+        out = on_device(
+            reference.fused_metadata_precompute_and_broadcast(
+                *arguments, extend_seq_lens=extend, **options
+            )
+        )
+    operations = lowered_operations(
+        lambda out, extend, *a: compute(*a, out=out, extend_seq_lens=extend),
+        out,
+        extend,
+        *arguments,
+        donate=0,
+    )
+    assert operations == ["custom_call"]
+
+
+def test_every_function_is_one_custom_call(lowers):
+    lengths, indices, pool = inputs(7, pool_cols=256)
+
+    def fill(s, i):
+        return jaxnsa.fill_draft_extend_metadata(i, s, nsa_index_topk=9, max_total_tokens=9, **NAME)
+
+    assert lowered_operations(fill, lengths, indices) == ["custom_call"]
+    prefix_sum = functools.partial(jaxnsa.prefix_sum, **NAME)
+    assert lowered_operations(prefix_sum, lengths) == ["custom_call"]
+    src = on_device(reference.precompute_decode_metadata(lengths, indices, pool))
+    copy = functools.partial(jaxnsa.fused_metadata_copy, num_backends=3, **NAME)
+    assert lowered_operations(copy, src) == ["custom_call"]
+
+
+def test_a_batch_of_the_same_power_of_two_is_not_compiled_again(lowers):
+    import jax_triton
+
+    library = jax_triton.triton_lib
+    cache = getattr(library, "_COMPILED_KERNEL_CACHE", None)
+    if cache is None:
+        pytest.skip("runs with jax-triton 0.3, whose cache of kernels can be counted")
+
+    def compute(bs, max_len):
+        call = functools.partial(jaxnsa.precompute_decode_metadata, max_len=max_len, **NAME)
+        lowered_operations(call, *inputs(bs, pool_cols=4096))
+
+    compute(17, 2048)
+    before = len(cache)
+    compute(31, 2048)
+    compute(25, 3000)
+    assert len(cache) == before
+    compute(33, 2048)
+    assert len(cache) == before + 1
+
+
+def test_vmap_in_place_is_refused(lowers):
+    arguments = inputs(3, pool_cols=200)
+    out = jaxnsa.precompute_decode_metadata(*arguments)
+    batch = jax.tree.map(lambda array: array[None], (arguments, out))
+    with pytest.raises(NotImplementedError, match=r"batching with jax.vmap"):
+        jax.vmap(lambda a, out: jaxnsa.precompute_decode_metadata(*a, out=out, **NAME))(*batch)
+
+
+@pytest.mark.parametrize("strategy, launches", (("ultra_fast", 1), ("fast", 4), ("fallback", 3)))
+def test_launches_of_strategies(strategy, launches, lowers):
+    compute = functools.partial(
+        jaxnsa.fused_metadata_precompute_and_broadcast, num_backends=3, strategy=strategy, **NAME
+    )
+    operations = lowered_operations(compute, *inputs(7, pool_cols=256))
+    assert operations == ["custom_call"] * launches
+
+
+def test_unavailable_on_the_cpu_says_what_it_needs():
+    if jax.default_backend() != "cpu":
+        pytest.skip("runs on a machine without a GPU")
+    with pytest.raises(
+        jaxnsa.ImplementationUnavailableError,
+        match=r"'triton' cannot run here: needs an NVIDIA GPU of compute capability 8.0 \(Ampere\)",
+    ):
+        jaxnsa.prefix_sum(jnp.arange(3), **NAME)
+
+
+def test_without_jax_triton_another_implementation_runs(monkeypatch):
+    monkeypatch.setattr(triton, "_missing", lambda: ["jax_triton"])
+    with pytest.raises(
+        jaxnsa.ImplementationUnavailableError,
+        match=r"jax_triton not installed; run: pip install 'jaxnsa\[triton\]'",
+    ):
+        jaxnsa.prefix_sum(jnp.arange(3), **NAME)
+    assert jaxnsa.prefix_sum(jnp.arange(3), implementation=("triton", "xla")).tolist() == [
+        0,
+        0,
+        1,
+        3,
+    ]
+    assert jaxnsa.get_kernel_info()["implementations"]["triton"]["version"] is None
