@@ -110,9 +110,10 @@ std::string Cpu::FillDraftExtend(Stream, DraftExtendVariant, const DraftExtend& 
       args.nsa_cache_seqlens[row] = rows.nsa_len(kv_len);
     }
   }
+  *args.total_tokens = total;
+  if (args.tail == Tail::kKeep) return "";
   std::fill(args.seqlens_expanded + row, args.seqlens_expanded + rows.count, 0);
   std::fill(args.nsa_cache_seqlens + row, args.nsa_cache_seqlens + rows.count, 0);
-  *args.total_tokens = total;
   return "";
 }
 
@@ -120,10 +121,11 @@ std::string Cpu::CopyMetadata(Stream, const Copy& args) {
   for (int a = 0; a < kCopiedArrays; ++a) {
     const CopiedArray& array = args.arrays[a];
     for (int64_t row = 0; row < array.rows; ++row) {
-      const int64_t offset = row * array.columns, size = args.live(array, row) * sizeof(int32_t);
+      const int64_t size = args.live(array, row) * sizeof(int32_t);
       if (size == 0) continue;
       for (int b = 0; b < args.num_backends; ++b) {
-        std::memcpy(args.destinations[b][a] + offset, array.source + offset, size);
+        std::memcpy(args.destinations[b][a] + row * array.destination_stride,
+                    array.source + row * array.columns, size);
       }
     }
   }

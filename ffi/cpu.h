@@ -15,6 +15,8 @@ struct Cpu {
 
   static Stream StreamOf(void*) { return {}; }
 
+  static std::string Load() { return ""; }
+
   static std::string PrefixSum(Stream stream, PrefixSumVariant variant, const int32_t* x, int64_t n,
                                int32_t* out);
   static std::string FillDraftExtend(Stream stream, DraftExtendVariant variant,

@@ -457,8 +457,9 @@ __global__ void __launch_bounds__(kThreads)
   const int64_t block = blockIdx.x - grid.first_block[a];
   const int64_t row = block / chunks, begin = block % chunks * kCopyChunk;
   const int64_t live = args.live(array, row);
-  const int64_t offset = row * array.columns;
-  bool vectors = offset % 4 == 0 && reinterpret_cast<uintptr_t>(array.source) % 16 == 0;
+  const int64_t from = row * array.columns, to = row * array.destination_stride;
+  bool vectors =
+      from % 4 == 0 && to % 4 == 0 && reinterpret_cast<uintptr_t>(array.source) % 16 == 0;
   for (int b = 0; b < args.num_backends; ++b) {
     vectors = vectors && reinterpret_cast<uintptr_t>(args.destinations[b][a]) % 16 == 0;
   }
@@ -466,15 +467,15 @@ __global__ void __launch_bounds__(kThreads)
   for (int u = 0; u < kCopyPerThread; ++u) {
     const int64_t column = begin + (u * kThreads + threadIdx.x) * 4;
     if (vectors && column + 4 <= live) {
-      const int4 value = __ldg(reinterpret_cast<const int4*>(array.source + offset + column));
+      const int4 value = __ldg(reinterpret_cast<const int4*>(array.source + from + column));
       for (int b = 0; b < args.num_backends; ++b) {
-        __stcs(reinterpret_cast<int4*>(args.destinations[b][a] + offset + column), value);
+        __stcs(reinterpret_cast<int4*>(args.destinations[b][a] + to + column), value);
       }
       continue;
     }
     for (int64_t c = column; c < column + 4 && c < live; ++c) {
-      const int32_t value = array.source[offset + c];
-      for (int b = 0; b < args.num_backends; ++b) args.destinations[b][a][offset + c] = value;
+      const int32_t value = array.source[from + c];
+      for (int b = 0; b < args.num_backends; ++b) args.destinations[b][a][to + c] = value;
     }
   }
 }
@@ -583,6 +584,7 @@ __global__ void __launch_bounds__(kBlellochTile / 2)
 
 __device__ void WriteRow(const DraftExtend& args, int64_t row, int64_t i, int64_t j) {
   const Rows& rows = args.rows;
+  if (i >= rows.requests && args.tail == Tail::kKeep) return;
   const int32_t kv_len =
       i < rows.requests ? Rows::kv_len(rows.cache_seqlen(i), rows.q(i), static_cast<int32_t>(j)) : 0;
   args.seqlens_expanded[row] = kv_len;
@@ -684,6 +686,25 @@ std::string LaunchError(const char* kernel) {
 }
 
 }  // namespace
+
+std::string Cuda::Load() {
+  cudaFuncAttributes attributes;
+  for (const void* kernel : {
+           reinterpret_cast<const void*>(&FusedMetadataKernel<4, 1, false>),
+           reinterpret_cast<const void*>(&FusedMetadataKernel<4, 1, true>),
+           reinterpret_cast<const void*>(&FusedMetadataKernel<1, 4, false>),
+           reinterpret_cast<const void*>(&FusedMetadataKernel<1, 4, true>),
+           reinterpret_cast<const void*>(&CopyMetadataKernel),
+           reinterpret_cast<const void*>(&FillDraftExtendKernel),
+           reinterpret_cast<const void*>(&OffsetsKernel),
+           reinterpret_cast<const void*>(&ExpandKernel<false>),
+           reinterpret_cast<const void*>(&ExpandKernel<true>),
+       }) {
+    const cudaError_t error = cudaFuncGetAttributes(&attributes, kernel);
+    if (error != cudaSuccess) return std::string("loading kernels: ") + cudaGetErrorString(error);
+  }
+  return "";
+}
 
 std::string Cuda::PrefixSum(Stream stream, PrefixSumVariant variant, const int32_t* x, int64_t n,
                       int32_t* out) {

@@ -168,9 +168,10 @@ ffi::Error CopyMetadataHandler(typename Platform::Stream stream, ffi::RemainingA
       if (!check.ok()) return check.error();
       rows = rows < 0 ? dims[0] : rows;
       check.Expect(dims[0] == rows, name + ": expected the rows of the other table");
-      args->arrays[a] = {Data(source), dims[0], dims[1], tokens[a]};
+      args->arrays[a] = {Data(source), dims[0], dims[1], dims[1], tokens[a]};
     } else {
-      args->arrays[a] = {Data(source), 1, static_cast<int64_t>(source.element_count()), 0};
+      const auto size = static_cast<int64_t>(source.element_count());
+      args->arrays[a] = {Data(source), 1, size, size, 0};
     }
   }
   if (live) {

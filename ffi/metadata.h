@@ -124,6 +124,7 @@ struct CopiedArray {
   const int32_t* source;
   int64_t rows;
   int64_t columns;
+  int64_t destination_stride;  // elements from row to row
   int64_t tokens;  // that a column stands for, where only live columns are copied; otherwise 0
 };
 
@@ -149,6 +150,7 @@ struct DraftExtend {
   int32_t* nsa_cache_seqlens;  // [rows]
   int32_t* total_tokens;       // [1]
   int32_t* offsets;            // [requests + 1] of scratch, for the variants that launch twice
+  Tail tail;                   // what rows past the total get: 0, or with kKeep nothing
 };
 
 enum class PrefixSumVariant : int32_t { kBlockScan, kSequential, kBlelloch };

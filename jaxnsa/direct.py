@@ -77,6 +77,7 @@ class CopiedArray(ctypes.Structure):
         ("source", _pointer),
         ("rows", _int64),
         ("columns", _int64),
+        ("destination_stride", _int64),
         ("tokens", _int64),
     )
 
@@ -101,6 +102,7 @@ class DraftExtend(ctypes.Structure):
         ("nsa_cache_seqlens", _pointer),
         ("total_tokens", _pointer),
         ("offsets", _pointer),
+        ("tail", _int32),
     )
 
 
@@ -115,14 +117,24 @@ class Library:
                     f"{library._name} was built from other sources: its {struct.__name__} has "
                     f"{size} bytes, expected {ctypes.sizeof(struct)}; reinstall jaxnsa"
                 )
+        self._load = library.jaxnsa_direct_load
         self._fused_metadata = library.jaxnsa_direct_fused_metadata
         self._copy_metadata = library.jaxnsa_direct_copy_metadata
         self._fill_draft_extend = library.jaxnsa_direct_fill_draft_extend
         self._fused_metadata.argtypes = (_pointer, ctypes.POINTER(Fused))
         self._copy_metadata.argtypes = (_pointer, ctypes.POINTER(Copy))
         self._fill_draft_extend.argtypes = (_pointer, _int32, ctypes.POINTER(DraftExtend))
-        for function in (self._fused_metadata, self._copy_metadata, self._fill_draft_extend):
+        for function in (
+            self._load,
+            self._fused_metadata,
+            self._copy_metadata,
+            self._fill_draft_extend,
+        ):
             function.restype = ctypes.c_char_p
+
+    def load(self) -> None:
+        """Loads every kernel on the current CUDA device, so that no later call does."""
+        _raise(self._load())
 
     def fused_metadata(self, stream: int, args: Fused) -> None:
         """The whole job, queued on a CUDA stream; at once on the CPU."""

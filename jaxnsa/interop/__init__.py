@@ -1,0 +1,5 @@
+"""For PyTorch engines.
+
+`jaxnsa.interop.torch` hands metadata over without copies and fills an engine's static buffers;
+`jaxnsa.interop.sgl_kernel` has the functions that engines call today, by their names.
+"""

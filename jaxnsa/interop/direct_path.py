@@ -1,0 +1,81 @@
+"""One kernel of the FFI library on PyTorch's current stream, without JAX."""
+
+import torch
+
+from jaxnsa import direct
+from jaxnsa.interop.registration import Registered
+from jaxnsa.interop.tensors import Checked, platform_of
+from jaxnsa.spec import Rows
+
+
+class DirectPath:
+    """Fills registered tensors; everything but the step's own arguments is prepared once."""
+
+    def __init__(self, registered: Registered, nsa_index_topk: int):
+        self._device = registered.device
+        self._library = direct.library(platform_of(self._device))
+        self._max_len = registered.max_len
+        on_device(self._device, self._library.load)
+        args = direct.Fused()
+        args.rows.nsa_index_topk = nsa_index_topk
+        args.real_page_size = registered.real_page_size
+        args.tail = direct.TAILS.index("keep")
+        args.num_backends = len(registered.backends)
+        for destination, backend in zip(args.backends, registered.backends, strict=False):
+            for field, tensor in backend.items():
+                setattr(destination, field, tensor.data_ptr())
+        for field, tensor in registered.backends[0].items():
+            if tensor.dim() == 2:
+                setattr(args, f"{field}_stride", tensor.stride(0))
+        self._args = args
+        self._rows = args.rows
+        self._seq_lens = args.rows.seq_lens
+        self._extend_seq_lens = args.rows.extend_seq_lens
+        self._req_pool_indices = args.req_pool_indices
+
+    def run(
+        self,
+        rows: Rows,
+        seq_lens: Checked,
+        req_pool_indices: Checked,
+        req_to_token: Checked,
+        extend_seq_lens: Checked | None,
+    ) -> None:
+        """Queues the kernel."""
+        args, fields = self._args, self._rows
+        fields.requests = rows.requests
+        fields.count = rows.count
+        fields.tokens_per_request = rows.tokens_per_request or 0
+        fields.added_tokens = rows.added_tokens
+        set_vector(self._seq_lens, seq_lens)
+        set_vector(self._req_pool_indices, req_pool_indices)
+        if extend_seq_lens is not None:
+            set_vector(self._extend_seq_lens, extend_seq_lens)
+        args.req_to_token = req_to_token.start
+        args.pool_rows, pool_cols = req_to_token.tensor.shape
+        args.pool_stride = req_to_token.tensor.stride(0)
+        args.max_len = min(self._max_len, pool_cols)
+        on_device(self._device, self._launch)
+
+    def _launch(self) -> None:
+        self._library.fused_metadata(stream_of(self._device), self._args)
+
+
+def set_vector(field: direct.Vector, value: Checked) -> None:
+    """Lets a field of a struct be a vector of lengths or indices."""
+    field.data = value.start
+    field.is_wide = value.tensor.dtype is torch.int64
+
+
+def stream_of(device: torch.device) -> int:
+    """The handle of PyTorch's current stream; 0 on a CPU."""
+    return torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
+
+
+def on_device(device: torch.device, call) -> None:
+    """Calls with `device` as the current CUDA device, which a launch on its streams needs."""
+    if device.type == "cpu" or torch.cuda.current_device() == device.index:
+        call()
+    else:
+        with torch.cuda.device(device):
+            call()

@@ -1,0 +1,253 @@
+"""Registered tensors filled through JAX, which sees them by DLPack: the portable path."""
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import torch
+from jax import Array
+
+from jaxnsa import checks
+from jaxnsa.checks import Inputs
+from jaxnsa.config import settings
+from jaxnsa.implementations import IMPLEMENTATIONS, choose
+from jaxnsa.interop.registration import Registered
+from jaxnsa.interop.tensors import Checked, checked_pool, platform_of
+from jaxnsa.metadata import ForwardMode, NSAMetadata
+from jaxnsa.spec import Rows, Spec
+
+_INT32 = torch.iinfo(torch.int32)
+
+
+@dataclasses.dataclass(frozen=True)
+class DlpackOptions:
+    """What the path "dlpack" is compiled for.
+
+    Attributes:
+      req_to_token: int32 [pool_rows, pool_cols], contiguous: the pool that every update is given.
+      forward_modes: those that updates use.
+      num_draft_tokens: in target verify.
+      implementation: a name, or names to try in order; None: the fastest that can run here.
+    """
+
+    req_to_token: torch.Tensor
+    forward_modes: Sequence[ForwardMode] = (ForwardMode.DECODE,)
+    num_draft_tokens: int | None = None
+    implementation: str | Sequence[str] | None = None
+
+
+class DlpackPath:
+    """Fills registered tensors by a jitted function of fixed shapes.
+
+    The batch is padded to the registered number of requests with requests of length 0, so that one
+    compilation serves every batch.
+    """
+
+    def __init__(self, registered: Registered, nsa_index_topk: int, options: DlpackOptions):
+        device = registered.device
+        self._pool = checked_pool(options.req_to_token, device)
+        for name, tensor in (("req_to_token", self._pool.tensor), *registered.named()):
+            if not tensor.is_contiguous():
+                raise ValueError(
+                    f"{name}: got strides {tensor.stride()}, expected a contiguous tensor: JAX "
+                    f"takes no other by DLPack"
+                )
+        platform = platform_of(device)
+        implementation = choose(
+            options.implementation, settings(), platform, requests=registered.requests
+        )
+        self._device = device
+        # The batch, padded, in memory of this object's own.
+        self._lengths = torch.zeros((3, registered.requests), dtype=torch.int32, device=device)
+        self._wide = torch.zeros_like(self._lengths, dtype=torch.int64)
+        self._done = torch.cuda.Event() if platform == "gpu" else None
+        plans = [
+            _Plan(registered, nsa_index_topk, options, mode, implementation)
+            for mode in options.forward_modes
+        ]
+        self._plans = {(p.rows.tokens_per_request, p.rows.added_tokens): p for p in plans}
+        for plan in plans:
+            plan.run(*self._arrays(), -1, 0)
+
+    def run(
+        self,
+        rows: Rows,
+        seq_lens: Checked,
+        req_pool_indices: Checked,
+        req_to_token: Checked,
+        extend_seq_lens: Checked | None,
+    ) -> None:
+        """Queues the computation between what is on PyTorch's current stream and what follows."""
+        if (
+            req_to_token[1:] != self._pool[1:]
+            or req_to_token.tensor.shape != self._pool.tensor.shape
+        ):
+            raise ValueError(
+                f"req_to_token: got shape {tuple(req_to_token.tensor.shape)} at "
+                f"{req_to_token.start:#x}, expected the pool of DlpackOptions, "
+                f"{tuple(self._pool.tensor.shape)} at {self._pool.start:#x}"
+            )
+        plan = self._plans.get((rows.tokens_per_request, rows.added_tokens))
+        if plan is None:
+            raise ValueError(
+                "forward_mode: got one, or a number of draft tokens, that DlpackOptions did not "
+                "name"
+            )
+        if rows.requests > plan.rows.requests:
+            raise ValueError(
+                f"seq_lens: got {rows.requests} requests, expected at most {plan.rows.requests}"
+            )
+        if rows.tokens_per_request is None and rows.count < plan.rows.count:
+            raise ValueError(
+                f"max_total_tokens: got {rows.count}, expected None or {plan.rows.count}, all "
+                f'registered rows, as path is "dlpack"'
+            )
+        if self._done is not None:
+            # The computation before this one has read the batch that is overwritten here.
+            torch.cuda.current_stream(self._device).wait_event(self._done)
+        given = (seq_lens, req_pool_indices, extend_seq_lens)
+        for held, wide, values in zip(self._lengths, self._wide, given, strict=True):
+            if values is None:
+                continue
+            source = values.tensor
+            if source.dtype == torch.int64:
+                source = torch.clamp(source, _INT32.min, _INT32.max, out=wide[: rows.requests])
+            held[: rows.requests].copy_(source)
+        plan.run(*self._arrays(), rows.requests, rows.count)
+        if self._done is not None:
+            self._done.record(torch.cuda.current_stream(self._device))
+
+    def _arrays(self) -> tuple[Array, Array]:
+        """The batch and the pool; JAX waits with what it computes from them."""
+        return jax.dlpack.from_dlpack(self._lengths), jax.dlpack.from_dlpack(self._pool.tensor)
+
+
+class _Plan:
+    """One forward mode: the tensors that it fills, as JAX sees them."""
+
+    def __init__(
+        self,
+        registered: Registered,
+        nsa_index_topk: int,
+        options: DlpackOptions,
+        mode: ForwardMode,
+        implementation: str,
+    ):
+        verify = mode is ForwardMode.TARGET_VERIFY
+        tokens = checks.integer("num_draft_tokens", options.num_draft_tokens, 1) if verify else None
+        requests = registered.requests
+        if mode is not ForwardMode.DRAFT_EXTEND:
+            requests = min(requests, registered.rows // (tokens or 1))
+        self.rows = Rows.of(mode, requests, tokens, registered.rows)
+        self._implementation = implementation
+        self._spec = Spec(
+            rows=self.rows,
+            max_len=min(registered.max_len, options.req_to_token.shape[1]),
+            nsa_index_topk=nsa_index_topk,
+            real_page_size=registered.real_page_size,
+            wide_table="page_indices" in registered.backends[0],
+            tail="keep",
+            num_backends=len(registered.backends),
+        )
+        shapes = (self._spec.shapes(),) * len(registered.backends)
+        sizes, self._structure = jax.tree.flatten(shapes)
+        for (name, tensor), size in zip(registered.named(), sizes, strict=True):
+            if tensor.shape[1:] != size.shape[1:]:
+                raise ValueError(
+                    f"req_to_token: got {self._spec.max_len} columns, expected at least those of "
+                    f"{name}"
+                )
+        self._tensors = [
+            tensor[: size.shape[0]]
+            for (_, tensor), size in zip(registered.named(), sizes, strict=True)
+        ]
+        self._held: list[Array] | None = None
+
+    def run(self, batch: Array, pool: Array, requests: int, count: int) -> None:
+        """Fills the tensors for so many requests and rows; -1 requests change nothing."""
+        held = self._held or [jax.dlpack.from_dlpack(tensor) for tensor in self._tensors]
+        out = _refresh(
+            batch,
+            pool,
+            np.array([requests, count], np.int32),
+            jax.tree.unflatten(self._structure, held),
+            spec=self._spec,
+            implementation=self._implementation,
+        )
+        results = jax.tree.leaves(out)
+        if self._tensors[0].device.type == "cuda":
+            torch.from_dlpack(results[0])  # PyTorch's current stream waits for the computation
+        else:
+            jax.block_until_ready(results)
+        # JAX writes donated memory of others in place on a GPU; on a CPU it writes its own.
+        self._held = results
+        for tensor, result in zip(self._tensors, results, strict=True):
+            if result.unsafe_buffer_pointer() != tensor.data_ptr():
+                tensor.copy_(torch.from_dlpack(result))
+                self._held = None
+
+
+@functools.partial(
+    jax.jit,
+    static_argnames=("spec", "implementation"),
+    donate_argnames=("out",),
+    keep_unused=True,
+)
+def _refresh(
+    batch: Array,
+    pool: Array,
+    sizes: Array,
+    out: tuple[NSAMetadata, ...],
+    *,
+    spec: Spec,
+    implementation: str,
+) -> tuple[NSAMetadata, ...]:
+    requests, count = sizes
+    exists = jnp.arange(spec.rows.requests) < requests
+    seq_lens, indices, extend = batch[:, : spec.rows.requests]
+    ragged = spec.rows.tokens_per_request is None
+    inputs = Inputs(
+        jnp.where(exists, seq_lens, 0),
+        indices,
+        pool,
+        jnp.where(exists, extend, 0) if ragged else None,
+    )
+    filled = IMPLEMENTATIONS[implementation].broadcast(*inputs, out, spec)
+    return tuple(
+        _without_padding(new, old, requests, jnp.where(requests < 0, -1, count), spec)
+        for new, old in zip(filled, out, strict=True)
+    )
+
+
+def _without_padding(
+    new: NSAMetadata, old: NSAMetadata, requests: Array, rows: Array, spec: Spec
+) -> NSAMetadata:
+    """`new` as far as requests and rows go; past them, `old`."""
+
+    def lengths(field: str, end: Array) -> Array:
+        new_values = getattr(new, field)
+        is_padding = jnp.arange(len(new_values)) >= end
+        return jnp.where(is_padding, getattr(old, field), new_values)
+
+    def table(field: str, tokens: int) -> Array | None:
+        new_table = getattr(new, field)
+        # Nothing is live in a padded row but the tokens that target verify adds to every request.
+        columns = -(-spec.rows.added_tokens // tokens)
+        if new_table is None or not columns:
+            return new_table
+        is_padding = jnp.arange(len(new_table))[:, None] >= rows
+        first = jnp.where(is_padding, getattr(old, field)[:, :columns], new_table[:, :columns])
+        return new_table.at[:, :columns].set(first)
+
+    return NSAMetadata(
+        cache_seqlens=lengths("cache_seqlens", requests),
+        cu_seqlens_k=lengths("cu_seqlens_k", requests + 1),
+        seqlens_expanded=lengths("seqlens_expanded", rows),
+        nsa_cache_seqlens=lengths("nsa_cache_seqlens", rows),
+        nsa_cu_seqlens_k=lengths("nsa_cu_seqlens_k", rows + 1),
+        page_indices=table("page_indices", 1),
+        real_page_table=table("real_page_table", spec.real_page_size),
+    )

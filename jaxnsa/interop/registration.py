@@ -1,0 +1,192 @@
+"""The static tensors of N backends, checked when they are registered and lightly ever after."""
+
+import bisect
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+
+from jaxnsa.direct import MAX_BACKENDS
+from jaxnsa.interop.tensors import Checked, check_rows, extent, platform_of
+from jaxnsa.metadata import NSAMetadata
+from jaxnsa.spec import MAX_LEN
+
+FIELDS = tuple(field.name for field in dataclasses.fields(NSAMetadata))
+TABLES = ("page_indices", "real_page_table")
+
+
+class Registered:
+    """Checked tensors of N backends.
+
+    Attributes:
+      backends: the tensors of each backend by field name, without the tables that there are not.
+      device: where they all are.
+      requests: the most requests.
+      rows: the most rows.
+      max_len: columns of the page table, in tokens.
+      real_page_size: tokens in a physical page.
+    """
+
+    def __init__(self, buffers: Sequence[Any], real_page_size: int):
+        """Checks everything.
+
+        Args:
+          buffers: mappings or objects with NSAMetadata's field names.
+          real_page_size: tokens in a physical page.
+
+        Raises:
+          ValueError, TypeError: what is wrong with which tensor.
+        """
+        if not isinstance(buffers, Sequence) or not 1 <= len(buffers) <= MAX_BACKENDS:
+            got = len(buffers) if isinstance(buffers, Sequence) else type(buffers).__name__
+            raise ValueError(f"buffers: got {got}, expected a list of 1 to {MAX_BACKENDS} backends")
+        self.real_page_size = real_page_size
+        self.backends = [
+            _tensors(f"buffers[{k}]", b, real_page_size) for k, b in enumerate(buffers)
+        ]
+        first = self.backends[0]
+        self.device = first["cache_seqlens"].device
+        platform_of(self.device)
+        self.requests = len(first["cache_seqlens"])
+        self.rows = len(first["seqlens_expanded"])
+        self.max_len = (
+            first["page_indices"].shape[1]
+            if "page_indices" in first
+            else first["real_page_table"].shape[1] * real_page_size
+        )
+        if not 1 <= self.max_len <= MAX_LEN:
+            raise ValueError(
+                f"buffers[0]: got tables for {self.max_len} tokens, expected 1 to 2^30"
+            )
+        self._tensors = [tensor for backend in self.backends for tensor in backend.values()]
+        self._names = [f"buffers[{k}].{field}" for k, b in enumerate(self.backends) for field in b]
+        for k, backend in enumerate(self.backends):
+            self._check_backend(f"buffers[{k}]", backend)
+        self._pointers = [tensor.data_ptr() for tensor in self._tensors]
+        self._numels = [tensor.numel() for tensor in self._tensors]
+        ordered = sorted(zip(map(extent, self._tensors), self._names, self._tensors, strict=True))
+        for (_, name, tensor), (_, next_name, next_tensor) in _overlapping(ordered):
+            if not _interleaved(tensor, next_tensor):
+                raise ValueError(f"{next_name}: got memory that {name} uses too, expected its own")
+        self._starts = [start for (start, _), _, _ in ordered]
+        # The furthest end of all that start no later.
+        self._ends = [max(end for (_, end), _, _ in ordered[: k + 1]) for k in range(len(ordered))]
+
+    def named(self) -> list[tuple[str, torch.Tensor]]:
+        """Every tensor and its name, backend by backend in the order of NSAMetadata's fields."""
+        return list(zip(self._names, self._tensors, strict=True))
+
+    def check_unchanged(self) -> None:
+        """Raises ValueError where a tensor is no longer what was registered."""
+        tensors = self._tensors
+        pointers = list(map(torch.Tensor.data_ptr, tensors))
+        if pointers == self._pointers and list(map(torch.Tensor.numel, tensors)) == self._numels:
+            return
+        for name, tensor, pointer, size in zip(
+            self._names, tensors, self._pointers, self._numels, strict=True
+        ):
+            if tensor.data_ptr() != pointer or tensor.numel() != size:
+                raise ValueError(
+                    f"{name}: got {tensor.numel()} elements at {tensor.data_ptr():#x}, expected "
+                    f"{size} at {pointer:#x} as registered: was it freed or resized?"
+                )
+
+    def check_apart(self, name: str, value: Checked) -> None:
+        """Raises ValueError where an input shares memory with a registered tensor."""
+        k = bisect.bisect_left(self._starts, value.end) - 1
+        if k >= 0 and self._ends[k] > value.start and value.end > value.start:
+            raise ValueError(
+                f"{name}: got memory within that of the registered tensors, which an update "
+                f"writes; expected its own"
+            )
+
+    def _check_backend(self, name: str, backend: dict[str, torch.Tensor]) -> None:
+        pages = -(-self.max_len // self.real_page_size)
+        shapes = {
+            "cache_seqlens": (self.requests,),
+            "cu_seqlens_k": (self.requests + 1,),
+            "seqlens_expanded": (self.rows,),
+            "nsa_cache_seqlens": (self.rows,),
+            "nsa_cu_seqlens_k": (self.rows + 1,),
+            "page_indices": (self.rows, self.max_len),
+            "real_page_table": (self.rows, pages),
+        }
+        first = self.backends[0]
+        if backend.keys() != first.keys():
+            differing = ", ".join(sorted(backend.keys() ^ first.keys()))
+            raise ValueError(
+                f"{name}: got {differing} in some backends, expected it in all or none"
+            )
+        for field, tensor in backend.items():
+            if tensor.device != self.device:
+                raise ValueError(
+                    f"{name}.{field}: got a tensor on {tensor.device}, expected {self.device}"
+                )
+            if tuple(tensor.shape) != shapes[field]:
+                raise ValueError(
+                    f"{name}.{field}: got shape {tuple(tensor.shape)}, expected {shapes[field]}"
+                )
+            if not tensor.numel() or not tensor.data_ptr():
+                raise ValueError(f"{name}.{field}: got a tensor without memory")
+            if tensor.dim() == 2 and tensor.stride(0) != first[field].stride(0):
+                raise ValueError(
+                    f"{name}.{field}: got rows {tensor.stride(0)} elements apart, expected "
+                    f"{first[field].stride(0)} as in buffers[0]"
+                )
+
+
+def _tensors(name: str, buffer: Any, real_page_size: int) -> dict[str, torch.Tensor]:
+    """The tensors of one backend, of the right type and layout each."""
+    get = buffer.get if isinstance(buffer, Mapping) else lambda field: getattr(buffer, field, None)
+    found = {}
+    for field in FIELDS:
+        tensor = get(field)
+        if tensor is None and field in TABLES:
+            continue
+        if field == "real_page_table" and real_page_size == 1:
+            raise ValueError(f"{name}.{field}: got a tensor, expected None as real_page_size is 1")
+        if not isinstance(tensor, torch.Tensor):
+            raise TypeError(f"{name}.{field}: got {type(tensor).__name__}, expected a torch.Tensor")
+        if tensor.dtype != torch.int32:
+            raise TypeError(f"{name}.{field}: got {tensor.dtype}, expected torch.int32")
+        dimensions = 2 if field in TABLES else 1
+        if tensor.dim() != dimensions:
+            raise ValueError(
+                f"{name}.{field}: got shape {tuple(tensor.shape)}, expected {dimensions} "
+                f"dimension(s)"
+            )
+        if dimensions == 2:
+            check_rows(f"{name}.{field}", tensor)
+        elif not tensor.is_contiguous():
+            raise ValueError(
+                f"{name}.{field}: got stride {tensor.stride(0)}, expected a contiguous vector"
+            )
+        found[field] = tensor
+    if not found.keys() & set(TABLES):
+        raise ValueError(f"{name}: got no tables, expected page_indices, real_page_table or both")
+    if real_page_size > 1 and "real_page_table" not in found:
+        raise ValueError(
+            f"{name}.real_page_table: got None, expected a tensor as real_page_size is "
+            f"{real_page_size}"
+        )
+    return found
+
+
+def _overlapping(ordered: list) -> list:
+    """Pairs whose extents overlap, of items that begin with their extent and are sorted by it."""
+    pairs = []
+    for k, item in enumerate(ordered):
+        for other in ordered[k + 1 :]:
+            if other[0][0] >= item[0][1]:
+                break
+            pairs.append((item, other))
+    return pairs
+
+
+def _interleaved(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Whether two matrices are column ranges of one wider matrix, side by side."""
+    if a.dim() != 2 or b.dim() != 2 or a.stride(0) != b.stride(0):
+        return False
+    pitch, gap = a.stride(0), (b.data_ptr() - a.data_ptr()) // a.element_size() % a.stride(0)
+    return a.shape[1] <= gap and gap + b.shape[1] <= pitch

@@ -1,0 +1,207 @@
+"""PyTorch tensors: metadata handed over without copies, and an engine's static buffers filled."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+import jax
+import torch
+
+from jaxnsa import checks, direct
+from jaxnsa.interop.direct_path import DirectPath
+from jaxnsa.interop.dlpack_path import DlpackOptions, DlpackPath
+from jaxnsa.interop.registration import Registered
+from jaxnsa.interop.tensors import checked_pool, checked_vector, platform_of
+from jaxnsa.metadata import ForwardMode
+from jaxnsa.spec import Rows
+
+__all__ = ["BackendBuffers", "DlpackOptions", "from_torch", "to_torch"]
+
+
+def to_torch(tree: Any) -> Any:
+    """The arrays of a pytree as tensors over the same memory.
+
+    What PyTorch queues next on its current stream waits for the arrays to be computed.
+
+    Args:
+      tree: any pytree of jax.Array, such as NSAMetadata; None stays None.
+
+    Returns:
+      The same structure of torch.Tensor, of the same shapes and dtypes.
+    """
+    arrays = jax.tree.leaves(tree)
+    if any(next(iter(array.devices())).platform == "cpu" for array in arrays):
+        jax.block_until_ready(arrays)  # PyTorch does not wait for computations on a CPU
+    return jax.tree.map(torch.from_dlpack, tree)
+
+
+def from_torch(tree: Any) -> Any:
+    """The tensors of a pytree as arrays over the same memory.
+
+    What JAX computes from them waits for what PyTorch has queued on its current stream so far. The
+    arrays may be donated, as `out=`, on a GPU; JAX takes other arrays to be immutable, so do not
+    write the tensors while JAX uses the arrays.
+
+    Args:
+      tree: any pytree of contiguous torch.Tensor; None stays None. A tensor on a CPU whose address
+        is no multiple of 64 is copied.
+
+    Returns:
+      The same structure of jax.Array; int64 becomes int32 unless `jax_enable_x64` is set.
+    """
+    return jax.tree.map(jax.dlpack.from_dlpack, tree)
+
+
+class BackendBuffers:
+    """The static tensors of N attention backends, refreshed in place for every step.
+
+    An engine allocates them once, at the sizes of its largest batch, and captures CUDA graphs that
+    read them. `update` writes the metadata of a step to the start of each tensor: addresses never
+    change, and rows past the batch and columns past the live ones are left alone. Work that was
+    queued on PyTorch's current stream before `update` is seen by it, and what is queued there
+    afterwards sees its results; nothing synchronises the device. Not for several threads at once.
+
+    There are two paths. "direct" launches one kernel of the FFI library on PyTorch's current
+    stream, without JAX; `torch.cuda.graph` captures it. "dlpack" runs any implementation through
+    JAX on a stream of JAX's own, which waits for PyTorch's current one and that one for it. It is
+    compiled for the registered sizes, pads smaller batches, and cannot be captured.
+    """
+
+    def __init__(
+        self,
+        buffers: Sequence[Mapping[str, torch.Tensor | None] | Any],
+        *,
+        nsa_index_topk: int,
+        real_page_size: int,
+        path: Literal["direct", "dlpack"] | None = None,
+        dlpack: DlpackOptions | None = None,
+    ):
+        """Checks and registers the tensors, and loads or compiles everything that `update` runs.
+
+        Args:
+          buffers: for each backend a mapping or an object with NSAMetadata's field names: int32
+            tensors on one device, contiguous but for the tables, whose rows may be apart. The
+            lengths of `cache_seqlens` and `seqlens_expanded` are the most requests and rows.
+            `page_indices`, or with a page size of 1 `real_page_table`, may be None or absent in
+            all backends.
+          nsa_index_topk: the indexer's top-k, in tokens.
+          real_page_size: tokens in a physical page.
+          path: None takes "direct" where the FFI library can run, otherwise "dlpack".
+          dlpack: what the path "dlpack" is compiled for, and required by it.
+
+        Raises:
+          ValueError, TypeError: a tensor is of the wrong shape, dtype, device or layout, or shares
+            memory with another; the message names it.
+          RuntimeError: the path that was asked for cannot run; the message says why.
+        """
+        topk = checks.integer("nsa_index_topk", nsa_index_topk, 1)
+        page = checks.integer("real_page_size", real_page_size, 1)
+        self._registered = Registered(buffers, page)
+        if path is None:
+            path = "direct" if _direct_runs(self._registered.device) else "dlpack"
+        checks.one_of("path", path, ("direct", "dlpack"))
+        self._path: DirectPath | DlpackPath
+        if path == "direct":
+            self._path = DirectPath(self._registered, topk)
+        elif dlpack is None:
+            raise ValueError('dlpack: got None, expected DlpackOptions as path is "dlpack"')
+        else:
+            self._path = DlpackPath(self._registered, topk, dlpack)
+
+    @property
+    def path(self) -> str:
+        """What `update` runs: "direct" or "dlpack"."""
+        return "direct" if isinstance(self._path, DirectPath) else "dlpack"
+
+    def update(
+        self,
+        seq_lens: torch.Tensor,
+        req_pool_indices: torch.Tensor,
+        req_to_token: torch.Tensor,
+        *,
+        forward_mode: ForwardMode = ForwardMode.DECODE,
+        num_draft_tokens: int | None = None,
+        extend_seq_lens: torch.Tensor | None = None,
+        max_total_tokens: int | None = None,
+    ) -> None:
+        """Refreshes the metadata of all backends.
+
+        Args:
+          seq_lens: int32 or int64 [bs], KV length of each request; bs may be anything up to the
+            registered number of requests.
+          req_pool_indices: int32 or int64 [bs], each request's row in the pool; clamped into it.
+          req_to_token: int32 [pool_rows, pool_cols], KV slot of each token; rows may be apart.
+            Tables get at most pool_cols columns.
+          forward_mode: decides the rows, and which of the next arguments must be given.
+          num_draft_tokens: in target verify, tokens to verify for each request.
+          extend_seq_lens: int32 or int64 [bs], in draft extend, rows of each request.
+          max_total_tokens: in draft extend, the rows that are written: those past the total get
+            lengths of 0. None: all registered rows.
+
+        Raises:
+          ValueError, TypeError: an argument is wrong, or a registered tensor has been freed or
+            resized; nothing has been written then.
+        """
+        registered = self._registered
+        registered.check_unchanged()
+        device = registered.device
+        lengths = checked_vector("seq_lens", seq_lens, device, None)
+        bs = seq_lens.shape[0]
+        if bs > registered.requests:
+            raise ValueError(f"seq_lens: got {bs} requests, expected at most {registered.requests}")
+        indices = checked_vector("req_pool_indices", req_pool_indices, device, bs)
+        pool = checked_pool(req_to_token, device)
+        extend = None
+        rows = _rows(forward_mode, bs, num_draft_tokens, max_total_tokens, registered.rows)
+        if rows.tokens_per_request is None:
+            if extend_seq_lens is None:
+                raise ValueError(f"extend_seq_lens: got None, expected a tensor in {forward_mode}")
+            extend = checked_vector("extend_seq_lens", extend_seq_lens, device, bs)
+            registered.check_apart("extend_seq_lens", extend)
+        elif extend_seq_lens is not None:
+            raise ValueError(f"extend_seq_lens: got a tensor, expected None in {forward_mode}")
+        registered.check_apart("seq_lens", lengths)
+        registered.check_apart("req_pool_indices", indices)
+        registered.check_apart("req_to_token", pool)
+        self._path.run(rows, lengths, indices, pool, extend)
+
+
+def _rows(
+    forward_mode: ForwardMode,
+    bs: int,
+    num_draft_tokens: int | None,
+    max_total_tokens: int | None,
+    most: int,
+) -> Rows:
+    if forward_mode is not ForwardMode.TARGET_VERIFY and num_draft_tokens is not None:
+        raise ValueError(
+            f"num_draft_tokens: got {num_draft_tokens!r}, expected None in {forward_mode}"
+        )
+    if forward_mode is not ForwardMode.DRAFT_EXTEND and max_total_tokens is not None:
+        raise ValueError(
+            f"max_total_tokens: got {max_total_tokens!r}, expected None in {forward_mode}"
+        )
+    if forward_mode is ForwardMode.TARGET_VERIFY:
+        num_draft_tokens = checks.integer("num_draft_tokens", num_draft_tokens, 1)
+    elif forward_mode is ForwardMode.DRAFT_EXTEND:
+        max_total_tokens = (
+            most
+            if max_total_tokens is None
+            else checks.integer("max_total_tokens", max_total_tokens, 0, most)
+        )
+    elif forward_mode is not ForwardMode.DECODE:
+        raise TypeError(f"forward_mode: got {forward_mode!r}, expected a ForwardMode")
+    rows = Rows.of(forward_mode, bs, num_draft_tokens, max_total_tokens)
+    if rows.count > most:
+        raise ValueError(
+            f"seq_lens: got {bs} requests of {rows.tokens_per_request} rows each, expected at "
+            f"most {most} rows"
+        )
+    return rows
+
+
+def _direct_runs(device: torch.device) -> bool:
+    try:
+        direct.library(platform_of(device))
+    except RuntimeError:
+        return False
+    return True

@@ -1,0 +1,568 @@
+"""The PyTorch hand-off: zero-copy conversions and an engine's static buffers, on CPU or GPU."""
+
+import dataclasses
+import types
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from helpers import count_compilations, inputs, mode_options
+
+from jaxnsa import ForwardMode, NSAMetadata, direct, reference
+
+torch = pytest.importorskip("torch", reason="runs where PyTorch is, as .ci/run installs it")
+
+from jaxnsa.interop.torch import BackendBuffers, DlpackOptions, from_torch, to_torch  # noqa: E402
+
+HELD = -7
+MODES = {
+    ForwardMode.DECODE: {},
+    ForwardMode.TARGET_VERIFY: {"num_draft_tokens": 3},
+    ForwardMode.DRAFT_EXTEND: {},
+}
+ON_GPU = torch.cuda.is_available() and jax.default_backend() == "gpu"
+DEVICE = pytest.param("cuda:0", marks=pytest.mark.gpu) if ON_GPU else "cpu"
+
+
+@pytest.fixture(params=[DEVICE])
+def device(request):
+    return torch.device(request.param)
+
+
+@pytest.fixture(params=("direct", "dlpack"))
+def path(request, device):
+    if request.param == "direct":
+        platform = "gpu" if device.type == "cuda" else "cpu"
+        try:
+            direct.library(platform)
+        except RuntimeError as error:
+            pytest.skip(f"runs where the FFI library was built: {error}")
+    return request.param
+
+
+@dataclasses.dataclass
+class Engine:
+    """N backends' static tensors, and NumPy twins of them."""
+
+    backends: list
+    pool: torch.Tensor
+    expected: list
+
+    @classmethod
+    def of(cls, device, *, requests=8, rows=24, max_len=300, page=16, count=3, wide=True, pitch=0):
+        shapes = {
+            "cache_seqlens": (requests,),
+            "cu_seqlens_k": (requests + 1,),
+            "seqlens_expanded": (rows,),
+            "nsa_cache_seqlens": (rows,),
+            "nsa_cu_seqlens_k": (rows + 1,),
+            "page_indices": (rows, max_len) if wide else None,
+            "real_page_table": (rows, -(-max_len // page)) if page > 1 else None,
+        }
+
+        def tensor(shape):
+            if len(shape) == 1 or not pitch:
+                return torch.full(shape, HELD, dtype=torch.int32, device=device)
+            apart = torch.full((shape[0], shape[1] + pitch), HELD, dtype=torch.int32, device=device)
+            return apart[:, : shape[1]]
+
+        backends = [
+            {field: shape and tensor(shape) for field, shape in shapes.items()}
+            for _ in range(count)
+        ]
+        pool = inputs(requests, pool_cols=max_len + 5)[2]
+        return cls(
+            backends,
+            torch.from_numpy(pool).to(device),
+            [{f: s and np.full(s, HELD, np.int32) for f, s in shapes.items()} for _ in backends],
+        )
+
+    @property
+    def device(self):
+        return self.pool.device
+
+    def tensor(self, values):
+        return torch.from_numpy(np.ascontiguousarray(values)).to(self.device)
+
+    def expect(self, seq_lens, indices, *, page, capacity=None, mode=ForwardMode.DECODE, **options):
+        """The reference's result at the start of the twins."""
+        q = options.get("num_draft_tokens", 1)
+        bs = len(seq_lens)
+        rows = bs * q
+        if mode is ForwardMode.DRAFT_EXTEND:
+            rows = options["max_total_tokens"] = capacity
+        sizes = (bs, bs + 1, rows, rows, rows + 1, rows, rows)
+        views = [
+            NSAMetadata(
+                *(
+                    None if array is None else array[:size]
+                    for array, size in zip(twin.values(), sizes, strict=True)
+                )
+            )
+            for twin in self.expected
+        ]
+        wide = views[0].page_indices is not None
+        reference.fused_metadata_precompute_and_broadcast(
+            seq_lens,
+            indices,
+            self.pool.cpu().numpy(),
+            num_backends=len(views),
+            max_len=views[0].page_indices.shape[1] if wide else self.pool.shape[1] - 5,
+            nsa_index_topk=64,
+            real_page_size=page,
+            wide_table=wide,
+            forward_mode=mode,
+            out=tuple(views),
+            **options,
+        )
+
+    def check(self):
+        for backend, twin in zip(self.backends, self.expected, strict=True):
+            for field, array in twin.items():
+                if array is not None:
+                    np.testing.assert_array_equal(backend[field].cpu().numpy(), array, field)
+
+
+def registered(engine, path, page, **options):
+    return BackendBuffers(
+        engine.backends,
+        nsa_index_topk=64,
+        real_page_size=page,
+        path=path,
+        dlpack=DlpackOptions(engine.pool, tuple(MODES), num_draft_tokens=3, **options),
+    )
+
+
+@pytest.mark.parametrize("page, wide", ((16, True), (1, True), (48, False)))
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("wide_lengths", (False, True))
+def test_update(mode, page, wide, wide_lengths, path, device):
+    engine = Engine.of(device, page=page, wide=wide)
+    buffers = registered(engine, path, page)
+    assert buffers.path == path
+    engine.check()  # registering changes nothing
+    pointers = [t.data_ptr() for b in engine.backends for t in b.values() if t is not None]
+    for bs in (8, 3, 7, 1, 0):
+        seq_lens, indices, _ = inputs(bs, pool_cols=300, pool_rows=10, seed=bs)
+        options = dict(MODES[mode])
+        arguments = dict(options)
+        if mode is ForwardMode.DRAFT_EXTEND:
+            options["extend_seq_lens"] = mode_options(mode, bs, seed=bs)["extend_seq_lens"]
+            arguments["extend_seq_lens"] = engine.tensor(options["extend_seq_lens"])
+        dtype = torch.int64 if wide_lengths else torch.int32
+        buffers.update(
+            engine.tensor(seq_lens).to(dtype),
+            engine.tensor(indices).to(dtype),
+            engine.pool,
+            forward_mode=mode,
+            **arguments,
+        )
+        engine.expect(seq_lens, indices, page=page, mode=mode, capacity=24, **options)
+        engine.check()
+    assert pointers == [t.data_ptr() for b in engine.backends for t in b.values() if t is not None]
+
+
+def test_lengths_past_int32_saturate(path, device):
+    engine = Engine.of(device)
+    buffers = registered(engine, path, 16)
+    huge = torch.tensor([2**40, -(2**40)], device=device)
+    buffers.update(huge, torch.zeros(2, dtype=torch.int32, device=device), engine.pool)
+    assert engine.backends[2]["cache_seqlens"].tolist()[:3] == [2**31 - 1, 0, HELD]
+
+
+def test_a_draft_extend_of_fewer_rows(path, device):
+    engine = Engine.of(device)
+    buffers = registered(engine, path, 16)
+    lengths, indices, _ = inputs(4, pool_cols=300, pool_rows=10)
+    extend = np.array([2, 3, 0, 4], np.int32)
+    arguments = [engine.tensor(lengths), engine.tensor(indices), engine.pool]
+    options = {"forward_mode": ForwardMode.DRAFT_EXTEND, "extend_seq_lens": engine.tensor(extend)}
+    if path == "dlpack":
+        with pytest.raises(ValueError, match="max_total_tokens: got 7, expected None or 24"):
+            buffers.update(*arguments, max_total_tokens=7, **options)
+        engine.check()
+        return
+    buffers.update(*arguments, max_total_tokens=7, **options)
+    engine.expect(
+        lengths,
+        indices,
+        page=16,
+        mode=ForwardMode.DRAFT_EXTEND,
+        capacity=7,
+        extend_seq_lens=extend,
+    )
+    engine.check()
+
+
+def test_rows_that_are_apart(device):
+    engine = Engine.of(device, pitch=20)
+    with pytest.raises(ValueError, match=r"page_indices: got strides .*, expected a contiguous"):
+        registered(engine, "dlpack", 16)
+    buffers = registered(engine, "direct", 16)
+    wider = torch.full((10, 400), 5, dtype=torch.int32, device=device)
+    wider[:, :305] = engine.pool
+    lengths, indices, _ = inputs(6, pool_cols=300, pool_rows=10)
+    buffers.update(engine.tensor(lengths), engine.tensor(indices), wider[:, :305])
+    engine.expect(lengths, indices, page=16)
+    engine.check()
+
+
+def test_tables_side_by_side_in_one_tensor(device):
+    engine = Engine.of(device, count=2, page=1)
+    both = torch.full((24, 600), HELD, dtype=torch.int32, device=device)
+    for k, backend in enumerate(engine.backends):
+        backend["page_indices"] = both[:, 300 * k : 300 * (k + 1)]
+    buffers = registered(engine, "direct", 1)
+    lengths, indices, _ = inputs(6, pool_cols=300, pool_rows=10)
+    buffers.update(engine.tensor(lengths), engine.tensor(indices), engine.pool)
+    engine.expect(lengths, indices, page=1)
+    engine.check()
+    engine.backends[1]["page_indices"] = both[:, 299:599]
+    with pytest.raises(ValueError, match=r"page_indices: got memory that buffers\[0\].page_ind"):
+        registered(engine, "direct", 1)
+
+
+def test_a_pool_narrower_than_the_tables(device):
+    engine = Engine.of(device)
+    buffers = registered(engine, "direct", 16)
+    narrow = engine.pool[:, :100].contiguous()
+    lengths, indices, _ = inputs(6, pool_cols=300, pool_rows=10)
+    buffers.update(engine.tensor(lengths), engine.tensor(indices), narrow)
+    capped = engine.backends[0]["page_indices"].cpu().numpy()
+    rows = narrow.cpu().numpy()[np.clip(indices, 0, 9)]
+    live = np.arange(100) < lengths[:, None]
+    np.testing.assert_array_equal(capped[:6, :100], np.where(live, rows, HELD))
+    assert (capped[:, 100:] == HELD).all()
+
+
+def test_objects_and_the_default_path(device):
+    engine = Engine.of(device)
+    objects = [types.SimpleNamespace(**backend) for backend in engine.backends]
+    buffers = BackendBuffers(objects, nsa_index_topk=64, real_page_size=16)
+    assert buffers.path == "direct"
+    lengths, indices, _ = inputs(5, pool_cols=300, pool_rows=10)
+    buffers.update(engine.tensor(lengths), engine.tensor(indices), engine.pool)
+    engine.expect(lengths, indices, page=16)
+    engine.check()
+
+
+def test_nothing_compiles_after_registration(path, device):
+    engine = Engine.of(device)
+    buffers = registered(engine, path, 16)
+    arguments = []
+    for bs in (1, 8, 5, 0):
+        lengths, indices, _ = inputs(bs, pool_cols=300, pool_rows=10)
+        arguments.append((engine.tensor(lengths), engine.tensor(indices), engine.pool))
+    if device.type == "cuda":
+        before = torch.cuda.memory_stats(device)["allocation.all.allocated"]
+    with count_compilations() as compiled:
+        for given in arguments:
+            buffers.update(*given)
+            buffers.update(
+                *given, forward_mode=ForwardMode.DRAFT_EXTEND, extend_seq_lens=given[0].clone()
+            ) if device.type == "cpu" else None
+            buffers.update(*given, forward_mode=ForwardMode.TARGET_VERIFY, num_draft_tokens=3)
+    assert not compiled
+    if device.type == "cuda":
+        assert torch.cuda.memory_stats(device)["allocation.all.allocated"] == before
+
+
+def wrong_buffers(device):
+    other = {"cpu": "meta", "cuda": "cpu"}[device.type]
+
+    def change(k, **fields):
+        def apply(backends):
+            backends[k].update(fields)
+
+        return apply
+
+    def share(backends):
+        backends[1]["cache_seqlens"] = backends[0]["cache_seqlens"]
+
+    def overlap(backends):
+        one = torch.zeros(40, dtype=torch.int32, device=device)
+        backends[2]["seqlens_expanded"], backends[2]["nsa_cache_seqlens"] = one[:24], one[16:]
+
+    ints = {"dtype": torch.int32, "device": device}
+    return [
+        (lambda b: b.clear(), r"buffers: got 0, expected a list of 1 to 64 backends"),
+        (change(1, cache_seqlens=None), r"buffers\[1\].cache_seqlens: got NoneType, expected a"),
+        (
+            change(1, cache_seqlens=torch.zeros(8, device=device)),
+            r"buffers\[1\].cache_seqlens: got torch.float32, expected torch.int32",
+        ),
+        (
+            change(2, cu_seqlens_k=torch.zeros(8, **ints)),
+            r"buffers\[2\].cu_seqlens_k: got shape \(8,\), expected \(9,\)",
+        ),
+        (
+            change(0, nsa_cache_seqlens=torch.zeros(48, **ints)[::2]),
+            r"buffers\[0\].nsa_cache_seqlens: got stride 2, expected a contiguous vector",
+        ),
+        (
+            change(0, page_indices=torch.zeros((300, 24), **ints).T),
+            r"buffers\[0\].page_indices: got strides \(1, 24\), expected rows that are contiguous",
+        ),
+        (
+            change(1, page_indices=torch.zeros((24, 320), **ints)[:, :300]),
+            r"buffers\[1\].page_indices: got rows 320 elements apart, expected 300 as in buffers",
+        ),
+        (
+            change(1, page_indices=None),
+            r"buffers\[1\]: got page_indices in some backends, expected it in all or none",
+        ),
+        (
+            change(1, real_page_table=None),
+            r"buffers\[1\].real_page_table: got None, expected a tensor as real_page_size is 16",
+        ),
+        (
+            change(1, cache_seqlens=torch.zeros(8, dtype=torch.int32, device=other)),
+            rf"buffers\[1\].cache_seqlens: got a tensor on {other}, expected {device}",
+        ),
+        (share, r"buffers\[1\].cache_seqlens: got memory that buffers\[0\].cache_seqlens uses"),
+        (overlap, r"buffers\[2\].nsa_cache_seqlens: got memory that buffers\[2\].seqlens_expanded"),
+    ]
+
+
+@pytest.mark.parametrize("number", range(12))
+def test_wrong_buffers_are_refused(number, device):
+    engine = Engine.of(device)
+    change, message = wrong_buffers(device)[number]
+    change(engine.backends)
+    with pytest.raises((ValueError, TypeError), match=message):
+        registered(engine, None, 16)
+
+
+def test_wrong_options_are_refused(device):
+    engine = Engine.of(device)
+    with pytest.raises(ValueError, match="path: got 'fast', expected one of 'direct', 'dlpack'"):
+        registered(engine, "fast", 16)
+    with pytest.raises(ValueError, match="dlpack: got None, expected DlpackOptions"):
+        BackendBuffers(engine.backends, nsa_index_topk=1, real_page_size=16, path="dlpack")
+    with pytest.raises(ValueError, match="real_page_table: got a tensor, expected None as real_p"):
+        registered(engine, "direct", 1)
+    with pytest.raises(ValueError, match="nsa_index_topk: got 0"):
+        BackendBuffers(engine.backends, nsa_index_topk=0, real_page_size=16)
+
+
+def wrong_updates(engine):
+    device = engine.device
+    lengths = torch.ones(3, dtype=torch.int32, device=device)
+    good = {"seq_lens": lengths, "req_pool_indices": lengths, "req_to_token": engine.pool}
+    other = torch.ones(3, dtype=torch.int32, device={"cpu": "meta", "cuda": "cpu"}[device.type])
+    extend = ForwardMode.DRAFT_EXTEND
+    verify = ForwardMode.TARGET_VERIFY
+    freed = torch.ones(3, dtype=torch.int32, device=device)
+    freed.untyped_storage().resize_(0)
+    cases = [
+        ({"seq_lens": [1, 2]}, "seq_lens: got list, expected a torch.Tensor"),
+        ({"seq_lens": other}, f"seq_lens: got a tensor on {other.device}, expected {device}"),
+        ({"seq_lens": lengths.float()}, "seq_lens: got torch.float32, expected torch.int32 or"),
+        ({"seq_lens": lengths[None]}, r"seq_lens: got shape \(1, 3\), expected one dimension"),
+        ({"seq_lens": freed}, "seq_lens: got a tensor whose memory was freed"),
+        (
+            {"seq_lens": torch.ones(6, dtype=torch.int32, device=device)[::2]},
+            "seq_lens: got stride 2, expected a contiguous vector",
+        ),
+        (
+            {"seq_lens": torch.ones(9, dtype=torch.int32, device=device)},
+            "seq_lens: got 9 requests, expected at most 8",
+        ),
+        ({"seq_lens": engine.backends[1]["cache_seqlens"][:3]}, "seq_lens: got memory within that"),
+        ({"req_pool_indices": lengths[:2]}, r"req_pool_indices: got shape \(2,\), expected \(3,\)"),
+        ({"req_to_token": engine.pool.long()}, "req_to_token: got torch.int64, expected"),
+        ({"req_to_token": engine.pool[0]}, r"req_to_token: got shape \(305,\), expected \[pool_r"),
+        ({"req_to_token": engine.pool[:0]}, r"req_to_token: got shape \(0, 305\), expected"),
+        ({"req_to_token": engine.pool.T}, r"req_to_token: got strides \(1, 305\), expected rows"),
+        ({"num_draft_tokens": 2}, "num_draft_tokens: got 2, expected None in ForwardMode.DECODE"),
+        ({"max_total_tokens": 2}, "max_total_tokens: got 2, expected None in ForwardMode.DECODE"),
+        ({"extend_seq_lens": lengths}, "extend_seq_lens: got a tensor, expected None in"),
+        ({"forward_mode": "decode"}, "forward_mode: got 'decode', expected a ForwardMode"),
+        ({"forward_mode": extend}, "extend_seq_lens: got None, expected a tensor in"),
+        (
+            {"forward_mode": extend, "extend_seq_lens": lengths, "max_total_tokens": 25},
+            r"max_total_tokens: got 25, expected an int in \[0, 24\]",
+        ),
+        ({"forward_mode": verify}, "num_draft_tokens: got None, expected an int"),
+        (
+            {"forward_mode": verify, "num_draft_tokens": 9},
+            "seq_lens: got 3 requests of 9 rows each, expected at most 24 rows",
+        ),
+    ]
+    return [(good | change, message) for change, message in cases]
+
+
+@pytest.mark.parametrize("number", range(21))
+def test_wrong_updates_are_refused_before_anything_is_written(number, path, device):
+    engine = Engine.of(device)
+    buffers = registered(engine, path, 16)
+    arguments, message = wrong_updates(engine)[number]
+    with pytest.raises((ValueError, TypeError), match=message):
+        buffers.update(**arguments)
+    engine.check()
+
+
+@pytest.mark.parametrize("what", ("freed", "resized"))
+def test_registered_tensors_that_changed_are_refused(what, path, device):
+    engine = Engine.of(device)
+    buffers = registered(engine, path, 16)
+    tensor = engine.backends[1]["nsa_cache_seqlens"]
+    if what == "freed":
+        tensor.untyped_storage().resize_(0)
+    else:
+        tensor.resize_(10)
+    lengths = torch.ones(3, dtype=torch.int32, device=device)
+    with pytest.raises(ValueError, match=r"buffers\[1\].nsa_cache_seqlens: .* freed or resized"):
+        buffers.update(lengths, lengths, engine.pool)
+    assert (engine.backends[0]["cache_seqlens"] == HELD).all()
+
+
+def test_the_dlpack_path_refuses_what_it_was_not_compiled_for(device):
+    engine = Engine.of(device)
+    buffers = BackendBuffers(
+        engine.backends,
+        nsa_index_topk=64,
+        real_page_size=16,
+        path="dlpack",
+        dlpack=DlpackOptions(engine.pool),
+    )
+    lengths = torch.ones(3, dtype=torch.int32, device=device)
+    with pytest.raises(ValueError, match="forward_mode: got one, or a number of draft tokens"):
+        buffers.update(
+            lengths,
+            lengths,
+            engine.pool,
+            forward_mode=ForwardMode.TARGET_VERIFY,
+            num_draft_tokens=2,
+        )
+    with pytest.raises(ValueError, match="req_to_token: got shape .* expected the pool of Dlpack"):
+        buffers.update(lengths, lengths, engine.pool.clone())
+    with pytest.raises(
+        ValueError, match="req_to_token: got 200 columns, expected at least those of"
+    ):
+        BackendBuffers(
+            engine.backends,
+            nsa_index_topk=64,
+            real_page_size=16,
+            path="dlpack",
+            dlpack=DlpackOptions(engine.pool[:, :200].contiguous()),
+        )
+    engine.check()
+
+
+def test_metadata_crosses_without_a_copy(device):
+    lengths, indices, pool = inputs(5, pool_cols=128)
+    arrays = jax.tree.map(
+        jnp.array, reference.precompute_decode_metadata(lengths, indices, pool, real_page_size=1)
+    )
+    tensors = to_torch((arrays, {"more": arrays.cache_seqlens}))
+    assert tensors[0].real_page_table is None
+    for array, tensor in zip(jax.tree.leaves(arrays), jax.tree.leaves(tensors[0]), strict=True):
+        assert tensor.data_ptr() == array.unsafe_buffer_pointer()
+        assert tensor.dtype == torch.int32
+        np.testing.assert_array_equal(tensor.cpu().numpy(), array)
+    back = from_torch(tensors)
+    assert isinstance(back[0], NSAMetadata)
+    for array, tensor in zip(jax.tree.leaves(back), jax.tree.leaves(tensors), strict=True):
+        assert tensor.data_ptr() == array.unsafe_buffer_pointer()
+    engine = Engine.of(device)
+    there = from_torch(engine.backends[0])
+    assert there["cache_seqlens"].unsafe_buffer_pointer() == (
+        engine.backends[0]["cache_seqlens"].data_ptr()
+    )
+
+
+def test_int64_lengths_cross(device):
+    lengths = torch.tensor([3, 2**20], device=device)
+    array = from_torch(lengths)
+    assert array.tolist() == [3, 2**20]
+    with jax.enable_x64(True):
+        assert from_torch(lengths).dtype == jnp.int64
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("path", ("direct", "dlpack"))
+def test_stress_on_side_streams(path):
+    """20,000 updates between kernels that poison and read: no stale and no torn value."""
+    engine = Engine.of(torch.device("cuda:0"), requests=8, rows=8, max_len=256, page=64)
+    buffers = registered(engine, path, 64) if path == "direct" else _decode_only(engine)
+    slots = torch.arange(8, dtype=torch.int32, device="cuda")
+    seq_lens = torch.zeros(8, dtype=torch.int32, device="cuda")
+    bad = torch.zeros((), dtype=torch.int64, device="cuda")
+    whole = [engine.pool[:8, :256], engine.pool[:8, :256:64].div(64, rounding_mode="floor")]
+    streams = [torch.cuda.Stream() for _ in range(3)]
+    last = torch.cuda.current_stream()
+    for step in range(20_000):
+        stream = streams[step % 3]
+        stream.wait_stream(last)
+        last = stream
+        backend = engine.backends[step % 3]
+        with torch.cuda.stream(stream):
+            seq_lens.fill_(256 if step % 2 else step % 200)
+            backend["cache_seqlens"].fill_(HELD)
+            backend["cu_seqlens_k"].fill_(HELD)
+            backend["page_indices"].fill_(HELD)
+            backend["real_page_table"].fill_(HELD)
+            buffers.update(seq_lens, slots, engine.pool)
+            bad += (backend["cache_seqlens"] != seq_lens).sum()
+            bad += (backend["cu_seqlens_k"][1:] != seq_lens.cumsum(0)).sum()
+            if step % 2:
+                bad += (backend["page_indices"] != whole[0]).sum()
+                bad += (backend["real_page_table"] != whole[1]).sum()
+            else:
+                bad += (backend["page_indices"][:, step % 200 :] != HELD).sum()
+            seq_lens.fill_(-1)
+    assert bad.item() == 0
+
+
+def _decode_only(engine):
+    return BackendBuffers(
+        engine.backends,
+        nsa_index_topk=64,
+        real_page_size=64,
+        path="dlpack",
+        dlpack=DlpackOptions(engine.pool),
+    )
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("mode", MODES)
+def test_a_captured_update_follows_changed_inputs(mode):
+    engine = Engine.of(torch.device("cuda:0"))
+    buffers = registered(engine, "direct", 16)
+    lengths = torch.zeros(6, dtype=torch.int32, device="cuda")
+    indices, extend = lengths.clone(), lengths.clone()
+    arguments = dict(MODES[mode])
+    if mode is ForwardMode.DRAFT_EXTEND:
+        arguments["extend_seq_lens"] = extend
+    read = torch.zeros((24, 300), dtype=torch.int32, device="cuda")
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        buffers.update(lengths, indices, engine.pool, forward_mode=mode, **arguments)
+        read.copy_(engine.backends[2]["page_indices"])
+    for seed in range(5):
+        new_lengths, new_indices, _ = inputs(6, pool_cols=300, pool_rows=10, seed=seed)
+        new_extend = mode_options(ForwardMode.DRAFT_EXTEND, 6, seed=seed)["extend_seq_lens"]
+        lengths.copy_(engine.tensor(new_lengths))
+        indices.copy_(engine.tensor(new_indices))
+        extend.copy_(engine.tensor(new_extend))
+        graph.replay()
+        options = dict(MODES[mode])
+        if mode is ForwardMode.DRAFT_EXTEND:
+            options["extend_seq_lens"] = new_extend
+        engine.expect(new_lengths, new_indices, page=16, mode=mode, capacity=24, **options)
+        engine.check()
+        np.testing.assert_array_equal(read.cpu().numpy(), engine.expected[2]["page_indices"])
+
+
+@pytest.mark.gpu
+def test_update_on_another_device_than_the_current_one():
+    if torch.cuda.device_count() < 2:
+        pytest.skip("runs on a machine with two GPUs")
+    engine = Engine.of(torch.device("cuda:1"))
+    buffers = registered(engine, "direct", 16)
+    lengths, indices, _ = inputs(5, pool_cols=300, pool_rows=10)
+    buffers.update(engine.tensor(lengths), engine.tensor(indices), engine.pool)
+    engine.expect(lengths, indices, page=16)
+    engine.check()
