@@ -1,13 +1,19 @@
-"""Measuring: device time of kernels from the profiler."""
+"""Timing calls: device time from the profiler, host time to issue, latency end to end."""
 
 import collections
-import statistics
+import itertools
 import tempfile
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
+
+Call = Callable[[], Any]
+COLD_BYTES = 128 * 2**20
+"""More than the caches of any GPU or CPU that this is run on hold."""
 
 
 class Kernel(NamedTuple):
@@ -17,22 +23,42 @@ class Kernel(NamedTuple):
       name: as the profiler has it.
       launches: launches per call.
       microseconds: median device time of a launch.
+      p90: its 90th percentile.
     """
 
     name: str
     launches: float
     microseconds: float
+    p90: float
 
 
-def kernel_times(call: Callable[[], Any], calls: int = 50) -> list[Kernel]:
+def on_gpu() -> bool:
+    """Whether there is device time to measure."""
+    return jax.default_backend() == "gpu"
+
+
+def rotations(bytes_touched: int, bytes_held: int) -> int:
+    """How many sets of inputs and outputs to cycle through, so that no call finds its own cached.
+
+    Args:
+      bytes_touched: what one call reads and writes.
+      bytes_held: memory of one set.
+    """
+    wanted = -(-COLD_BYTES // max(bytes_touched, 1))
+    return max(1, min(wanted, 64, 2**32 // max(bytes_held, 1)))
+
+
+def kernel_times(
+    call: Call, calls: int = 50, wait: Callable = jax.block_until_ready
+) -> list[Kernel]:
     """Every kernel that `call` launches on the GPU, over `calls` calls after three to warm up."""
     for _ in range(3):
-        jax.block_until_ready(call())
+        wait(call())
     with tempfile.TemporaryDirectory() as folder:
         with jax.profiler.trace(folder):
             for _ in range(calls):
                 result = call()
-            jax.block_until_ready(result)
+            wait(result)
         (path,) = Path(folder).rglob("*.xplane.pb")
         profile = jax.profiler.ProfileData.from_file(str(path))
     durations: dict[str, list[float]] = collections.defaultdict(list)
@@ -44,11 +70,55 @@ def kernel_times(call: Callable[[], Any], calls: int = 50) -> list[Kernel]:
                 for event in line.events:
                     durations[event.name].append(event.duration_ns / 1e3)
     return [
-        Kernel(name, len(times) / calls, statistics.median(times))
+        Kernel(name, len(times) / calls, *np.percentile(times, [50, 90]).tolist())
         for name, times in durations.items()
     ]
 
 
-def device_time(call: Callable[[], Any], calls: int = 50) -> float:
-    """Microseconds of device time in one call: its launches times their medians."""
-    return sum(k.launches * k.microseconds for k in kernel_times(call, calls))
+def timing(
+    calls: Sequence[Call], count: int = 50, wait: Callable = jax.block_until_ready
+) -> dict[str, float]:
+    """What a call costs, over `count` of them.
+
+    Args:
+      calls: the same call on different memory, taken in turn; with one, it finds its inputs cached.
+      count: calls to time.
+      wait: waits for a call's result.
+
+    Returns:
+      Microseconds: "latency_us", median from the call to its result on the device, with its 10th
+      and 90th percentiles; "issue_us", median until the call returns; on a GPU "device_us", median
+      time of its kernels, with its 90th percentile, and "hot_device_us", the same where every call
+      has the same inputs. On a GPU also "launches", per call.
+    """
+    for call in calls:
+        wait(call())
+    wait(calls[0]())
+    latencies, issues = [], []
+    cycle = itertools.cycle(calls)
+    for _ in range(count):
+        call = next(cycle)
+        start = time.perf_counter()
+        result = call()
+        issued = time.perf_counter()
+        wait(result)
+        latencies.append(time.perf_counter() - start)
+        issues.append(issued - start)
+    p10, median, p90 = (np.percentile(latencies, [10, 50, 90]) * 1e6).tolist()
+    metrics = {
+        "latency_us": median,
+        "latency_us_p10": p10,
+        "latency_us_p90": p90,
+        "issue_us": float(np.median(issues)) * 1e6,
+    }
+    if on_gpu():
+        kernels = kernel_times(lambda: next(cycle)(), count, wait)
+        metrics["device_us"] = sum(k.launches * k.microseconds for k in kernels)
+        metrics["device_us_p90"] = sum(k.launches * k.p90 for k in kernels)
+        metrics["launches"] = sum(k.launches for k in kernels)
+        if len(calls) > 1:
+            hot = kernel_times(calls[0], count, wait)
+            metrics["hot_device_us"] = sum(k.launches * k.microseconds for k in hot)
+        else:
+            metrics["hot_device_us"] = metrics["device_us"]
+    return metrics

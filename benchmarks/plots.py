@@ -1,0 +1,73 @@
+"""Pictures of results."""
+
+from pathlib import Path
+
+from benchmarks.report import Report
+from benchmarks.suite import Plot, Suite
+
+LABELS = {
+    "device_us": "device time, µs",
+    "latency_us": "latency, µs",
+    "issue_us": "host time, µs",
+}
+# One look for each name wherever it appears; colours after P. Tol, "Colour schemes" (2021).
+STYLES = {
+    "pallas": ("#4477AA", "o"),
+    "triton": ("#228833", "s"),
+    "ffi": ("#EE6677", "^"),
+    "xla": ("#CCBB44", "D"),
+}
+OTHERS = (
+    ("#66CCEE", "v"),
+    ("#AA3377", "P"),
+    ("#777777", "X"),
+    ("#000000", "*"),
+    ("#EE7733", "<"),
+    ("#009988", ">"),
+)
+
+
+def draw(suite: Suite, report: Report, folder: Path) -> list[Path]:
+    """Writes the pictures of a suite as PNG."""
+    return [path for plot in suite.plots if (path := _draw(plot, report, folder))]
+
+
+def _draw(plot: Plot, report: Report, folder: Path) -> Path | None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot, ticker
+
+    records = [r for r in report.records if plot.where(r.case) and report.metric in r.metrics]
+    ticks = sorted({record.case[plot.x] for record in records})
+    if not ticks:
+        return None
+    figure, axes = pyplot.subplots(figsize=(7, 4.5), layout="constrained")
+    others = iter(OTHERS)
+    for name in report.names:
+        points = sorted(
+            (r.case[plot.x], r.metrics[report.metric]) for r in records if r.name == name
+        )
+        if points:
+            color, marker = STYLES.get(name) or next(others)
+            axes.plot(
+                *zip(*points, strict=True), color=color, marker=marker, markersize=5, label=name
+            )
+    if plot.roof:
+        roof = sorted({(r.case[plot.x], r.metrics["roof_us"]) for r in records})
+        axes.plot(*zip(*roof, strict=True), color="black", linestyle="--", label="roof")
+    axes.set_xscale("log", base=2)
+    axes.set_yscale("log")
+    axes.set_xticks(ticks, [f"{tick:,}" for tick in ticks])
+    axes.xaxis.set_minor_locator(ticker.NullLocator())
+    axes.yaxis.set_major_formatter(ticker.FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.set_xlabel(plot.label)
+    axes.set_ylabel(LABELS[report.metric])
+    axes.set_title(f"{plot.title}\n{report.device}", fontsize=11)
+    axes.grid(which="major", alpha=0.3)
+    axes.legend(fontsize=9, loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{plot.file}.png"
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)
+    return path

@@ -1,0 +1,145 @@
+"""One broadcast to measure: its inputs, its bytes, and its result checked."""
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import jaxnsa
+from benchmarks.measure import Call, rotations
+from jaxnsa import ForwardMode, reference
+
+PAGE_SIZE = 64
+TOPK = 2048
+DRAFT_TOKENS = 4  # of each request in target verify; up to that many in draft extend
+
+
+@dataclasses.dataclass(frozen=True)
+class Problem:
+    """A shape; lengths are uniform between half of `live` and `live`.
+
+    Attributes:
+      mode: forward mode.
+      bs: requests.
+      max_len: columns of the page table, in tokens.
+      num_backends: copies, N.
+      live: the longest length.
+    """
+
+    mode: ForwardMode
+    bs: int
+    max_len: int
+    num_backends: int
+    live: int
+
+    @property
+    def case(self) -> dict[str, Any]:
+        """What identifies its row in a table."""
+        return {
+            "mode": self.mode.value,
+            "bs": self.bs,
+            "max_len": self.max_len,
+            "N": self.num_backends,
+            "live": self.live,
+        }
+
+    @functools.cached_property
+    def arguments(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """seq_lens, req_pool_indices, req_to_token."""
+        rng = np.random.default_rng(0)
+        low, high = self.live // 2, self.live
+        seq_lens = rng.integers(low, high, self.bs, endpoint=True, dtype=np.int32)
+        if self.mode is ForwardMode.TARGET_VERIFY:  # the drafts are live too
+            seq_lens = np.minimum(seq_lens, self.max_len - DRAFT_TOKENS)
+        indices = rng.permutation(self.bs).astype(np.int32)
+        pool = rng.integers(0, 2**22, (self.bs, self.max_len), dtype=np.int32)
+        return seq_lens, indices, pool
+
+    @functools.cached_property
+    def rows_of_each(self) -> np.ndarray:
+        """Rows of each request."""
+        if self.mode is ForwardMode.TARGET_VERIFY:
+            return np.full(self.bs, DRAFT_TOKENS)
+        if self.mode is ForwardMode.DRAFT_EXTEND:
+            rng = np.random.default_rng(1)
+            return rng.integers(1, DRAFT_TOKENS, self.bs, endpoint=True)
+        return np.ones(self.bs, np.int64)
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The keyword arguments that are no arrays."""
+        options: dict[str, Any] = {
+            "num_backends": self.num_backends,
+            "forward_mode": self.mode,
+            "nsa_index_topk": TOPK,
+            "real_page_size": PAGE_SIZE,
+        }
+        if self.mode is ForwardMode.TARGET_VERIFY:
+            options["num_draft_tokens"] = DRAFT_TOKENS
+        if self.mode is ForwardMode.DRAFT_EXTEND:
+            options["max_total_tokens"] = self.bs * DRAFT_TOKENS
+        return options
+
+    @property
+    def extend_seq_lens(self) -> np.ndarray | None:
+        """int32 [bs] in draft extend."""
+        ragged = self.mode is ForwardMode.DRAFT_EXTEND
+        return self.rows_of_each.astype(np.int32) if ragged else None
+
+    @property
+    def bytes_moved(self) -> int:
+        """Bytes that have to move: live elements read once, written to each row of each backend."""
+        lengths = self.arguments[0].astype(np.int64)
+        pages = -(-lengths // PAGE_SIZE)
+        written = ((lengths + pages) * self.rows_of_each).sum() * self.num_backends
+        return int(lengths.sum() + written) * 4
+
+    @functools.cached_property
+    def expected(self) -> jaxnsa.NSAMetadata:
+        """Every backend after a call in place on zeros, tail "keep"."""
+        broadcast: Any = reference.fused_metadata_precompute_and_broadcast
+        options = self.options | {"num_backends": 1, "tail": "zero"}
+        return broadcast(*self.arguments, extend_seq_lens=self.extend_seq_lens, **options)[0]
+
+    def check(self, backends: Any) -> None:
+        """AssertionError where a backend is not what the reference says."""
+        for k, backend in enumerate(backends):
+            for field, array in vars(self.expected).items():
+                if not np.array_equal(getattr(backend, field), array):
+                    raise AssertionError(f"{field} of backend {k} is wrong for {self.case}")
+
+    def calls(self, implementation: str, strategy: Any = "ultra_fast") -> list[Call]:
+        """Checked calls in place, each on memory of its own."""
+        seq_lens, indices, pool = self.arguments
+        extend = None if self.extend_seq_lens is None else jnp.asarray(self.extend_seq_lens)
+        lengths = jnp.asarray(seq_lens), jnp.asarray(indices)
+        held = pool.nbytes + self.num_backends * sum(
+            array.nbytes for array in jax.tree.leaves(self.expected)
+        )
+
+        def in_place() -> Call:
+            req_to_token = jnp.asarray(pool)
+            zeros = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), self.expected)
+            state: list[Any] = [
+                tuple(jax.tree.map(jnp.copy, zeros) for _ in range(self.num_backends))
+            ]
+
+            def call() -> Any:
+                state[0] = jaxnsa.fused_metadata_precompute_and_broadcast(
+                    *lengths,
+                    req_to_token,
+                    extend_seq_lens=extend,
+                    out=state[0],
+                    strategy=strategy,
+                    implementation=implementation,
+                    **self.options,
+                )
+                return state[0]
+
+            self.check(call())
+            return call
+
+        return [in_place() for _ in range(rotations(self.bytes_moved, held))]

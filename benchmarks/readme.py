@@ -1,0 +1,198 @@
+"""The README's performance section, generated from the recorded results."""
+
+from pathlib import Path
+
+from benchmarks.report import Report, table
+
+ROOT = Path(__file__).parents[1]
+BEGIN = "<!-- performance: written by `python -m benchmarks readme` -->"
+END = "<!-- end of performance -->"
+
+
+def generate(readme: str, results: Path) -> str:
+    """`readme` with its performance section made anew from the reports under `results`."""
+    if readme.count(BEGIN) != 1 or readme.count(END) != 1:
+        raise ValueError(f"README.md: expected one line {BEGIN!r} and one {END!r}")
+    before, rest = readme.split(BEGIN)
+    after = rest.split(END)[1]
+    reports = {
+        (path.parent.name, report.suite): report
+        for path in sorted(results.glob("*/*.json"))
+        for report in [Report.read(path)]
+    }
+    sections = [
+        section
+        for device in dict.fromkeys(device for device, _ in reports)
+        for section in _device({s: r for (d, s), r in reports.items() if d == device}, device)
+    ]
+    return before + "\n".join([BEGIN, "", *sections, END]) + after
+
+
+def _device(reports: dict[str, Report], folder: str) -> list[str]:
+    """The sections of one device."""
+    some = next(iter(reports.values()))
+    lines = [f"### {some.device}", ""]
+    for suite, section in SECTIONS.items():
+        if suite in reports:
+            report = reports[suite]
+            lines += [*section(report), ""]
+            lines += [
+                f"[{suite}](benchmarks/results/{folder}/{suite}.md): commit {report.commit}, jax "
+                f"{report.versions['jax']}, `{report.command}`.",
+                "",
+            ]
+    return lines
+
+
+def _roofline(report: Report) -> list[str]:
+    hot = report.metric.endswith("device_us")
+    lines = [
+        "The whole job in place, in microseconds"
+        + (" of device time, the same inputs in each call" if hot else " end to end")
+        + ". The roof is live bytes read once and written N times, over the bandwidth of a large "
+        "copy.",
+        "",
+    ]
+    rows = _with_targets(report)
+    lines += table(*rows.pivot("hot_device_us" if hot else report.metric))
+    missed = _missed(rows, "hot_device_us") if hot else []
+    if missed:
+        lines += ["", "Bold times miss their target: " + "; ".join(missed) + "."]
+    return [*lines, "", *_losers(rows, "hot_device_us" if hot else report.metric)]
+
+
+def _with_targets(report: Report) -> Report:
+    """The rows that targets are set for, where there are some."""
+    records = [r for r in report.records if "target_us" in r.metrics]
+    return report._replace(records=records or report.records)
+
+
+def _missed(report: Report, metric: str) -> list[str]:
+    """How many targets each name missed."""
+    counts = []
+    for name in report.names:
+        own = [r for r in report.records if r.name == name and metric in r.metrics]
+        count = sum(r.metrics[metric] > r.metrics["target_us"] for r in own)
+        if count:
+            counts.append(f"{name} {count} of {len(own)}")
+    return counts
+
+
+def _losers(report: Report, metric: str) -> list[str]:
+    """Who is fastest in how many rows, and who never is."""
+    wins: dict[str, int] = dict.fromkeys(report.names, 0)
+    rows = report.rows()
+    for _, by_name in rows:
+        times = {name: m[metric] for name, m in by_name.items() if metric in m}
+        wins[min(times, key=lambda name: times[name])] += 1
+    won = ", ".join(f"{name} in {count}" for name, count in wins.items() if count)
+    never = ", ".join(name for name, count in wins.items() if not count)
+    line = f"Fastest of {len(rows)} rows: {won}."
+    return [line + (f" Never: {never}." if never else "")]
+
+
+def _beside(report: Report, theirs: dict[str, float], case: dict, metric: str) -> list[list[str]]:
+    """The row of one case, each name's figure beside that of the source documents."""
+    for row, by_name in report.rows():
+        if all(row.get(key) == value for key, value in case.items()):
+            return [
+                [name, f"{theirs[name]:g}" if name in theirs else "-", f"{m[metric]:.1f}"]
+                for name, m in by_name.items()
+            ]
+    return []
+
+
+def _modes(report: Report) -> list[str]:
+    theirs = {"ultra_fast": 15, "fast": 35, "fallback": 80}
+    lines = [
+        "Three strategies at bs 32, N = 3, end to end in microseconds, beside the source "
+        "documents' on an H100:",
+        "",
+    ]
+    rows = [
+        (case, by_name) for case, by_name in report.rows() if (case["bs"], case["N"]) == (32, 3)
+    ]
+    cells = [
+        [
+            case["strategy"],
+            f"{theirs[case['strategy']]}",
+            *(f"{by_name[name]['latency_us']:.1f}" for name in report.names),
+            *(
+                f"{by_name[name]['hot_device_us']:.1f}"
+                for name in report.names
+                if _has_device(report)
+            ),
+        ]
+        for case, by_name in rows
+    ]
+    header = ["strategy", "theirs", *report.names]
+    header += [f"{name}, device" for name in report.names if _has_device(report)]
+    return lines + table(header, cells)
+
+
+def _has_device(report: Report) -> bool:
+    return all("hot_device_us" in record.metrics for record in report.records)
+
+
+def _draft_extend(report: Report) -> list[str]:
+    theirs = {"Python loop": 158, "triton": 48, "ffi adaptive": 51, "ffi optimized": 35.5}
+    lines = [
+        "Lengths of a draft-extend step at bs 32, end to end in microseconds, beside the source "
+        "documents' on an H100:",
+        "",
+    ]
+    return lines + table(["", "theirs", "ours"], _beside(report, theirs, {"bs": 32}, "latency_us"))
+
+
+def _prefix_sum(report: Report) -> list[str]:
+    theirs = {
+        16: ("15", "0.3"),
+        32: ("16", "0.5"),
+        64: ("18", "1.0"),
+        128: ("20", "1.5"),
+        256: ("25", "2.0"),
+    }
+    rows = report.rows()
+    device = _has_device(report)
+    lines = [
+        f"Prefix sums in microseconds {'of device time' if device else 'end to end'}, beside the "
+        "source documents' on an H100:",
+        "",
+    ]
+    metric = "hot_device_us" if device else "latency_us"
+    cells = [
+        [
+            f"{case['n']:,}",
+            *theirs.get(case["n"], ("-", "-")),
+            *(f"{by_name[name][metric]:.2f}" if name in by_name else "-" for name in report.names),
+        ]
+        for case, by_name in rows
+    ]
+    header = ["n", "their torch ops", "their kernel", *report.names]
+    return lines + table(header, cells)
+
+
+def _torch(report: Report) -> list[str]:
+    lines = [
+        "Host time to refresh a PyTorch engine's buffers, in microseconds until the call returns:",
+        "",
+    ]
+    return lines + table(*report.pivot("issue_us"))
+
+
+def _dispatch(report: Report) -> list[str]:
+    lines = [
+        "Host time to issue one call by what it returns, in microseconds:",
+        "",
+    ]
+    return lines + table(*report.pivot("issue_us"))
+
+
+SECTIONS = {
+    "roofline": _roofline,
+    "modes": _modes,
+    "draft-extend": _draft_extend,
+    "prefix-sum": _prefix_sum,
+    "torch": _torch,
+    "dispatch": _dispatch,
+}

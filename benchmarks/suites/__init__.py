@@ -1,0 +1,26 @@
+"""The suites, by name."""
+
+from benchmarks.suites import (
+    dispatch,
+    draft_extend,
+    functions,
+    modes,
+    prefix_sum,
+    roofline,
+    scale,
+    torch_handoff,
+)
+
+SUITES = {
+    suite.name: suite
+    for suite in (
+        modes.SUITE,
+        draft_extend.SUITE,
+        prefix_sum.SUITE,
+        roofline.SUITE,
+        functions.SUITE,
+        dispatch.SUITE,
+        torch_handoff.SUITE,
+        scale.SUITE,
+    )
+}

@@ -1,0 +1,102 @@
+"""The whole job against its roof: live bytes read once and written N times."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+
+from benchmarks.measure import on_gpu, timing
+from benchmarks.problem import Problem
+from benchmarks.suite import Job, Plot, Suite, runnable
+from jaxnsa import ForwardMode
+
+DECODE, VERIFY = ForwardMode.DECODE, ForwardMode.TARGET_VERIFY
+EXTEND = ForwardMode.DRAFT_EXTEND
+
+# The rows that targets are set for, in microseconds of device time on one H200.
+TARGETS = {
+    Problem(DECODE, 32, 2048, 3, 2048): 2.0,
+    Problem(DECODE, 32, 65_536, 3, 8192): 3.0,
+    Problem(DECODE, 32, 65_536, 3, 65_536): 7.0,
+    Problem(DECODE, 6, 131_072, 1, 131_072): 2.5,
+    Problem(DECODE, 256, 32_768, 8, 16_384): 31.0,
+    Problem(DECODE, 128, 131_072, 3, 131_072): 53.0,
+    Problem(DECODE, 1024, 32_768, 3, 4096): 16.0,
+    Problem(VERIFY, 64, 65_536, 3, 65_536): None,
+    Problem(EXTEND, 64, 65_536, 3, 65_536): None,
+}
+SWEEP_MAX_LEN = tuple(2**k for k in range(11, 18))
+SWEEP_BS = (1, 4, 16, 64, 256)
+
+
+@functools.cache
+def copy_bandwidth() -> float:
+    """Bytes a second of a large copy on the device, read and written."""
+    source = jnp.zeros(2**28 if on_gpu() else 2**24, jnp.int32)
+    copy = jax.jit(lambda x: x + 1)
+    metrics = timing([lambda: copy(source)], count=10)
+    return 2 * source.nbytes / (metrics.get("device_us", metrics["latency_us"]) * 1e-6)
+
+
+def _measure(problem: Problem, implementation: str) -> dict[str, float]:
+    metrics = timing(problem.calls(implementation))
+    seconds = metrics.get("device_us", metrics["latency_us"]) * 1e-6
+    rate = problem.bytes_moved / seconds
+    metrics |= {
+        "bytes": problem.bytes_moved,
+        "roof_us": problem.bytes_moved / copy_bandwidth() * 1e6,
+        "tb_s": rate / 1e12,
+        "percent_of_copy": 100 * rate / copy_bandwidth(),
+    }
+    target = TARGETS.get(problem) or (
+        1.25 * metrics["roof_us"] if problem.mode is not DECODE else None
+    )
+    return metrics | ({"target_us": target} if target and on_gpu() else {})
+
+
+def _full(case: dict) -> bool:
+    return case["mode"] == "decode" and case["live"] == case["max_len"]
+
+
+def jobs(quick: bool) -> list[Job]:
+    """The rows with targets, then sweeps of max_len, bs, live and N."""
+    if quick:
+        problems = [Problem(mode, 3, 2048, 2, 1024) for mode in ForwardMode]
+    else:
+        problems = list(TARGETS)
+        problems += [Problem(DECODE, 32, n, 3, n) for n in SWEEP_MAX_LEN]
+        problems += [Problem(DECODE, bs, 32_768, 3, 32_768) for bs in SWEEP_BS]
+        problems += [Problem(DECODE, 32, 131_072, n, 16_384) for n in (1, 8)]
+    return [
+        Job(problem.case, name, functools.partial(_measure, problem, name))
+        for problem in dict.fromkeys(problems)
+        for name in runnable()
+    ]
+
+
+SUITE = Suite(
+    name="roofline",
+    title="The whole job against its roof",
+    note="In place, page 64, top-k 2048, tail `keep`; lengths uniform in [live/2, live]. The roof "
+    "is live bytes read once and written to each row of each backend, over the bandwidth of a "
+    "large copy in the same run.",
+    jobs=jobs,
+    plots=(
+        Plot(
+            "max_len",
+            "One refresh: bs 32, N = 3, rows filled to half and more",
+            "max_len",
+            "max_len, tokens",
+            lambda case: _full(case) and (case["bs"], case["N"]) == (32, 3),
+            roof=True,
+        ),
+        Plot(
+            "bs",
+            "One refresh: max_len 32,768, N = 3, rows filled to half and more",
+            "bs",
+            "requests, bs",
+            lambda case: _full(case) and (case["max_len"], case["N"]) == (32_768, 3),
+            roof=True,
+        ),
+    ),
+)

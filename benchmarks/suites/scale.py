@@ -1,0 +1,75 @@
+"""Data-parallel over devices: requests are split, each device fills its own backends."""
+
+import functools
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+import jaxnsa
+from benchmarks.measure import on_gpu, timing
+from benchmarks.problem import PAGE_SIZE, TOPK, Problem
+from benchmarks.suite import Job, Plot, Suite, runnable
+from jaxnsa import ForwardMode
+
+
+def _measure(devices: int, bs: int, max_len: int, name: str) -> dict[str, float]:
+    problem = Problem(ForwardMode.DECODE, bs * devices, max_len, 3, max_len)
+    seq_lens, _, pool = problem.arguments
+    indices = np.tile(np.arange(bs, dtype=np.int32), devices)  # rows of a device's own share
+    mesh = jax.make_mesh((devices,), ("requests",), devices=jax.devices()[:devices])
+    sharded = NamedSharding(mesh, P("requests"))
+
+    def fill(seq_lens: Any, indices: Any, pool: Any) -> Any:
+        metadata: Any = jaxnsa.fused_metadata_precompute_and_broadcast(
+            seq_lens,
+            indices,
+            pool,
+            num_backends=3,
+            nsa_index_topk=TOPK,
+            real_page_size=PAGE_SIZE,
+            stacked=True,
+            implementation=name,
+        )
+        return metadata.page_indices
+
+    compute = jax.jit(
+        jax.shard_map(
+            fill, mesh=mesh, in_specs=P("requests"), out_specs=P(None, "requests"), check_vma=False
+        )
+    )
+    arguments = [jax.device_put(a, sharded) for a in (seq_lens, indices, pool)]
+    if not np.array_equal(compute(*arguments)[2], pool):
+        raise AssertionError("wrong page tables")
+    metrics = timing([lambda: compute(*arguments)])
+    for key in ("device_us", "hot_device_us", "device_us_p90", "launches"):
+        if key in metrics:
+            metrics[key] /= devices
+    return metrics
+
+
+def jobs(quick: bool) -> list[Job]:
+    """One to as many devices as there are."""
+    bs, max_len = (2, 256) if quick else (32, 16_384 if on_gpu() else 4096)
+    counts = [n for n in (1, 2, 4, 8, 16) if n <= jax.device_count()]
+    return [
+        Job(
+            {"devices": n, "bs": bs * n, "max_len": max_len},
+            name,
+            functools.partial(_measure, n, bs, max_len, name),
+        )
+        for n in counts
+        for name in runnable()
+    ]
+
+
+SUITE = Suite(
+    name="scale",
+    title="Data-parallel by shard_map, cost per device",
+    note="Fresh results, N = 3. Each device has its own requests and pool; device times are per "
+    "device. Devices of one CPU share its cores.",
+    jobs=jobs,
+    plots=(Plot("scale", "Data-parallel by shard_map", "devices", "devices", lambda case: True),),
+)

@@ -1,0 +1,134 @@
+"""The benchmarks: every suite runs, what it writes can be read, a wrong result stops it."""
+
+import json
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from click.testing import CliRunner
+
+from benchmarks import readme, report
+from benchmarks.__main__ import RESULTS, main
+from benchmarks.measure import rotations, timing
+from benchmarks.problem import Problem
+from benchmarks.report import Report
+from benchmarks.suites import SUITES, modes
+from jaxnsa import ForwardMode, xla
+from jaxnsa.implementations import IMPLEMENTATIONS
+
+
+def run(*arguments):
+    return CliRunner().invoke(main, arguments, env={"COLUMNS": "150"})
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory):
+    return tmp_path_factory.mktemp("results")
+
+
+@pytest.mark.parametrize("suite", SUITES)
+def test_every_suite_runs(suite, results):
+    if suite == "torch":
+        pytest.importorskip("torch", reason="runs where PyTorch is, as .ci/run installs it")
+    done = run(suite, "--quick", "--out", str(results), "--commit", "abc", "--device-name", "A B")
+    assert done.exit_code == 0, done.output
+    folder = results / "a-b"
+    found = Report.read(folder / f"{suite}.json")
+    assert (found.suite, found.device, found.commit) == (suite, "A B", "abc")
+    assert found.versions["jax"] == jax.__version__
+    assert all(value >= 0 for r in found.records for value in r.metrics.values())
+    assert {r.name for r in found.records} == set(found.names)
+    assert all(found.metric in record.metrics for record in found.records)
+    text = (folder / f"{suite}.md").read_text()
+    assert "Commit abc" in text
+    assert found.note in text
+    for plot in SUITES[suite].plots:
+        if any(plot.where(record.case) for record in found.records):
+            assert (folder / f"{plot.file}.png").read_bytes().startswith(b"\x89PNG")
+    assert SUITES[suite].title.split(" ")[0] in done.output
+
+
+def test_a_wrong_result_stops_the_run(monkeypatch, tmp_path):
+    def broadcast(*arguments):
+        backends = xla.broadcast(*arguments)
+        return jax.tree.map(lambda x: x + 1, backends)
+
+    class Wrong:
+        unavailable = staticmethod(lambda platform: None)
+        version = staticmethod(lambda: "1")
+
+    Wrong.broadcast = staticmethod(broadcast)
+    monkeypatch.setitem(IMPLEMENTATIONS, "wrong", Wrong)
+    done = run("roofline", "--quick", "--out", str(tmp_path))
+    assert isinstance(done.exception, AssertionError)
+    assert "of backend 0 is wrong for {'mode': 'decode'" in str(done.exception)
+    assert not list(tmp_path.iterdir())
+
+
+def test_inputs_take_turns():
+    order = []
+    calls = [lambda k=k: order.append(k) for k in range(3)]
+    metrics = timing(calls, count=6, wait=lambda result: result)
+    assert order[:4] == [0, 1, 2, 0]  # to warm up
+    if jax.default_backend() == "cpu":
+        assert order[4:] == [0, 1, 2, 0, 1, 2]
+    assert 0 <= metrics["latency_us_p10"] <= metrics["latency_us"] <= metrics["latency_us_p90"]
+    assert rotations(2**40, 2**20) == 1
+    assert rotations(2**20, 2**20) == 64
+    assert rotations(2**26, 2**20) == 2
+    assert rotations(1, 2**31) == 2
+
+
+def test_bytes_are_counted():
+    problem = Problem(ForwardMode.DECODE, 3, 128, 2, 128)
+    live = problem.arguments[0].astype(int)
+    pages = np.ceil(live / 64).astype(int)
+    assert problem.bytes_moved == 4 * (live.sum() + 2 * (live.sum() + pages.sum()))
+    verify = Problem(ForwardMode.TARGET_VERIFY, 1, 128, 1, 64)
+    (length,) = verify.arguments[0]
+    assert verify.bytes_moved == 4 * (length + 4 * (length + 1))
+
+
+def make_report(**times):
+    records = [
+        report.Record({"bs": bs}, name, {"latency_us": time})
+        for name, series in times.items()
+        for bs, time in enumerate(series)
+    ]
+    origin = {"device": "D", "commit": "c", "command": "x", "versions": {"jax": "1"}}
+    return Report.of(modes.SUITE, records, **origin)
+
+
+def test_compare(tmp_path):
+    make_report(a=(1.0, 2.0), b=(3.0,)).write(tmp_path / "before")
+    make_report(a=(1.05, 1.0), c=(3.0,)).write(tmp_path / "after")
+    before, after = (str(tmp_path / side / "modes.json") for side in ("before", "after"))
+    done = run("compare", before, after)
+    assert done.exit_code == 0, done.output
+    assert "1.05" in done.output and "0.50" in done.output
+    assert run("compare", before, after, "--threshold", "1.01").exit_code == 1
+    assert run("compare", after, before, "--threshold", "1.9").exit_code == 1
+    changed = json.loads(Path(after).read_text()) | {"device": "E"}
+    Path(after).write_text(json.dumps(changed))
+    done = run("compare", before, after)
+    assert done.exit_code == 1
+    assert "device: got 'D' and 'E', expected the same" in done.output
+    Path(after).write_text("[1]")
+    assert "expected a report of this program" in run("compare", before, after).output
+    assert run("compare", before, str(tmp_path / "none")).exit_code == 2
+
+
+def test_the_readme_says_what_was_recorded():
+    text = (readme.ROOT / "README.md").read_text()
+    assert readme.generate(text, RESULTS) == text, "run: python -m benchmarks readme"
+    assert run("readme", "--check").exit_code == 0
+    with pytest.raises(ValueError, match="expected one line"):
+        readme.generate("nothing", RESULTS)
+
+
+def test_help_is_there_for_every_command():
+    assert run("--help").exit_code == 0
+    for command in (*SUITES, "all", "compare", "readme"):
+        assert run(command, "--help").exit_code == 0
+    assert run("nonsense").exit_code == 2
