@@ -226,7 +226,13 @@ def test_wrong_arguments_are_refused_before_anything_is_written(device):
         "real_page_size": 2,
     }
     other = torch.ones(5, dtype=torch.int32, device="cpu" if ON_GPU else "meta")
+    freed = torch.ones(6, dtype=torch.int32, device=device)
+    freed.untyped_storage().resize_(0)
     for change, message in (
+        (
+            {"cu_seqlens_k_list": [freed]},
+            r"cu_seqlens_k_list\[0\]: got a tensor whose memory was f",
+        ),
         ({"seq_lens": [1]}, "seq_lens: got list"),
         ({"req_pool_indices": indices[:3]}, r"req_pool_indices: got shape \(3,\), expected \(5,\)"),
         ({"req_pool_indices": other}, "req_pool_indices: got a tensor on"),

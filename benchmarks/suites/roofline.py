@@ -4,11 +4,13 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from benchmarks.measure import on_gpu, timing
+from benchmarks.measure import Call, on_gpu, rotations, timing
 from benchmarks.problem import Problem
 from benchmarks.suite import Job, Plot, Suite, runnable
 from jaxnsa import ForwardMode
+from jaxnsa.demo import numpy_loop
 
 DECODE, VERIFY = ForwardMode.DECODE, ForwardMode.TARGET_VERIFY
 EXTEND = ForwardMode.DRAFT_EXTEND
@@ -27,19 +29,43 @@ TARGETS = {
 }
 SWEEP_MAX_LEN = tuple(2**k for k in range(11, 18))
 SWEEP_BS = (1, 4, 16, 64, 256)
+ROW_COPIES = "NumPy row copies"
 
 
 @functools.cache
 def copy_bandwidth() -> float:
-    """Bytes a second of a large copy on the device, read and written."""
-    source = jnp.zeros(2**28 if on_gpu() else 2**24, jnp.int32)
-    copy = jax.jit(lambda x: x + 1)
-    metrics = timing([lambda: copy(source)], count=10)
-    return 2 * source.nbytes / (metrics.get("device_us", metrics["latency_us"]) * 1e-6)
+    """Bytes a second of a large copy, read and written; on a CPU, of one thread's memcpy."""
+    if on_gpu():
+        source = jnp.zeros(2**28, jnp.int32)
+        copy = jax.jit(lambda x: x + 1)
+        return 2 * source.nbytes / (timing([lambda: copy(source)], count=10)["device_us"] * 1e-6)
+    here, there = np.ones(2**25, np.int32), np.zeros(2**25, np.int32)
+    metrics = timing([lambda: np.copyto(there, here)], count=10, wait=lambda result: result)
+    return 2 * here.nbytes / (metrics["latency_us"] * 1e-6)
+
+
+def _row_copies(problem: Problem) -> dict[str, float]:
+    """memcpy of the live bytes, row by row: what a CPU could do at best with one thread."""
+    seq_lens, indices, pool = problem.arguments
+    held = pool.nbytes * (1 + problem.num_backends)
+
+    def copies() -> Call:
+        source = pool.copy()
+        backends = tuple(
+            jax.tree.map(np.zeros_like, problem.expected) for _ in range(problem.num_backends)
+        )
+        return lambda: numpy_loop(seq_lens, indices, source, backends)
+
+    calls = [copies() for _ in range(rotations(problem.bytes_moved, held))]
+    return timing(calls, wait=lambda result: result)
 
 
 def _measure(problem: Problem, implementation: str) -> dict[str, float]:
-    metrics = timing(problem.calls(implementation))
+    metrics = (
+        _row_copies(problem)
+        if implementation == ROW_COPIES
+        else timing(problem.calls(implementation))
+    )
     seconds = metrics.get("device_us", metrics["latency_us"]) * 1e-6
     rate = problem.bytes_moved / seconds
     metrics |= {
@@ -70,7 +96,8 @@ def jobs(quick: bool) -> list[Job]:
     return [
         Job(problem.case, name, functools.partial(_measure, problem, name))
         for problem in dict.fromkeys(problems)
-        for name in runnable()
+        for name in (*runnable(), ROW_COPIES)
+        if name != ROW_COPIES or (problem.mode is DECODE and not on_gpu())
     ]
 
 

@@ -350,21 +350,24 @@ def _check_written(
     read: dict[str, Checked],
 ) -> None:
     """`value` must be an int32 tensor that holds `size`, in memory that is not read."""
-    if not isinstance(value, torch.Tensor) or value.dtype != torch.int32:
+    if not isinstance(value, torch.Tensor) or value.dtype is not torch.int32:
         raise TypeError(f"{name}: got {_described(value)}, expected an int32 torch.Tensor")
     if value.device != device:
         raise ValueError(f"{name}: got a tensor on {value.device}, expected {device}")
-    if value.dim() != len(size) or any(
-        have < want for have, want in zip(value.shape, size, strict=True)
-    ):
-        raise ValueError(f"{name}: got shape {tuple(value.shape)}, expected at least {size}")
-    if value.dim() == 2:
-        check_rows(name, value)
+    shape, rows, columns = value.shape, size[0], size[-1]
+    if len(shape) != len(size) or shape[0] < rows or shape[-1] < columns:
+        raise ValueError(f"{name}: got shape {tuple(shape)}, expected at least {size}")
+    span = columns
+    if len(size) == 2:
+        span += (rows - 1) * check_rows(name, value)
     elif not value.is_contiguous():
         raise ValueError(f"{name}: got stride {value.stride(0)}, expected a contiguous vector")
-    start, end = extent(value)
-    for other, checked in read.items():
-        if checked.start < end and start < checked.end:
+    start = value.data_ptr()
+    if span > 0 and not start:
+        raise ValueError(f"{name}: got a tensor whose memory was freed")
+    end = start + 4 * span
+    for other, (_, first, last) in read.items():
+        if first < end and start < last:
             raise ValueError(f"{name}: got memory of {other}, which is read; expected its own")
 
 
