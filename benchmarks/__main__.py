@@ -136,9 +136,16 @@ def _run(suite: Suite, quick: bool, out: Path, commit: str | None, device_name: 
 
 
 def _git_commit() -> str:
-    command = ["git", "describe", "--always", "--dirty"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT)
-    return done.stdout.strip() or f"unknown, jaxnsa {version('jaxnsa')}"
+    def git(*arguments: str) -> str:
+        command = ["git", *arguments]
+        done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT)
+        return done.stdout.strip()
+
+    commit = git("rev-parse", "--short", "HEAD")
+    changed = git("status", "--porcelain", "--", ".", ":!benchmarks/results", ":!README.md")
+    if not commit:
+        return f"unknown, jaxnsa {version('jaxnsa')}"
+    return f"{commit}, changed" if changed else commit
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from benchmarks.report import Report, table
+from benchmarks.suites.roofline import TARGETS
 
 ROOT = Path(__file__).parents[1]
 BEGIN = "<!-- performance: written by `python -m benchmarks readme` -->"
@@ -20,9 +21,13 @@ def generate(readme: str, results: Path) -> str:
         for path in sorted(results.glob("*/*.json"))
         for report in [Report.read(path)]
     }
+    gpus_first = sorted(
+        {device for device, _ in reports},
+        key=lambda device: (device.endswith("cpu"), device),
+    )
     sections = [
         section
-        for device in dict.fromkeys(device for device, _ in reports)
+        for device in gpus_first
         for section in _device({s: r for (d, s), r in reports.items() if d == device}, device)
     ]
     return before + "\n".join([BEGIN, "", *sections, END]) + after
@@ -62,16 +67,16 @@ def _roofline(report: Report) -> list[str]:
 
 
 def _with_targets(report: Report) -> Report:
-    """The rows that targets are set for, where there are some."""
-    records = [r for r in report.records if "target_us" in r.metrics]
-    return report._replace(records=records or report.records)
+    """The rows that targets are set for."""
+    cases = [problem.case for problem in TARGETS]
+    return report._replace(records=[r for r in report.records if r.case in cases])
 
 
 def _missed(report: Report, metric: str) -> list[str]:
     """How many targets each name missed."""
     counts = []
     for name in report.names:
-        own = [r for r in report.records if r.name == name and metric in r.metrics]
+        own = [r for r in report.records if r.name == name and "target_us" in r.metrics]
         count = sum(r.metrics[metric] > r.metrics["target_us"] for r in own)
         if count:
             counts.append(f"{name} {count} of {len(own)}")

@@ -144,10 +144,10 @@ def jobs(quick: bool) -> list[Job]:
 SUITE = Suite(
     name="torch",
     title="Host time to refresh a PyTorch engine's buffers",
-    note="Until the call returns; on a CPU that is when the work is done. direct and DLPack are the "
-    "paths of BackendBuffers, which write live columns; the sgl_kernel names write max_len columns; "
-    "torch eager gathers with PyTorch's own operations, for each backend again. On a CPU JAX does "
-    "not write the memory of others, so that DLPack copies whole tables.",
+    note="Until the call returns; on a CPU that is when the work is done. direct and DLPack are "
+    "the paths of BackendBuffers, which write live columns; the sgl_kernel names write max_len "
+    "columns; torch eager gathers with PyTorch's own operations, for each backend again. On a CPU "
+    "JAX does not write the memory of others, so that DLPack copies whole tables.",
     jobs=jobs,
     metric="issue_us",
 )
