@@ -40,7 +40,7 @@ def _draw(plot: Plot, report: Report, folder: Path) -> Path | None:
 
     records = [r for r in report.records if plot.where(r.case) and report.metric in r.metrics]
     ticks = sorted({record.case[plot.x] for record in records})
-    if not ticks:
+    if len(ticks) < 2:
         return None
     figure, axes = pyplot.subplots(figsize=(7, 4.5), layout="constrained")
     others = iter(OTHERS)
@@ -60,7 +60,9 @@ def _draw(plot: Plot, report: Report, folder: Path) -> Path | None:
     axes.set_yscale("log")
     axes.set_xticks(ticks, [f"{tick:,}" for tick in ticks])
     axes.xaxis.set_minor_locator(ticker.NullLocator())
-    axes.yaxis.set_major_formatter(ticker.FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.yaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
+    axes.yaxis.set_minor_locator(ticker.NullLocator())
+    axes.yaxis.set_major_formatter(ticker.FuncFormatter(lambda value, _: f"{value:,g}"))
     axes.set_xlabel(plot.label)
     axes.set_ylabel(LABELS[report.metric])
     axes.set_title(f"{plot.title}\n{report.device}", fontsize=11)

@@ -2,12 +2,15 @@
 
 import logging
 
+import jax
+import jax.extend
 import pytest
 from helpers import check_broadcast, inputs, mode_options
 
 import jaxnsa
 from jaxnsa import ForwardMode, operations, xla
 from jaxnsa.implementations import IMPLEMENTATIONS
+from jaxnsa.launches import count_launches
 
 
 @pytest.mark.parametrize("strategy", ("ultra_fast", "fast", "fallback"))
@@ -27,6 +30,58 @@ def test_same_bits(strategy, mode, stacked, tail, in_place, bs, implementation):
         stacked=stacked,
         **mode_options(mode, bs),
     )
+
+
+def in_place(strategy, implementation, n):
+    """The broadcast to n donated backends, and arguments for it."""
+    arguments = inputs(7, pool_cols=256)
+    out = jaxnsa.fused_metadata_precompute_and_broadcast(*arguments, num_backends=n)
+
+    def compute(out, *arguments):
+        return jaxnsa.fused_metadata_precompute_and_broadcast(
+            *arguments,
+            out=out,
+            num_backends=n,
+            strategy=strategy,
+            implementation=implementation,
+        )
+
+    return jax.jit(compute, donate_argnums=0), (out, *arguments)
+
+
+@pytest.mark.parametrize("n", (1, 3))
+@pytest.mark.parametrize(
+    "strategy, launches",
+    (("ultra_fast", lambda n: 1), ("fast", lambda n: 1 + n), ("fallback", int)),
+)
+def test_launches_of_the_ffi_library(strategy, launches, n):
+    if reason := IMPLEMENTATIONS["ffi"].unavailable(jax.default_backend()):
+        pytest.skip(f"runs where the FFI library was built: {reason}")
+    compute, arguments = in_place(strategy, "ffi", n)
+    assert count_launches(compute.lower(*arguments).compile()) == launches(n)
+
+
+def test_computations_of_plain_xla():
+    """What XLA is given: it may merge equal computations where it drops the barriers, on a CPU."""
+
+    def gathers(strategy, n):
+        compute, arguments = in_place(strategy, "xla", n)
+        jaxpr = compute.trace(*arguments).jaxpr
+        return sum(eqn.primitive.name == "gather" for eqn in equations(jaxpr.jaxpr))
+
+    one = gathers("ultra_fast", 1)
+    assert one > 0
+    assert gathers("ultra_fast", 3) == one
+    assert gathers("fast", 3) == one
+    assert gathers("fallback", 3) == 3 * one
+
+
+def equations(jaxpr):
+    """All equations, those of inner functions for each call."""
+    for eqn in jaxpr.eqns:
+        yield eqn
+        for inner in jax.extend.core.jaxprs_in_params(eqn.params):
+            yield from equations(inner)
 
 
 def test_the_path_is_logged_once(caplog, monkeypatch):

@@ -513,6 +513,7 @@ def test_stress_on_side_streams(path):
             else:
                 bad += (backend["page_indices"][:, step % 200 :] != HELD).sum()
             seq_lens.fill_(-1)
+    torch.cuda.synchronize()
     assert bad.item() == 0
 
 

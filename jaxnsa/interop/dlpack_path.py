@@ -69,8 +69,9 @@ class DlpackPath:
             for mode in options.forward_modes
         ]
         self._plans = {(p.rows.tokens_per_request, p.rows.added_tokens): p for p in plans}
+        self._pool_array = jax.dlpack.from_dlpack(self._pool.tensor)
         for plan in plans:
-            plan.run(*self._arrays(), -1, 0)
+            plan.run(self._batch(), self._pool_array, -1, 0)
 
     def run(
         self,
@@ -116,13 +117,13 @@ class DlpackPath:
             if source.dtype == torch.int64:
                 source = torch.clamp(source, _INT32.min, _INT32.max, out=wide[: rows.requests])
             held[: rows.requests].copy_(source)
-        plan.run(*self._arrays(), rows.requests, rows.count)
+        plan.run(self._batch(), self._pool_array, rows.requests, rows.count)
         if self._done is not None:
             self._done.record(torch.cuda.current_stream(self._device))
 
-    def _arrays(self) -> tuple[Array, Array]:
-        """The batch and the pool; JAX waits with what it computes from them."""
-        return jax.dlpack.from_dlpack(self._lengths), jax.dlpack.from_dlpack(self._pool.tensor)
+    def _batch(self) -> Array:
+        """The padded batch. What JAX computes from it waits for all that PyTorch has queued."""
+        return jax.dlpack.from_dlpack(self._lengths)
 
 
 class _Plan:
