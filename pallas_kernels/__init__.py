@@ -8,17 +8,13 @@ accesses outside a buffer detected.
 """
 
 from pallas_kernels.broadcast import broadcast
-from pallas_kernels.fused_metadata import Metadata, fused_metadata
+from pallas_kernels.fused_metadata import fused_metadata
 from pallas_kernels.prefix_sum import prefix_sum
-from pallas_kernels.rows import RowMap
-from pallas_kernels.seqlen_expansion import ExpandedSeqlens, seqlen_expansion
+from pallas_kernels.seqlen_expansion import seqlen_expansion
 from pallas_kernels.tuning import BlockConfig
 
 __all__ = [
     "BlockConfig",
-    "ExpandedSeqlens",
-    "Metadata",
-    "RowMap",
     "broadcast",
     "fused_metadata",
     "prefix_sum",

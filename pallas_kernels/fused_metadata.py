@@ -5,17 +5,17 @@ it adds up by itself; every other block copies a few windows of the request's pa
 its rows in all destinations. No block waits for another.
 """
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
+from kernel_types import FusedJob, Metadata, RowMap
 from pallas_kernels.lanes import Lanes, access_width, floor_div
 from pallas_kernels.launch import launch
 from pallas_kernels.rows import (
-    RowMap,
     for_spare_rows,
     load_request,
     locate,
@@ -26,42 +26,14 @@ from pallas_kernels.tables import Destination, Table
 from pallas_kernels.tuning import BlockConfig
 
 
-class Metadata(NamedTuple):
-    """The arrays of one destination, all int32; stacked ones have one more leading axis.
-
-    Attributes:
-      cache_seqlens: [requests].
-      cu_seqlens_k: [requests + 1].
-      seqlens_expanded: [rows].
-      nsa_cache_seqlens: [rows].
-      nsa_cu_seqlens_k: [rows + 1].
-      page_indices: [rows, max_len] or None.
-      real_page_table: [rows, ceil(max_len / page)] or None.
-    """
-
-    cache_seqlens: Any
-    cu_seqlens_k: Any
-    seqlens_expanded: Any
-    nsa_cache_seqlens: Any
-    nsa_cu_seqlens_k: Any
-    page_indices: Any
-    real_page_table: Any
-
-
 def fused_metadata(
     seq_lens: jax.Array,
     req_pool_indices: jax.Array,
     req_to_token: jax.Array,
     extend_seq_lens: jax.Array | None,
     out: tuple[Metadata, ...] | None,
+    job: FusedJob,
     *,
-    rows: RowMap,
-    max_len: int,
-    real_page_size: int,
-    wide_table: bool,
-    tail: str,
-    num_backends: int,
-    stacked: bool = False,
     config: BlockConfig | None = None,
     interpret: Any = False,
 ) -> tuple[Metadata, ...]:
@@ -73,21 +45,15 @@ def fused_metadata(
       req_to_token: int32 [pool_rows, pool_cols].
       extend_seq_lens: int32 [requests] where rows are ragged, otherwise None.
       out: destinations to fill in place, or None for fresh ones.
-      rows: how rows map to requests; at least one request.
-      max_len: columns of the page table.
-      real_page_size: tokens in a physical page; 1: no `real_page_table`.
-      wide_table: whether `page_indices` is wanted.
-      tail: what tables hold past the live columns. "keep" without `out` leaves them unspecified.
-      num_backends: number of copies.
-      stacked: one Metadata whose arrays lead with [num_backends].
+      job: what to compute. tail "keep" without `out` leaves the columns unspecified.
       config: block sizes; None: `BlockConfig.heuristic`.
       interpret: `InterpretGPUParams` to run without a GPU.
 
     Returns:
-      `num_backends` Metadata, or one if stacked.
+      As many Metadata as `job` has destinations.
     """
+    rows, max_len, real_page_size, tail = job.rows, job.max_len, job.real_page_size, job.tail
     pool_rows, pool_cols = req_to_token.shape
-    pages = -(-max_len // real_page_size)
     ragged = rows.tokens_per_request is None
     lanes = Lanes(bool(interpret))
     config = config or BlockConfig.heuristic(rows.rows, max_len)
@@ -95,25 +61,11 @@ def fused_metadata(
     wide = Table.of(rows.requests, max_len, 1, tail, access_width(pool_cols, max_len), config)
     # Page starts form a vector where the pool's rows are whole pages.
     paged = pool_cols % real_page_size == 0
-    real = Table.of(rows.requests, pages, real_page_size, tail, int(paged), config)
-    wide_blocks = wide.blocks if wide_table else 0
+    real = Table.of(rows.requests, job.pages, real_page_size, tail, int(paged), config)
+    wide_blocks = wide.blocks if job.wide_table else 0
     real_blocks = real.blocks if real_page_size > 1 else 0
     blocks = 1 + wide_blocks + real_blocks
 
-    lead = (num_backends,) if stacked else ()
-
-    def array(*shape: int) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct((*lead, *shape), jnp.int32)
-
-    shapes = Metadata(
-        cache_seqlens=array(rows.requests),
-        cu_seqlens_k=array(rows.requests + 1),
-        seqlens_expanded=array(rows.rows),
-        nsa_cache_seqlens=array(rows.rows),
-        nsa_cu_seqlens_k=array(rows.rows + 1),
-        page_indices=array(rows.rows, max_len) if wide_table else None,
-        real_page_table=array(rows.rows, pages) if real_page_size > 1 else None,
-    )
     inputs: dict[str, Any] = {
         "seq_lens": seq_lens,
         "indices": req_pool_indices,
@@ -132,8 +84,8 @@ def fused_metadata(
         def destinations(field: str) -> list[Destination]:
             refs = [getattr(result, field) for result in results]
             return (
-                [(refs[0], (k,)) for k in range(num_backends)]
-                if stacked
+                [(refs[0], (k,)) for k in range(job.num_backends)]
+                if job.stacked
                 else [(ref, ()) for ref in refs]
             )
 
@@ -173,7 +125,7 @@ def fused_metadata(
         kernel,
         inputs,
         out,
-        (shapes,) * (1 if stacked else num_backends),
+        (job.shapes(),) * job.destinations,
         blocks=rows.requests * blocks,
         name="fused_metadata",
         interpret=interpret,

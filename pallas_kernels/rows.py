@@ -1,9 +1,7 @@
 """How table rows map to requests, inside a kernel: written once for all forward modes.
 
-Request i owns q[i] consecutive rows: `tokens_per_request` of them, or extend_seq_lens[i]. Its KV
-length is `cache_seqlens[i] = max(seq_lens[i], 0) + added_tokens`, and its row j sees
-`max(cache_seqlens[i] - q[i] + 1 + j, 0)` tokens. Sums over earlier requests are taken by every
-block for itself, out of the L2 cache: no block waits for another.
+`kernel_types.RowMap` says how. Sums over earlier requests are taken by every block for itself, out
+of the L2 cache: no block waits for another.
 """
 
 from collections.abc import Callable
@@ -14,27 +12,10 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
+from kernel_types import RowMap
 from pallas_kernels.lanes import Lanes, sum_over_requests
 
 _INT32_MAX = 2**31 - 1
-
-
-class RowMap(NamedTuple):
-    """The static part.
-
-    Attributes:
-      requests: number of requests.
-      rows: number of rows; with ragged rows, the capacity.
-      tokens_per_request: rows of each request; None: as many as extend_seq_lens says.
-      added_tokens: tokens that the step appends to each request.
-      nsa_index_topk: the indexer's top-k.
-    """
-
-    requests: int
-    rows: int
-    tokens_per_request: int | None
-    added_tokens: int
-    nsa_index_topk: int
 
 
 class Request(NamedTuple):

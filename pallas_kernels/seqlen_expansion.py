@@ -1,30 +1,15 @@
 """The lengths of a draft-extend step in one launch: prefix sum, row of each token, clamp."""
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
+from kernel_types import ExpandedSeqlens, RowMap
 from pallas_kernels.lanes import Lanes, sum_over_requests
 from pallas_kernels.launch import launch
-from pallas_kernels.rows import RowMap, load_request, locate, prefix_sums, write_row_lengths
-
-
-class ExpandedSeqlens(NamedTuple):
-    """The lengths of a draft-extend step, all int32.
-
-    Attributes:
-      seqlens_expanded: [max_total_tokens].
-      nsa_cache_seqlens: [max_total_tokens].
-      nsa_cu_seqlens_k: [max_total_tokens + 1].
-      total_tokens: [1], also where it exceeds the capacity.
-    """
-
-    seqlens_expanded: Any
-    nsa_cache_seqlens: Any
-    nsa_cu_seqlens_k: Any
-    total_tokens: Any
+from pallas_kernels.rows import load_request, locate, prefix_sums, write_row_lengths
 
 
 def seqlen_expansion(
@@ -73,17 +58,11 @@ def seqlen_expansion(
             )
             result.total_tokens[0] = total
 
-    def array(size: int) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct((size,), jnp.int32)
-
-    shapes = ExpandedSeqlens(
-        array(max_total_tokens), array(max_total_tokens), array(max_total_tokens + 1), array(1)
-    )
     return launch(
         kernel,
         (extend_seq_lens, seq_lens),
         None,
-        shapes,
+        ExpandedSeqlens.shapes(max_total_tokens),
         blocks=requests,
         name="seqlen_expansion",
         interpret=interpret,

@@ -19,6 +19,7 @@ from helpers import (
 import jaxnsa
 import triton_kernels
 from jaxnsa import ForwardMode, reference, verify
+from kernel_types import FusedJob, Metadata, RowMap
 from triton_kernels.launch import INTERPRET
 
 assert INTERPRET, "set TRITON_INTERPRET=1"
@@ -98,13 +99,8 @@ def test_programs_take_turns():
             jnp.asarray(indices),
             jnp.asarray(pool),
             None,
-            (triton_kernels.Metadata(**vars(on_device(out))),),
-            rows=triton_kernels.RowMap(2, 2, 1, 0, 64),
-            max_len=700,
-            real_page_size=64,
-            wide_table=True,
-            tail="keep",
-            num_backends=1,
+            (Metadata(**vars(on_device(out))),),
+            FusedJob(RowMap(2, 2, 1, 0, 64), 700, 64, True, "keep", 1),
             config=config,
         )
         assert_same(jaxnsa.NSAMetadata(**result._asdict()), expected)

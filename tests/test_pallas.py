@@ -25,6 +25,7 @@ import pallas_kernels
 import pallas_kernels.lanes
 import pallas_kernels.launch
 from jaxnsa import ForwardMode, reference
+from kernel_types import FusedJob, Metadata, RowMap
 
 EXTEND = ForwardMode.DRAFT_EXTEND
 
@@ -118,7 +119,6 @@ def test_shapes_and_tails(pool_cols, max_len, page, tail, in_place, mode, interp
 def test_blocks_take_turns(interpreted):
     """More columns than blocks: the same with any block sizes."""
     lengths, indices, pool = inputs(2, pool_cols=1500)
-    rows = pallas_kernels.RowMap(2, 2, 1, 0, 64)
     for tail, live in (("copy", False), ("keep", True)):
         out = held(reference.precompute_decode_metadata(lengths, indices, pool))
         expected = reference.precompute_decode_metadata(
@@ -127,12 +127,7 @@ def test_blocks_take_turns(interpreted):
         compute = jax.jit(
             functools.partial(
                 pallas_kernels.fused_metadata,
-                rows=rows,
-                max_len=1500,
-                real_page_size=64,
-                wide_table=True,
-                tail=tail,
-                num_backends=1,
+                job=FusedJob(RowMap(2, 2, 1, 0, 64), 1500, 64, True, tail, 1),
                 config=pallas_kernels.BlockConfig(windows=1, scalars=4, blocks=4),
                 interpret=InterpretGPUParams(detect_races=True),
             )
@@ -142,7 +137,7 @@ def test_blocks_take_turns(interpreted):
             indices,
             pool,
             None,
-            (pallas_kernels.Metadata(**vars(on_device(held(expected)))),) if live else None,
+            (Metadata(**vars(on_device(held(expected)))),) if live else None,
         )
         assert_same(jaxnsa.NSAMetadata(**actual._asdict()), expected)
 

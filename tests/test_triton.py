@@ -13,6 +13,7 @@ from helpers import inputs, lowered_operations, mode_options, on_device
 
 import jaxnsa
 from jaxnsa import ForwardMode, reference, triton
+from kernel_types import FusedJob, RowMap
 
 compiler = pytest.importorskip(
     "triton.compiler", reason="runs where the extra jaxnsa[triton] is installed"
@@ -77,6 +78,7 @@ def test_the_whole_job_compiles_to_ptx(mode, max_len, width, compiled):
 
     lengths = jnp.ones(7, jnp.int32)
     tokens = {ForwardMode.DECODE: 1, ForwardMode.TARGET_VERIFY: 3}.get(mode)
+    rows = RowMap(7, 7 * (tokens or 2), tokens, 0, 2048)
     for tail in ("copy", "zero", "keep"):
         triton_kernels.fused_metadata(
             lengths,
@@ -84,12 +86,7 @@ def test_the_whole_job_compiles_to_ptx(mode, max_len, width, compiled):
             jnp.zeros((8, 4096), jnp.int32),
             None if tokens else lengths,
             None,
-            rows=triton_kernels.RowMap(7, 7 * (tokens or 2), tokens, 0, 2048),
-            max_len=max_len,
-            real_page_size=64,
-            wide_table=True,
-            tail=tail,
-            num_backends=3,
+            FusedJob(rows, max_len, 64, True, tail, 3),
         )
         ptx = compiled["_fused_metadata"]
         assert "ld.global.v4.b32" in ptx

@@ -7,17 +7,13 @@ before the import, Triton's interpreter runs the kernels on a CPU, slowly.
 """
 
 from triton_kernels.broadcast import broadcast
-from triton_kernels.fused_metadata import Metadata, fused_metadata
+from triton_kernels.fused_metadata import fused_metadata
 from triton_kernels.prefix_sum import prefix_sum
-from triton_kernels.rows import RowMap
-from triton_kernels.seqlen_expansion import ExpandedSeqlens, seqlen_expansion
+from triton_kernels.seqlen_expansion import seqlen_expansion
 from triton_kernels.tuning import BlockConfig
 
 __all__ = [
     "BlockConfig",
-    "ExpandedSeqlens",
-    "Metadata",
-    "RowMap",
     "broadcast",
     "fused_metadata",
     "prefix_sum",

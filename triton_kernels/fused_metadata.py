@@ -6,42 +6,27 @@ rows in all destinations. No program waits for another.
 """
 
 import math
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
-import jax.numpy as jnp
 import triton
 import triton.language as tl
 
+from kernel_types import FusedJob, Metadata
 from triton_kernels.columns import floor_div, load_tokens, store, store_tokens
 from triton_kernels.launch import launch
-from triton_kernels.rows import RowMap, load_request, locate, prefix_sums, write_row_lengths
+from triton_kernels.rows import (
+    constants,
+    load_request,
+    locate,
+    prefix_sums,
+    scalars,
+    write_row_lengths,
+)
 from triton_kernels.tuning import BlockConfig
 
 _TAILS = {"copy": 0, "zero": 1, "keep": 2}
 _COPY, _KEEP = (tl.constexpr(_TAILS[tail]) for tail in ("copy", "keep"))
-
-
-class Metadata(NamedTuple):
-    """The arrays of one destination, all int32; stacked ones have one more leading axis.
-
-    Attributes:
-      cache_seqlens: [requests].
-      cu_seqlens_k: [requests + 1].
-      seqlens_expanded: [rows].
-      nsa_cache_seqlens: [rows].
-      nsa_cu_seqlens_k: [rows + 1].
-      page_indices: [rows, max_len] or None.
-      real_page_table: [rows, ceil(max_len / page)] or None.
-    """
-
-    cache_seqlens: Any
-    cu_seqlens_k: Any
-    seqlens_expanded: Any
-    nsa_cache_seqlens: Any
-    nsa_cu_seqlens_k: Any
-    page_indices: Any
-    real_page_table: Any
 
 
 def fused_metadata(
@@ -50,14 +35,8 @@ def fused_metadata(
     req_to_token: jax.Array,
     extend_seq_lens: jax.Array | None,
     out: tuple[Metadata, ...] | None,
+    job: FusedJob,
     *,
-    rows: RowMap,
-    max_len: int,
-    real_page_size: int,
-    wide_table: bool,
-    tail: str,
-    num_backends: int,
-    stacked: bool = False,
     config: BlockConfig | None = None,
 ) -> tuple[Metadata, ...]:
     """Computes the metadata of a step for all backends in one kernel launch.
@@ -68,73 +47,53 @@ def fused_metadata(
       req_to_token: int32 [pool_rows, pool_cols].
       extend_seq_lens: int32 [requests] where rows are ragged, otherwise None.
       out: destinations to fill in place, or None for fresh ones.
-      rows: how rows map to requests; at least one request.
-      max_len: columns of the page table, at most 2**30.
-      real_page_size: tokens in a physical page; 1: no `real_page_table`.
-      wide_table: whether `page_indices` is wanted.
-      tail: what tables hold past the live columns. "keep" without `out` leaves them unspecified.
-      num_backends: number of copies.
-      stacked: one Metadata whose arrays lead with [num_backends].
+      job: what to compute. tail "keep" without `out` leaves the columns unspecified.
       config: block sizes; None: `BlockConfig.heuristic`.
 
     Returns:
-      `num_backends` Metadata, or one if stacked.
+      As many Metadata as `job` has destinations.
     """
+    rows, max_len, real_page_size = job.rows, job.max_len, job.real_page_size
     pool_rows, pool_cols = req_to_token.shape
-    pages = -(-max_len // real_page_size)
     config = config or BlockConfig.heuristic(rows.rows, max_len)
-    if wide_table:
+    if job.wide_table:
         piece = config.tokens
         page_lanes = triton.next_power_of_2(piece // real_page_size + 1)
         if piece % real_page_size == 0:
             page_lanes = piece // real_page_size
     else:
-        page_lanes = min(config.pages, triton.next_power_of_2(pages))
+        page_lanes = min(config.pages, triton.next_power_of_2(job.pages))
         piece = min(page_lanes * real_page_size, 2**30)
     pieces = -(-max_len // piece)
     pieces_at_once = min(pieces, max(1, config.programs // rows.requests))
     widths = math.gcd(4, pool_cols), math.gcd(4, max_len)
 
-    lead = (num_backends,) if stacked else ()
-    destinations = 1 if stacked else num_backends
-
-    def array(*shape: int) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct((*lead, *shape), jnp.int32)
-
-    shapes = Metadata(
-        cache_seqlens=array(rows.requests),
-        cu_seqlens_k=array(rows.requests + 1),
-        seqlens_expanded=array(rows.rows),
-        nsa_cache_seqlens=array(rows.rows),
-        nsa_cu_seqlens_k=array(rows.rows + 1),
-        page_indices=array(rows.rows, max_len) if wide_table else None,
-        real_page_table=array(rows.rows, pages) if real_page_size > 1 else None,
-    )
     ragged = rows.tokens_per_request is None
     inputs = (seq_lens, req_pool_indices, req_to_token, *([extend_seq_lens] if ragged else []))
+    shapes = job.shapes()
     fields = [field for field, shape in shapes._asdict().items() if shape is not None]
     results = launch(
         _fused_metadata,
         inputs,
         None if out is None else [[getattr(o, field) for o in out] for field in fields],
-        [[getattr(shapes, field)] * destinations for field in fields],
+        [[getattr(shapes, field)] * job.destinations for field in fields],
         programs=rows.requests * (1 + pieces_at_once),
         warps=config.warps,
-        scalars=rows.scalars()
+        scalars=scalars(rows)
         | {
             "max_len": max_len,
-            "pages": pages,
+            "pages": job.pages,
             "pool_rows": pool_rows,
             "pool_units": pool_cols // widths[0],
             "table_units": max_len // widths[1],
             "programs": 1 + pieces_at_once,
         },
-        constants=rows.constants()
+        constants=constants(rows)
         | {
             "PAGE": real_page_size,
-            "WIDE": int(wide_table),
-            "TAIL": _TAILS[tail],
-            "COPIES": num_backends if stacked else 1,
+            "WIDE": int(job.wide_table),
+            "TAIL": _TAILS[job.tail],
+            "COPIES": job.num_backends if job.stacked else 1,
             "POOL_WIDTH": widths[0],
             "TABLE_WIDTH": widths[1],
             "PIECE": piece,

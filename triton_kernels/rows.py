@@ -1,55 +1,37 @@
 """How table rows map to requests, inside a kernel: written once for all forward modes.
 
-Request i owns q[i] consecutive rows: TOKENS of them, or extend_seq_lens[i] where TOKENS is 0. Its
-KV length is `cache_seqlens[i] = max(seq_lens[i], 0) + added_tokens`, and its row j sees
-`max(cache_seqlens[i] - q[i] + 1 + j, 0)` tokens. Sums over earlier requests are taken by every
-program for itself, out of the L2 cache: no program waits for another.
+`kernel_types.RowMap` says how; TOKENS is its tokens_per_request, 0 where rows are ragged. Sums over
+earlier requests are taken by every program for itself, out of the L2 cache: no program waits for
+another.
 """
-
-from typing import NamedTuple
 
 import triton
 import triton.language as tl
 
+from kernel_types import RowMap
 from triton_kernels.columns import store
 
 _INT32_MAX = tl.constexpr(2**31 - 1)
 
 
-class RowMap(NamedTuple):
-    """The static part.
+def scalars(rows: RowMap) -> dict[str, int]:
+    """The parameters of a kernel that may change without compiling it again."""
+    return {
+        "requests": rows.requests,
+        "rows": rows.rows,
+        "added_tokens": rows.added_tokens,
+        "topk": rows.nsa_index_topk,
+    }
 
-    Attributes:
-      requests: number of requests.
-      rows: number of rows; with ragged rows, the capacity.
-      tokens_per_request: rows of each request; None: as many as extend_seq_lens says.
-      added_tokens: tokens that the step appends to each request.
-      nsa_index_topk: the indexer's top-k.
-    """
 
-    requests: int
-    rows: int
-    tokens_per_request: int | None
-    added_tokens: int
-    nsa_index_topk: int
-
-    def scalars(self) -> dict[str, int]:
-        """The parameters of a kernel that may change without compiling it again."""
-        return {
-            "requests": self.requests,
-            "rows": self.rows,
-            "added_tokens": self.added_tokens,
-            "topk": self.nsa_index_topk,
-        }
-
-    def constants(self) -> dict[str, int]:
-        """The parameters that a kernel is compiled for."""
-        tokens = self.tokens_per_request or 0
-        return {
-            "TOKENS": tokens,
-            "ROW_LANES": min(32, triton.next_power_of_2(tokens or 32)),
-            "SCAN": min(1024, triton.next_power_of_2(self.requests)),
-        }
+def constants(rows: RowMap) -> dict[str, int]:
+    """The parameters that a kernel is compiled for."""
+    tokens = rows.tokens_per_request or 0
+    return {
+        "TOKENS": tokens,
+        "ROW_LANES": min(32, triton.next_power_of_2(tokens or 32)),
+        "SCAN": min(1024, triton.next_power_of_2(rows.requests)),
+    }
 
 
 @triton.jit

@@ -1,30 +1,18 @@
 """The lengths of a draft-extend step in one launch: prefix sum, rows of each request, clamp."""
 
-from typing import Any, NamedTuple
-
 import jax
-import jax.numpy as jnp
 import triton
 import triton.language as tl
 
+from kernel_types import ExpandedSeqlens, RowMap
 from triton_kernels.launch import launch
-from triton_kernels.rows import RowMap, load_request, prefix_sums, write_row_lengths
-
-
-class ExpandedSeqlens(NamedTuple):
-    """The lengths of a draft-extend step, all int32.
-
-    Attributes:
-      seqlens_expanded: [max_total_tokens].
-      nsa_cache_seqlens: [max_total_tokens].
-      nsa_cu_seqlens_k: [max_total_tokens + 1].
-      total_tokens: [1], also where it exceeds the capacity.
-    """
-
-    seqlens_expanded: Any
-    nsa_cache_seqlens: Any
-    nsa_cu_seqlens_k: Any
-    total_tokens: Any
+from triton_kernels.rows import (
+    constants,
+    load_request,
+    prefix_sums,
+    scalars,
+    write_row_lengths,
+)
 
 
 def seqlen_expansion(
@@ -47,16 +35,15 @@ def seqlen_expansion(
     """
     (requests,) = seq_lens.shape
     rows = RowMap(requests, max_total_tokens, None, 0, nsa_index_topk)
-    sizes = (max_total_tokens, max_total_tokens, max_total_tokens + 1, 1)
     results = launch(
         _seqlen_expansion,
         (extend_seq_lens, seq_lens),
         None,
-        [[jax.ShapeDtypeStruct((size,), jnp.int32)] for size in sizes],
+        [[shape] for shape in ExpandedSeqlens.shapes(max_total_tokens)],
         programs=requests,
         warps=4,
-        scalars=rows.scalars(),
-        constants=rows.constants(),
+        scalars=scalars(rows),
+        constants=constants(rows),
     )
     return ExpandedSeqlens(*(array for (array,) in results))
 
