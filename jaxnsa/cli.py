@@ -25,7 +25,7 @@ from jaxnsa.implementations import (
     choose,
     get_kernel_info,
 )
-from jaxnsa.preference import BROADCAST, MEASURED_ON, measured_platform, nearest, rule
+from jaxnsa.preference import BROADCAST, MEASURED_ON, MEASUREMENTS, measured_platform, nearest, rule
 from jaxnsa.traces import read_trace, synthetic_requests
 
 console = Console()
@@ -156,34 +156,24 @@ def verify(cases: int, seed: int) -> None:
         sys.exit(1)
 
 
-class Shape(click.ParamType):
-    """BS,MAX_LEN,N as three ints."""
-
-    name = "BS,MAX_LEN,N"
-
-    def convert(self, value, param, ctx):
-        """A tuple of three ints, each at least 1."""
-        try:
-            shape = tuple(int(part) for part in value.split(","))
-        except ValueError:
-            shape = ()
-        if len(shape) != 3 or min(shape) < 1:
-            self.fail(f"got {value!r}, expected three ints >= 1, such as 32,65536,3", param, ctx)
-        return shape
-
-
 @main.command()
 @click.option(
     "--explain",
-    multiple=True,
-    type=Shape(),
-    help="Tell which implementation a broadcast of this shape takes, and why. May be repeated.",
+    is_flag=True,
+    help="Tell which implementation a broadcast of each SHAPE takes, and why.",
 )
-def info(explain: tuple[tuple[int, int, int], ...]) -> None:
-    """Show versions, devices, and which implementations run here or why they do not."""
+@click.argument("shapes", metavar="[SHAPE]...", nargs=-1)
+def info(explain: bool, shapes: tuple[str, ...]) -> None:
+    """Show versions, devices, and which implementations run here or why they do not.
+
+    A SHAPE is bs, max_len and N, such as 32,65536,3; without one, --explain takes those that were
+    measured.
+    """
+    if shapes and not explain:
+        raise click.UsageError(f"got {' '.join(shapes)}, expected --explain before it")
     kernels = get_kernel_info()
     if explain:
-        for shape in explain:
+        for shape in _shapes(shapes, kernels["platform"]):
             _explain(*shape, kernels)
         return
     for package, version in kernels["versions"].items():
@@ -201,6 +191,22 @@ def info(explain: tuple[tuple[int, int, int], ...]) -> None:
             described += f"\n{function}: {', '.join(variants)}"
         table.add_row(name, state["version"] or "-", described)
     console.print(table)
+
+
+def _shapes(texts: tuple[str, ...], platform: str) -> list[tuple[int, int, int]]:
+    """bs, max_len and N of each shape."""
+    if not texts:
+        measured = [m for m in MEASUREMENTS if m.platform == measured_platform(platform)]
+        return list(dict.fromkeys((m.bs, m.max_len, m.num_backends) for m in measured))
+    try:
+        numbers = [int(number) for text in texts for number in text.split(",")]
+    except ValueError:
+        numbers = []
+    if not numbers or len(numbers) % 3 or min(numbers) < 1:
+        raise click.UsageError(
+            f"SHAPE: got {' '.join(texts)!r}, expected three ints >= 1, such as 32,65536,3"
+        )
+    return list(zip(numbers[::3], numbers[1::3], numbers[2::3], strict=True))
 
 
 def _explain(bs: int, max_len: int, num_backends: int, kernels: dict[str, Any]) -> None:

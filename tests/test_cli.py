@@ -122,7 +122,7 @@ def test_info():
 
 
 def test_info_explains_the_choice(monkeypatch):
-    result = run("info", "--explain", "32,2048,3", "--explain", "1,1,1")
+    result = run("info", "--explain", "32,2048,3", "1,1,1")
     assert result.exit_code == 0
     assert "bs 32, max_len 2048, N 3 on this cpu: takes xla\n" in result.output
     assert "bs 1, max_len 1, N 1 on this cpu: takes xla\n" in result.output
@@ -131,10 +131,14 @@ def test_info_explains_the_choice(monkeypatch):
     monkeypatch.setenv("JAXNSA_IMPLEMENTATION", "pallas,xla")
     output = run("info", "--explain", "32,2048,3").output
     assert "  the settings name pallas, xla\n  pallas cannot run here: needs an NVIDIA" in output
+    assert run("info", "--explain", "32", "2048", "3").output == output
+    measured = run("info", "--explain").output
+    assert "bs 32, max_len 131072, N 3 on this cpu: takes xla" in measured
     for wrong in ("32", "32,2048", "a,b,c", "0,1,1", "32,-1,3"):
         result = run("info", "--explain", wrong)
         assert result.exit_code == 2
         assert f"got '{wrong}', expected three ints >= 1" in result.output
+    assert "expected --explain before it" in run("info", "32,2048,3").output
 
 
 def test_help_is_there_for_every_command():

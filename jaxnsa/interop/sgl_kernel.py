@@ -186,15 +186,8 @@ def fill_draft_extend_metadata_cuda(
       the device.
     """
     variant = "optimized" if use_optimized else "adaptive" if use_adaptive else "basic"
-    total = _fill(
-        variant,
-        extend_seq_lens,
-        seq_lens,
-        nsa_index_topk,
-        out_seqlens_expanded,
-        out_nsa_cache_seqlens,
-    )
-    return int(total.item())
+    out = (out_seqlens_expanded, out_nsa_cache_seqlens)
+    return int(_fill(variant, extend_seq_lens, seq_lens, nsa_index_topk, *out).item())
 
 
 def fill_draft_extend_metadata_cuda_adaptive(
@@ -209,14 +202,8 @@ def fill_draft_extend_metadata_cuda_adaptive(
     Returns:
       int32 [], the number of rows of all requests.
     """
-    return _fill(
-        "adaptive",
-        extend_seq_lens,
-        seq_lens,
-        nsa_index_topk,
-        out_seqlens_expanded,
-        out_nsa_cache_seqlens,
-    )
+    out = (out_seqlens_expanded, out_nsa_cache_seqlens)
+    return _fill("adaptive", extend_seq_lens, seq_lens, nsa_index_topk, *out)
 
 
 def fill_draft_extend_metadata_cuda_optimized(
@@ -231,14 +218,8 @@ def fill_draft_extend_metadata_cuda_optimized(
     Returns:
       int32 [], the number of rows of all requests.
     """
-    return _fill(
-        "optimized",
-        extend_seq_lens,
-        seq_lens,
-        nsa_index_topk,
-        out_seqlens_expanded,
-        out_nsa_cache_seqlens,
-    )
+    out = (out_seqlens_expanded, out_nsa_cache_seqlens)
+    return _fill("optimized", extend_seq_lens, seq_lens, nsa_index_topk, *out)
 
 
 def fill_draft_extend_metadata_fused_simple(
