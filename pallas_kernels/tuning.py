@@ -23,9 +23,10 @@ class BlockConfig:
 
     @classmethod
     def heuristic(cls, rows: int, columns: int) -> "BlockConfig":
-        """Four windows, or one where that would leave multiprocessors without work.
+        """Two windows, or one where that would leave multiprocessors without work.
 
-        More windows amortise the latency of looking up the request (two dependent loads); fewer
-        spread a small table over the 132 multiprocessors of a Hopper GPU.
+        More windows amortise the latency of looking up the request (two dependent loads), until
+        their registers leave room for fewer blocks; fewer spread a small table over the 132
+        multiprocessors of a Hopper GPU.
         """
-        return cls(windows=4 if rows * columns >= 132 * 2048 * 4 else 1)
+        return cls(windows=2 if rows * columns >= 132 * 2048 * 4 else 1)

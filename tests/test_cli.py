@@ -127,13 +127,13 @@ def test_info_explains_the_choice(monkeypatch):
     assert "bs 32, max_len 2048, N 3 on this cpu: takes xla\n" in result.output
     assert "bs 1, max_len 1, N 1 on this cpu: takes xla\n" in result.output
     assert "  order: xla: " in result.output
-    assert "bs 32, max_len 2048, N 3, live 2048: ffi 110, xla 187 microseconds" in result.output
+    assert "bs 32, max_len 2048, N 3, live 2048: ffi 161, xla 287 microseconds" in result.output
     monkeypatch.setenv("JAXNSA_IMPLEMENTATION", "pallas,xla")
     output = run("info", "--explain", "32,2048,3").output
     assert "  the settings name pallas, xla\n  pallas cannot run here: needs an NVIDIA" in output
     assert run("info", "--explain", "32", "2048", "3").output == output
     measured = run("info", "--explain").output
-    assert "bs 32, max_len 131072, N 3 on this cpu: takes xla" in measured
+    assert "bs 6, max_len 131072, N 1 on this cpu: takes xla" in measured
     for wrong in ("32", "32,2048", "a,b,c", "0,1,1", "32,-1,3"):
         result = run("info", "--explain", wrong)
         assert result.exit_code == 2

@@ -11,7 +11,7 @@ from helpers import inputs, mode_options, pointers
 import jaxnsa
 from benchmarks.measure import kernel_times
 from jaxnsa import ForwardMode, NSAMetadata, reference, verify
-from jaxnsa.implementations import FUSED
+from jaxnsa.implementations import FUSED, IMPLEMENTATIONS
 
 pytestmark = pytest.mark.gpu
 
@@ -89,6 +89,8 @@ def test_offsets_past_32_bits(implementation):
 @pytest.mark.parametrize("strategy, launches", (("ultra_fast", 1), ("fast", 4), ("fallback", 3)))
 @pytest.mark.parametrize("name", FUSED)
 def test_launches_of_strategies(name, strategy, launches, mode):
+    if reason := IMPLEMENTATIONS[name].unavailable("gpu"):
+        pytest.skip(f"runs where {name} does: {reason}")
     seq_lens, indices, pool = (jnp.asarray(a) for a in inputs(7, pool_cols=512))
     options = jax.tree.map(
         lambda v: jnp.asarray(v) if isinstance(v, np.ndarray) else v, mode_options(mode, 7)
