@@ -10,7 +10,7 @@ import jax
 from jaxnsa import xla
 from jaxnsa.metadata import Array, DraftExtendSeqlens, NSAMetadata
 from jaxnsa.spec import Spec
-from kernel_types import FusedJob, Metadata, RowMap
+from nsa_kernel_types import FusedJob, Metadata, RowMap
 
 
 def too_old(platform: str, oldest: float, generation: str) -> str | None:

@@ -1,4 +1,4 @@
-"""The Triton implementation: `triton_kernels`."""
+"""The Triton implementation: `jaxnsa.triton_kernels`."""
 
 import functools
 import importlib.metadata
@@ -29,7 +29,7 @@ def _missing() -> list[str]:
 
 
 def _interpreted() -> bool:
-    from triton_kernels.launch import INTERPRET
+    from jaxnsa.triton_kernels.launch import INTERPRET
 
     return INTERPRET
 
@@ -39,11 +39,11 @@ def _import_error() -> str | None:
     try:
         import jax_triton  # noqa: F401
     except ImportError as error:
-        return f"jax_triton cannot be imported: {error}"
+        return f"jax_triton cannot be imported: {str(error).splitlines()[0]}"
     return None
 
 
-_package = KernelPackage("triton_kernels")
+_package = KernelPackage("jaxnsa.triton_kernels")
 prefix_sum = _package.prefix_sum
 fill_draft_extend_metadata = _package.fill_draft_extend_metadata
 broadcast = _package.broadcast

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
-from kernel_types import FusedJob, Metadata, RowMap
+from nsa_kernel_types import FusedJob, Metadata, RowMap
 from pallas_kernels.lanes import Lanes, access_width, floor_div
 from pallas_kernels.launch import launch
 from pallas_kernels.rows import (

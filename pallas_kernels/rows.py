@@ -1,7 +1,7 @@
 """How table rows map to requests, inside a kernel: written once for all forward modes.
 
-`kernel_types.RowMap` says how. Sums over earlier requests are taken by every block for itself, out
-of the L2 cache: no block waits for another.
+`nsa_kernel_types.RowMap` says how. Sums over earlier requests are taken by every block for itself,
+out of the L2 cache: no block waits for another.
 """
 
 from collections.abc import Callable
@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
-from kernel_types import RowMap
+from nsa_kernel_types import RowMap
 from pallas_kernels.lanes import Lanes, sum_over_requests
 
 _INT32_MAX = 2**31 - 1

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
-from kernel_types import ExpandedSeqlens, RowMap
+from nsa_kernel_types import ExpandedSeqlens, RowMap
 from pallas_kernels.lanes import Lanes, sum_over_requests
 from pallas_kernels.launch import launch
 from pallas_kernels.rows import load_request, locate, prefix_sums, write_row_lengths

@@ -17,10 +17,9 @@ from helpers import (
 )
 
 import jaxnsa
-import triton_kernels
-from jaxnsa import ForwardMode, reference, verify
-from kernel_types import FusedJob, Metadata, RowMap
-from triton_kernels.launch import INTERPRET
+from jaxnsa import ForwardMode, reference, triton_kernels, verify
+from jaxnsa.triton_kernels.launch import INTERPRET
+from nsa_kernel_types import FusedJob, Metadata, RowMap
 
 assert INTERPRET, "set TRITON_INTERPRET=1"
 

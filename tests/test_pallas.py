@@ -25,7 +25,7 @@ import pallas_kernels
 import pallas_kernels.lanes
 import pallas_kernels.launch
 from jaxnsa import ForwardMode, reference
-from kernel_types import FusedJob, Metadata, RowMap
+from nsa_kernel_types import FusedJob, Metadata, RowMap
 
 EXTEND = ForwardMode.DRAFT_EXTEND
 

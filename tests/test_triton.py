@@ -14,7 +14,7 @@ from helpers import inputs, lowered_operations, mode_options, on_device
 
 import jaxnsa
 from jaxnsa import ForwardMode, reference, triton
-from kernel_types import FusedJob, RowMap
+from nsa_kernel_types import FusedJob, RowMap
 
 compiler = pytest.importorskip(
     "triton.compiler", reason="runs where the extra jaxnsa[triton] is installed"
@@ -48,7 +48,7 @@ def compiled(request, monkeypatch):
     """Kernels are compiled for a GPU that is not there; their PTX by name."""
     from triton.backends.compiler import GPUTarget
 
-    from triton_kernels import launch
+    from jaxnsa.triton_kernels import launch
 
     texts = {}
 
@@ -79,7 +79,7 @@ def compiled(request, monkeypatch):
 @pytest.mark.parametrize("mode", ForwardMode)
 @pytest.mark.parametrize("max_len, width", ((4096, "v4.b32"), (4095, "b32")))
 def test_the_whole_job_compiles_to_ptx(mode, max_len, width, compiled):
-    import triton_kernels
+    from jaxnsa import triton_kernels
 
     lengths = jnp.ones(7, jnp.int32)
     tokens = {ForwardMode.DECODE: 1, ForwardMode.TARGET_VERIFY: 3}.get(mode)
@@ -99,7 +99,7 @@ def test_the_whole_job_compiles_to_ptx(mode, max_len, width, compiled):
 
 
 def test_the_other_functions_compile_to_ptx(compiled):
-    import triton_kernels
+    from jaxnsa import triton_kernels
 
     lengths = jnp.ones(7, jnp.int32)
     triton_kernels.prefix_sum(lengths)

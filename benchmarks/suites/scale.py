@@ -5,7 +5,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import NamedSharding
+from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import jaxnsa
@@ -19,7 +19,7 @@ def _measure(devices: int, bs: int, max_len: int, name: str) -> dict[str, float]
     problem = Problem(ForwardMode.DECODE, bs * devices, max_len, 3, max_len)
     seq_lens, _, pool = problem.arguments
     indices = np.tile(np.arange(bs, dtype=np.int32), devices)  # rows of a device's own share
-    mesh = jax.make_mesh((devices,), ("requests",), devices=jax.devices()[:devices])
+    mesh = Mesh(np.array(jax.devices()[:devices]), ("requests",))
     sharded = NamedSharding(mesh, P("requests"))
 
     def fill(seq_lens: Any, indices: Any, pool: Any) -> Any:

@@ -186,7 +186,8 @@ def _overlapping(ordered: list) -> list:
 
 def _interleaved(a: torch.Tensor, b: torch.Tensor) -> bool:
     """Whether two matrices are column ranges of one wider matrix, side by side."""
-    if a.dim() != 2 or b.dim() != 2 or a.stride(0) != b.stride(0):
+    if a.dim() != 2 or b.dim() != 2 or a.stride(0) != b.stride(0) or not a.stride(0):
         return False
-    pitch, gap = a.stride(0), (b.data_ptr() - a.data_ptr()) // a.element_size() % a.stride(0)
+    pitch = a.stride(0)
+    gap = (b.data_ptr() - a.data_ptr()) // a.element_size() % pitch
     return a.shape[1] <= gap and gap + b.shape[1] <= pitch

@@ -1,15 +1,15 @@
 """How table rows map to requests, inside a kernel: written once for all forward modes.
 
-`kernel_types.RowMap` says how; TOKENS is its tokens_per_request, 0 where rows are ragged. Sums over
-earlier requests are taken by every program for itself, out of the L2 cache: no program waits for
-another.
+`nsa_kernel_types.RowMap` says how; TOKENS is its tokens_per_request, 0 where rows are ragged. Sums
+over earlier requests are taken by every program for itself, out of the L2 cache: no program waits
+for another.
 """
 
 import triton
 import triton.language as tl
 
-from kernel_types import RowMap
-from triton_kernels.columns import store
+from jaxnsa.triton_kernels.columns import store
+from nsa_kernel_types import RowMap
 
 _INT32_MAX = tl.constexpr(2**31 - 1)
 

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import triton
 import triton.language as tl
 
-from triton_kernels.launch import launch
+from jaxnsa.triton_kernels.launch import launch
 
 _BLOCK = 1024  # elements that one program scans
 

@@ -6,11 +6,11 @@ how a kernel is called. Needs compute capability 8.0 (Ampere) or newer; with TRI
 before the import, Triton's interpreter runs the kernels on a CPU, slowly.
 """
 
-from triton_kernels.broadcast import broadcast
-from triton_kernels.fused_metadata import fused_metadata
-from triton_kernels.prefix_sum import prefix_sum
-from triton_kernels.seqlen_expansion import seqlen_expansion
-from triton_kernels.tuning import BlockConfig
+from jaxnsa.triton_kernels.broadcast import broadcast
+from jaxnsa.triton_kernels.fused_metadata import fused_metadata
+from jaxnsa.triton_kernels.prefix_sum import prefix_sum
+from jaxnsa.triton_kernels.seqlen_expansion import seqlen_expansion
+from jaxnsa.triton_kernels.tuning import BlockConfig
 
 __all__ = [
     "BlockConfig",

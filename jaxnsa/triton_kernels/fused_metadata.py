@@ -12,10 +12,9 @@ import jax
 import triton
 import triton.language as tl
 
-from kernel_types import FusedJob, Metadata
-from triton_kernels.columns import floor_div, load_tokens, store, store_tokens
-from triton_kernels.launch import launch
-from triton_kernels.rows import (
+from jaxnsa.triton_kernels.columns import floor_div, load_tokens, store, store_tokens
+from jaxnsa.triton_kernels.launch import launch
+from jaxnsa.triton_kernels.rows import (
     constants,
     load_request,
     locate,
@@ -23,7 +22,8 @@ from triton_kernels.rows import (
     scalars,
     write_row_lengths,
 )
-from triton_kernels.tuning import BlockConfig
+from jaxnsa.triton_kernels.tuning import BlockConfig
+from nsa_kernel_types import FusedJob, Metadata
 
 _TAILS = {"copy": 0, "zero": 1, "keep": 2}
 _COPY, _KEEP = (tl.constexpr(_TAILS[tail]) for tail in ("copy", "keep"))

@@ -4,15 +4,15 @@ import jax
 import triton
 import triton.language as tl
 
-from kernel_types import ExpandedSeqlens, RowMap
-from triton_kernels.launch import launch
-from triton_kernels.rows import (
+from jaxnsa.triton_kernels.launch import launch
+from jaxnsa.triton_kernels.rows import (
     constants,
     load_request,
     prefix_sums,
     scalars,
     write_row_lengths,
 )
+from nsa_kernel_types import ExpandedSeqlens, RowMap
 
 
 def seqlen_expansion(

@@ -8,9 +8,9 @@ import jax.numpy as jnp
 import triton
 import triton.language as tl
 
-from triton_kernels.columns import load_tokens, store_tokens
-from triton_kernels.launch import launch
-from triton_kernels.tuning import BlockConfig
+from jaxnsa.triton_kernels.columns import load_tokens, store_tokens
+from jaxnsa.triton_kernels.launch import launch
+from jaxnsa.triton_kernels.tuning import BlockConfig
 
 
 def broadcast(
