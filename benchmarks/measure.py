@@ -76,20 +76,24 @@ def kernel_times(
 
 
 def timing(
-    calls: Sequence[Call], count: int = 50, wait: Callable = jax.block_until_ready
+    calls: Sequence[Call],
+    count: int = 50,
+    wait: Callable = jax.block_until_ready,
+    cached: bool = False,
 ) -> dict[str, float]:
     """What a call costs, over `count` of them.
 
     Args:
-      calls: the same call on different memory, taken in turn; with one, it finds its inputs cached.
+      calls: the same call on different memory, taken in turn.
       count: calls to time.
       wait: waits for a call's result.
+      cached: one call is repeated that finds its inputs in the caches.
 
     Returns:
       Microseconds: "latency_us", median from the call to its result on the device, with its 10th
       and 90th percentiles; "issue_us", median until the call returns; on a GPU "device_us", median
-      time of its kernels, with its 90th percentile, and "hot_device_us", the same where every call
-      has the same inputs. On a GPU also "launches", per call.
+      time of its kernels in turns, with its 90th percentile, unless `cached`, and "hot_device_us",
+      the same of the first call repeated. On a GPU also "launches", per call.
     """
     for call in calls:
         wait(call())
@@ -112,13 +116,11 @@ def timing(
         "issue_us": float(np.median(issues)) * 1e6,
     }
     if on_gpu():
-        kernels = kernel_times(lambda: next(cycle)(), count, wait)
-        metrics["device_us"] = sum(k.launches * k.microseconds for k in kernels)
-        metrics["device_us_p90"] = sum(k.launches * k.p90 for k in kernels)
+        kernels = kernel_times(calls[0], count, wait)
+        metrics["hot_device_us"] = sum(k.launches * k.microseconds for k in kernels)
         metrics["launches"] = sum(k.launches for k in kernels)
-        if len(calls) > 1:
-            hot = kernel_times(calls[0], count, wait)
-            metrics["hot_device_us"] = sum(k.launches * k.microseconds for k in hot)
-        else:
-            metrics["hot_device_us"] = metrics["device_us"]
+        if not cached:
+            kernels = kernel_times(lambda: next(cycle)(), count, wait)
+            metrics["device_us"] = sum(k.launches * k.microseconds for k in kernels)
+            metrics["device_us_p90"] = sum(k.launches * k.p90 for k in kernels)
     return metrics

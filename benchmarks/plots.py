@@ -7,6 +7,7 @@ from benchmarks.suite import Plot, Suite
 
 LABELS = {
     "device_us": "device time, µs",
+    "hot_device_us": "device time, µs",
     "latency_us": "latency, µs",
     "issue_us": "host time, µs",
 }

@@ -58,8 +58,10 @@ class Report(NamedTuple):
     @classmethod
     def of(cls, suite: Suite, records: list[Record], **origin: Any) -> "Report":
         """A report; `origin` holds device, commit, command and versions."""
-        has_device_time = any("device_us" in record.metrics for record in records)
-        metric = suite.metric or ("device_us" if has_device_time else "latency_us")
+        measured = {key for record in records for key in record.metrics}
+        metric = suite.metric or next(
+            key for key in ("device_us", "hot_device_us", "latency_us") if key in measured
+        )
         return cls(suite.name, suite.title, suite.note, metric, records=records, **origin)
 
     @classmethod

@@ -51,7 +51,7 @@ class Suite:
       note: what was measured, for readers of the table.
       jobs: the measurements; of small problems, a few seconds on a CPU, where its argument is True.
       plots: the pictures.
-      metric: that the table shows; None: "device_us" on a GPU, "latency_us" elsewhere.
+      metric: that the table shows; None: device time on a GPU, "latency_us" elsewhere.
     """
 
     name: str

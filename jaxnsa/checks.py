@@ -13,9 +13,12 @@ from jaxnsa.metadata import Array, ForwardMode, NSAMetadata
 from jaxnsa.spec import MAX_LEN, Rows, Spec
 
 INT32_MAX = 2**31 - 1
+LENGTHS = (np.dtype(np.int32), np.dtype(np.int64))
+POOL = (np.dtype(np.int32),)
+INTEGERS = tuple(np.dtype(f"{sign}int{bits}") for sign in ("", "u") for bits in (8, 16, 32, 64))
 
 
-def array(name: str, value: Any, rank: int, dtypes: tuple[str, ...] = ("int32", "int64")) -> Array:
+def array(name: str, value: Any, rank: int, dtypes: tuple[np.dtype, ...] = LENGTHS) -> Array:
     """`value` as an array of the given rank and one of the given dtypes.
 
     Raises:
@@ -24,10 +27,12 @@ def array(name: str, value: Any, rank: int, dtypes: tuple[str, ...] = ("int32", 
     """
     if not hasattr(value, "dtype"):
         value = np.asarray(value)
-    expected = " or ".join(dtypes)
-    if str(value.dtype).startswith("torch."):
-        raise TypeError(f"{name}: got a torch tensor, expected an array; see jaxnsa.interop.torch")
-    if value.dtype not in [np.dtype(d) for d in dtypes]:
+    if value.dtype not in dtypes:
+        if str(value.dtype).startswith("torch."):
+            raise TypeError(
+                f"{name}: got a torch tensor, expected an array; see jaxnsa.interop.torch"
+            )
+        expected = " or ".join(map(str, dtypes))
         raise TypeError(f"{name}: got dtype {value.dtype}, expected {expected}")
     if value.ndim != rank:
         raise ValueError(f"{name}: got shape {value.shape}, expected {rank} dimension(s)")
@@ -105,7 +110,7 @@ def inputs(
     seq_lens = vector("seq_lens", seq_lens)
     bs = len(seq_lens)
     req_pool_indices = vector("req_pool_indices", req_pool_indices, bs)
-    req_to_token = array("req_to_token", req_to_token, 2, ("int32",))
+    req_to_token = array("req_to_token", req_to_token, 2, POOL)
     if 0 in req_to_token.shape:
         raise ValueError(
             f"req_to_token: got shape {req_to_token.shape}, expected at least one row and column"
@@ -194,34 +199,39 @@ def destinations(
     else:
         got = f"{len(out)} of them" if isinstance(out, (tuple, list)) else _described(out)
         raise ValueError(f"out: got {got}, expected a tuple of {count} NSAMetadata")
-    seen = {id(array): name for name, array in read.items()}
+    seen: dict[int, tuple[str, ...]] = {id(array): (name,) for name, array in read.items()}
     for argument, destination in named.items():
         if not isinstance(destination, NSAMetadata):
             raise TypeError(f"{argument}: got {_described(destination)}, expected an NSAMetadata")
         for field, shape in vars(expected).items():
-            name, value = f"{argument}.{field}", getattr(destination, field)
-            if shape is not None and value is not None:
-                _check_destination(name, value, shape)
-                if id(value) in seen:
-                    raise ValueError(
-                        f"{name}: got the array of {seen[id(value)]}, expected its own"
-                    )
-                seen[id(value)] = name
-            elif shape is not value:
-                wanted = "None" if shape is None else f"int32 {shape.shape}"
-                raise ValueError(f"{name}: got {_described(value)}, expected {wanted}")
+            value = getattr(destination, field)
+            if shape is None and value is None:
+                continue
+            if problem := _destination_problem(value, shape):
+                raise type(problem)(f"{argument}.{field}: {problem}")
+            if id(value) in seen:
+                other = ".".join(seen[id(value)])
+                raise ValueError(f"{argument}.{field}: got the array of {other}, expected its own")
+            seen[id(value)] = (argument, field)
     return tuple(named.values())
 
 
-def _check_destination(name: str, value: Any, expected: jax.ShapeDtypeStruct) -> None:
+def _destination_problem(
+    value: Any, expected: jax.ShapeDtypeStruct | None
+) -> TypeError | ValueError | None:
+    """What keeps `value` from being a destination."""
+    if expected is None or value is None:
+        wanted = "None" if expected is None else f"int32 {expected.shape}"
+        return ValueError(f"got {_described(value)}, expected {wanted}")
     if not isinstance(value, jax.Array):
-        raise TypeError(f"{name}: got {_described(value)}, expected a jax.Array to donate")
+        return TypeError(f"got {_described(value)}, expected a jax.Array to donate")
     if value.dtype != expected.dtype:
-        raise TypeError(f"{name}: got dtype {value.dtype}, expected {expected.dtype}")
+        return TypeError(f"got dtype {value.dtype}, expected {expected.dtype}")
     if value.shape != expected.shape:
-        raise ValueError(f"{name}: got shape {value.shape}, expected {expected.shape}")
+        return ValueError(f"got shape {value.shape}, expected {expected.shape}")
     if not isinstance(value, jax.core.Tracer) and value.is_deleted():
-        raise ValueError(f"{name}: got a deleted array, expected one not donated before")
+        return ValueError("got a deleted array, expected one not donated before")
+    return None
 
 
 def _described(value: Any) -> str:

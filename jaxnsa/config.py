@@ -2,9 +2,10 @@
 
 import contextlib
 import dataclasses
+import functools
 import os
 from collections.abc import Iterator, Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 
@@ -21,6 +22,8 @@ ENVIRONMENT = {
     "validate": ("JAXNSA_VALIDATE",),
 }
 """The environment variables of each setting; the first one that is set counts."""
+
+_VARIABLES = tuple(variable for variables in ENVIRONMENT.values() for variable in variables)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,17 +59,23 @@ _overrides = jax.make_user_context(default_value=())
 
 def settings() -> Settings:
     """The settings in force here: overrides over environment over defaults."""
-    values: dict[str, object] = {}
+    return _parsed(tuple(map(os.environ.get, _VARIABLES)), _overrides.value)
+
+
+@functools.lru_cache(maxsize=64)
+def _parsed(texts: tuple[str | None, ...], overrides: tuple[tuple[str, Any], ...]) -> Settings:
+    environment = dict(zip(_VARIABLES, texts, strict=True))
+    values: dict[str, Any] = {}
     for name, variables in ENVIRONMENT.items():
-        variable = next((v for v in variables if os.environ.get(v)), None)
+        variable = next((v for v in variables if environment[v]), None)
         if variable is not None:
-            text = os.environ[variable].strip()
+            text = environment[variable].strip()  # type: ignore[union-attr]
             values[name] = (
                 names(text.split(","), variable)
                 if name == "implementation"
                 else _switch(text, variable)
             )
-    return Settings(**(values | dict(_overrides.value)))  # type: ignore[arg-type]
+    return Settings(**(values | dict(overrides)))
 
 
 @contextlib.contextmanager

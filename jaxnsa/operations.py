@@ -361,7 +361,7 @@ def prefix_sum(x: Array, *, implementation: str | Sequence[str] | None = None) -
       ValueError, TypeError: `x` is not an integer vector.
       ImplementationUnavailableError: no implementation that was asked for can run here.
     """
-    x = checks.array("x", x, 1, tuple(f"{s}int{b}" for s in ("", "u") for b in (8, 16, 32, 64)))
+    x = checks.array("x", x, 1, checks.INTEGERS)
     name = choose(implementation, settings(), _platform(x), "prefix_sum", len(x))
     return _run_prefix_sum(x, implementation=name)
 
@@ -438,7 +438,7 @@ def _platform(arrays: Any) -> str | None:
         return None
     for leaf in leaves:
         if isinstance(leaf, jax.Array):
-            return next(iter(leaf.devices())).platform
+            return leaf.platform()
     return jax.default_backend()
 
 

@@ -1,6 +1,7 @@
 """The static description of one computation: how rows map to requests, and what to write."""
 
 import dataclasses
+import functools
 from typing import Literal
 
 import jax
@@ -105,6 +106,8 @@ class Spec:
             tables.get(field, 0) for field, array in vars(metadata).items() if array is not None
         ]
 
+    # A Spec is small, and each eager call asks.
+    @functools.lru_cache(maxsize=256)  # noqa: B019
     def shapes(self) -> NSAMetadata:
         """Shape and dtype of every array of one destination."""
         rows = self.rows.count

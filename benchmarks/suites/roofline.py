@@ -1,6 +1,7 @@
 """The whole job against its roof: live bytes read once and written N times."""
 
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -29,6 +30,10 @@ TARGETS = {
 }
 SWEEP_MAX_LEN = tuple(2**k for k in range(11, 18))
 SWEEP_BS = (1, 4, 16, 64, 256)
+GRID = tuple(
+    Problem(DECODE, bs, max_len, n, max_len // part)
+    for bs, max_len, part, n in itertools.product((8, 64), (8192, 65_536), (8, 1), (1, 4))
+)
 ROW_COPIES = "NumPy row copies"
 
 
@@ -85,14 +90,14 @@ def _full(case: dict) -> bool:
 
 
 def jobs(quick: bool) -> list[Job]:
-    """The rows with targets, then sweeps of max_len, bs, live and N."""
+    """The rows with targets, sweeps of max_len and of bs, and a grid of bs, max_len, live, N."""
     if quick:
         problems = [Problem(mode, 3, 2048, 2, 1024) for mode in ForwardMode]
     else:
-        problems = list(TARGETS)
+        problems = [*TARGETS, Problem(DECODE, 256, 32_768, 8, 32_768)]
         problems += [Problem(DECODE, 32, n, 3, n) for n in SWEEP_MAX_LEN]
         problems += [Problem(DECODE, bs, 32_768, 3, 32_768) for bs in SWEEP_BS]
-        problems += [Problem(DECODE, 32, 131_072, n, 16_384) for n in (1, 8)]
+        problems += GRID
     return [
         Job(problem.case, name, functools.partial(_measure, problem, name))
         for problem in dict.fromkeys(problems)
