@@ -75,7 +75,7 @@ RULES = (
 
 MEASURED_ON = {
     "gpu": "NVIDIA H200, jax 0.11.2, jax-triton 0.3.1, Triton 3.6, commit f474661",
-    "cpu": "2 cores, jax 0.10.2, commit 54a4219",
+    "cpu": "2 cores, jax 0.10.2, commit 253c453",
 }
 
 MEASUREMENTS = (
@@ -98,11 +98,11 @@ MEASUREMENTS = (
     Measurement(
         "gpu", 1024, 32_768, 3, 4096, {"triton": 13.5, "ffi": 14.9, "pallas": 22.5, "xla": 258.9}
     ),
-    Measurement("cpu", 32, 2048, 3, 2048, {"ffi": 161, "xla": 287}),
-    Measurement("cpu", 32, 65_536, 3, 8192, {"ffi": 300, "xla": 470}),
-    Measurement("cpu", 6, 131_072, 1, 131_072, {"ffi": 213, "xla": 277}),
-    Measurement("cpu", 128, 131_072, 3, 131_072, {"ffi": 7436, "xla": 9837}),
-    Measurement("cpu", 1024, 32_768, 3, 4096, {"ffi": 2320, "xla": 6369}),
+    Measurement("cpu", 32, 2048, 3, 2048, {"ffi": 126, "xla": 236}),
+    Measurement("cpu", 32, 65_536, 3, 8192, {"ffi": 248, "xla": 393}),
+    Measurement("cpu", 6, 131_072, 1, 131_072, {"ffi": 172, "xla": 235}),
+    Measurement("cpu", 128, 131_072, 3, 131_072, {"ffi": 6683, "xla": 8321}),
+    Measurement("cpu", 1024, 32_768, 3, 4096, {"ffi": 2002, "xla": 6399}),
 )
 
 

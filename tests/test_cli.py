@@ -127,7 +127,7 @@ def test_info_explains_the_choice(monkeypatch):
     assert "bs 32, max_len 2048, N 3 on this cpu: takes xla\n" in result.output
     assert "bs 1, max_len 1, N 1 on this cpu: takes xla\n" in result.output
     assert "  order: xla: " in result.output
-    assert "bs 32, max_len 2048, N 3, live 2048: ffi 161, xla 287 microseconds" in result.output
+    assert "bs 32, max_len 2048, N 3, live 2048: ffi 126, xla 236 microseconds" in result.output
     monkeypatch.setenv("JAXNSA_IMPLEMENTATION", "pallas,xla")
     output = run("info", "--explain", "32,2048,3").output
     assert "  the settings name pallas, xla\n  pallas cannot run here: needs an NVIDIA" in output

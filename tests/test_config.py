@@ -1,7 +1,9 @@
 """Settings: precedence, both families of environment variables, and no stale compilation."""
 
 import dataclasses
+import json
 import types
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -11,7 +13,7 @@ from helpers import inputs
 import jaxnsa
 from jaxnsa import config, xla
 from jaxnsa.implementations import IMPLEMENTATIONS, choose
-from jaxnsa.preference import BROADCAST, MEASUREMENTS, nearest, rule
+from jaxnsa.preference import BROADCAST, MEASURED_ON, MEASUREMENTS, nearest, rule
 
 ARGUMENTS = inputs(3)
 
@@ -154,6 +156,18 @@ def test_every_rule_agrees_with_what_was_measured():
         assert set(decided.order) <= set(m.microseconds)
         if m.platform == "gpu":
             assert m.microseconds[decided.order[0]] <= 1.1 * min(m.microseconds.values()), m
+
+
+def test_the_evidence_for_cpus_is_what_was_recorded():
+    folder = Path(__file__).parents[1] / "benchmarks" / "results" / "2-core-cpu"
+    recorded = json.loads((folder / "roofline.json").read_text())
+    assert recorded["commit"] in MEASURED_ON["cpu"]
+    for m in MEASUREMENTS:
+        case = dict(zip(("bs", "max_len", "N", "live"), m[1:5], strict=True)) | {"mode": "decode"}
+        for record in recorded["records"]:
+            if m.platform == "cpu" and record["case"] == case and record["name"] in ("ffi", "xla"):
+                took = round(record["metrics"]["latency_us"])
+                assert took == m.microseconds[record["name"]], m
 
 
 def test_the_nearest_measurement():
