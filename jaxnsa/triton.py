@@ -36,8 +36,10 @@ def _interpreted() -> bool:
 
 @functools.cache
 def _import_error() -> str | None:
+    from jaxnsa.triton_kernels.launch import import_jax_triton
+
     try:
-        import jax_triton  # noqa: F401
+        import_jax_triton()
     except ImportError as error:
         return f"jax_triton cannot be imported: {str(error).splitlines()[0]}"
     return None

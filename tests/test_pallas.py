@@ -11,7 +11,6 @@ from helpers import (
     check_broadcast,
     held,
     inputs,
-    lowered_operations,
     mode_options,
     on_device,
 )
@@ -248,76 +247,6 @@ def test_vmap_in_place_says_what_to_do(interpreted):
                 *arguments, out=out, implementation="pallas"
             )
         )(stacked)
-
-
-@pytest.mark.parametrize("mode", ForwardMode)
-@pytest.mark.parametrize("in_place", (False, True))
-@pytest.mark.parametrize("stacked", (False, True))
-@pytest.mark.parametrize("max_len, page", ((2048, 64), (1001, 48), (37, 1)))
-def test_broadcast_is_one_custom_call(mode, in_place, stacked, max_len, page):
-    options = {"num_backends": 3, "forward_mode": mode, "stacked": stacked}
-    options |= {"max_len": max_len, "real_page_size": page} | mode_options(mode, 7)
-    arguments = inputs(7, pool_cols=2048)
-    extend = options.pop("extend_seq_lens", None)
-    compute = functools.partial(
-        jaxnsa.fused_metadata_precompute_and_broadcast, implementation="pallas", **options
-    )
-    out = None
-    if in_place:
-        out = on_device(
-            reference.fused_metadata_precompute_and_broadcast(
-                *arguments, extend_seq_lens=extend, **options
-            )
-        )
-    operations = lowered_operations(
-        lambda out, extend, *a: compute(*a, out=out, extend_seq_lens=extend),
-        out,
-        extend,
-        *arguments,
-        donate=0,
-    )
-    assert operations == ["custom_call"]
-
-
-def test_every_function_is_one_custom_call():
-    lengths, indices, pool = inputs(7, pool_cols=256)
-    name = {"implementation": "pallas"}
-    calls = [
-        (lambda s, i, p: jaxnsa.precompute_decode_metadata(s, i, p, **name)),
-        (
-            lambda s, i, p: jaxnsa.precompute_target_verify_metadata(
-                s, i, p, num_draft_tokens=2, **name
-            )
-        ),
-        (
-            lambda s, i, p: jaxnsa.precompute_draft_extend_metadata(
-                s, i, i, p, max_total_tokens=9, **name
-            )
-        ),
-        (lambda s, i, p: jaxnsa.prefix_sum(s, **name)),
-        (
-            lambda s, i, p: jaxnsa.fill_draft_extend_metadata(
-                i, s, nsa_index_topk=9, max_total_tokens=9, **name
-            )
-        ),
-    ]
-    for call in calls:
-        assert lowered_operations(call, lengths, indices, pool) == ["custom_call"]
-    src = on_device(reference.precompute_decode_metadata(lengths, indices, pool))
-    copy = functools.partial(jaxnsa.fused_metadata_copy, num_backends=3, **name)
-    assert lowered_operations(copy, src) == ["custom_call"]
-
-
-@pytest.mark.parametrize("strategy, launches", (("ultra_fast", 1), ("fast", 4), ("fallback", 3)))
-def test_launches_of_strategies(strategy, launches):
-    compute = functools.partial(
-        jaxnsa.fused_metadata_precompute_and_broadcast,
-        num_backends=3,
-        strategy=strategy,
-        implementation="pallas",
-    )
-    operations = lowered_operations(compute, *inputs(7, pool_cols=256))
-    assert operations == ["custom_call"] * launches
 
 
 def test_unavailable_on_the_cpu_says_what_it_needs():

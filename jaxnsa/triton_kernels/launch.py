@@ -1,8 +1,11 @@
 """One kernel launch through jax-triton; all that its versions do differently."""
 
 import functools
+import importlib
 import linecache
+import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import jax
@@ -92,9 +95,20 @@ class _Signature(NamedTuple):
     constants: tuple[str, ...]
 
 
-def _call(signature, shapes, *arrays, programs, warps, scalars, constants):
-    import jax_triton
+@functools.cache
+def import_jax_triton() -> ModuleType:
+    """jax-triton, which empties TRITON_CACHE_DIR for every user of Triton: put back here."""
+    directory = os.environ.get("TRITON_CACHE_DIR")
+    try:
+        return importlib.import_module("jax_triton")
+    finally:
+        os.environ.pop("TRITON_CACHE_DIR", None)
+        if directory is not None:
+            os.environ["TRITON_CACHE_DIR"] = directory
 
+
+def _call(signature, shapes, *arrays, programs, warps, scalars, constants):
+    jax_triton = import_jax_triton()
     options = {
         "grid": (programs,),
         "num_warps": warps,

@@ -1,0 +1,87 @@
+"""What XLA gets for CUDA from a package of kernels: one custom call, and nothing beside it."""
+
+import functools
+
+import pytest
+from helpers import inputs, lowered_operations, mode_options, on_device
+
+import jaxnsa
+from jaxnsa import ForwardMode, reference, triton
+
+
+@pytest.fixture(params=("pallas", "triton"))
+def name(request):
+    """An implementation that lowers here, though it cannot run."""
+    if request.param == "triton" and (reason := triton._missing() or triton._import_error()):
+        pytest.skip(f"runs where JAX's CUDA plugin is, as .ci/run installs it: {reason}")
+    return request.param
+
+
+@pytest.mark.parametrize("mode", ForwardMode)
+@pytest.mark.parametrize("in_place", (False, True))
+@pytest.mark.parametrize("stacked", (False, True))
+@pytest.mark.parametrize("max_len, page", ((2048, 64), (1001, 48), (37, 1)))
+def test_broadcast_is_one_custom_call(name, mode, in_place, stacked, max_len, page):
+    options = {"num_backends": 3, "forward_mode": mode, "stacked": stacked}
+    options |= {"max_len": max_len, "real_page_size": page} | mode_options(mode, 7)
+    arguments = inputs(7, pool_cols=2048)
+    extend = options.pop("extend_seq_lens", None)
+    compute = functools.partial(
+        jaxnsa.fused_metadata_precompute_and_broadcast, implementation=name, **options
+    )
+    out = None
+    if in_place:
+        out = on_device(
+            reference.fused_metadata_precompute_and_broadcast(
+                *arguments, extend_seq_lens=extend, **options
+            )
+        )
+    operations = lowered_operations(
+        lambda out, extend, *a: compute(*a, out=out, extend_seq_lens=extend),
+        out,
+        extend,
+        *arguments,
+        donate=0,
+    )
+    assert operations == ["custom_call"]
+
+
+def test_every_function_is_one_custom_call(name):
+    lengths, indices, pool = inputs(7, pool_cols=256)
+    implementation = {"implementation": name}
+    calls = [
+        (lambda s, i, p: jaxnsa.precompute_decode_metadata(s, i, p, **implementation)),
+        (
+            lambda s, i, p: jaxnsa.precompute_target_verify_metadata(
+                s, i, p, num_draft_tokens=2, **implementation
+            )
+        ),
+        (
+            lambda s, i, p: jaxnsa.precompute_draft_extend_metadata(
+                s, i, i, p, max_total_tokens=9, **implementation
+            )
+        ),
+        (lambda s, i, p: jaxnsa.prefix_sum(s, **implementation)),
+        (
+            lambda s, i, p: jaxnsa.fill_draft_extend_metadata(
+                i, s, nsa_index_topk=9, max_total_tokens=9, **implementation
+            )
+        ),
+    ]
+    for call in calls:
+        assert lowered_operations(call, lengths, indices, pool) == ["custom_call"]
+    src = on_device(reference.precompute_decode_metadata(lengths, indices, pool))
+    copy = functools.partial(jaxnsa.fused_metadata_copy, num_backends=3, **implementation)
+    assert lowered_operations(copy, src) == ["custom_call"]
+
+
+@pytest.mark.parametrize("strategy, launches", (("ultra_fast", 1), ("fast", 4), ("fallback", 3)))
+def test_launches_of_strategies(name, strategy, launches):
+    compute = functools.partial(
+        jaxnsa.fused_metadata_precompute_and_broadcast,
+        num_backends=3,
+        strategy=strategy,
+        implementation=name,
+    )
+    operations = lowered_operations(compute, *inputs(7, pool_cols=256))
+    assert operations == ["custom_call"] * launches
