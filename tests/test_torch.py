@@ -473,6 +473,19 @@ def test_metadata_crosses_without_a_copy(device):
     )
 
 
+def test_what_cannot_cross_is_named(device):
+    with pytest.raises(TypeError, match=r"tree\['a'\]: got ndarray, expected a concrete jax.Array"):
+        to_torch({"a": np.zeros(3)})
+    with pytest.raises(TypeError, match=r"tree: got \w*Tracer, expected a concrete jax.Array"):
+        jax.jit(to_torch)(jnp.zeros(3))
+    with pytest.raises(TypeError, match=r"tree\[0\]: got list|tree\[0\]\[0\]: got int"):
+        from_torch([[1], torch.zeros(3)])
+    table = torch.zeros((3, 4), dtype=torch.int32, device=device)[:, :2]
+    with pytest.raises(ValueError, match=r"tree\[1\]: got strides \(4, 1\), expected a contig"):
+        from_torch((torch.zeros(3, device=device), table))
+    assert to_torch(None) is None
+
+
 def test_int64_lengths_cross(device):
     lengths = torch.tensor([3, 2**20], device=device)
     array = from_torch(lengths)

@@ -27,11 +27,20 @@ def to_torch(tree: Any) -> Any:
 
     Returns:
       The same structure of torch.Tensor, of the same shapes and dtypes.
+
+    Raises:
+      TypeError: a leaf is no jax.Array, or one inside a function that is being traced.
     """
-    arrays = jax.tree.leaves(tree)
-    if any(next(iter(array.devices())).platform == "cpu" for array in arrays):
-        jax.block_until_ready(arrays)  # PyTorch does not wait for computations on a CPU
-    return jax.tree.map(torch.from_dlpack, tree)
+
+    def tensor(path: Any, array: Any) -> torch.Tensor:
+        if not isinstance(array, jax.Array) or isinstance(array, jax.core.Tracer):
+            name = f"tree{jax.tree_util.keystr(path)}"
+            raise TypeError(f"{name}: got {type(array).__name__}, expected a concrete jax.Array")
+        if array.platform() == "cpu":
+            array.block_until_ready()  # PyTorch does not wait for computations on a CPU
+        return torch.from_dlpack(array)
+
+    return jax.tree.map_with_path(tensor, tree)
 
 
 def from_torch(tree: Any) -> Any:
@@ -47,8 +56,21 @@ def from_torch(tree: Any) -> Any:
 
     Returns:
       The same structure of jax.Array; int64 becomes int32 unless `jax_enable_x64` is set.
+
+    Raises:
+      TypeError: a leaf is no torch.Tensor.
+      ValueError: a tensor is not contiguous.
     """
-    return jax.tree.map(jax.dlpack.from_dlpack, tree)
+
+    def array(path: Any, tensor: Any) -> jax.Array:
+        name = f"tree{jax.tree_util.keystr(path)}"
+        if not isinstance(tensor, torch.Tensor):
+            raise TypeError(f"{name}: got {type(tensor).__name__}, expected a torch.Tensor")
+        if not tensor.is_contiguous():
+            raise ValueError(f"{name}: got strides {tensor.stride()}, expected a contiguous tensor")
+        return jax.dlpack.from_dlpack(tensor)
+
+    return jax.tree.map_with_path(array, tree)
 
 
 class BackendBuffers:
