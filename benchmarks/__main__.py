@@ -1,5 +1,6 @@
 """The command line of the benchmarks."""
 
+import importlib.util
 import shlex
 import subprocess
 import sys
@@ -131,7 +132,10 @@ def _run(suite: Suite, quick: bool, out: Path, commit: str | None, device_name: 
     )
     folder = out / report.device.lower().replace(" ", "-")
     report.write(folder)
-    plots.draw(suite, report, folder)
+    if importlib.util.find_spec("matplotlib"):
+        plots.draw(suite, report, folder)
+    else:
+        console.print("no plots, for want of matplotlib: pip install '.[bench]'", markup=False)
     console.print(report.terminal())
 
 

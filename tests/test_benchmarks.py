@@ -1,5 +1,6 @@
 """The benchmarks: every suite runs, what it writes can be read, a wrong result stops it."""
 
+import importlib.util
 import json
 from pathlib import Path
 
@@ -47,6 +48,20 @@ def test_every_suite_runs(suite, results):
         if len({r.case[plot.x] for r in found.records if plot.where(r.case)}) > 1:
             assert (folder / f"{plot.file}.png").read_bytes().startswith(b"\x89PNG")
     assert SUITES[suite].title.split(" ")[0] in done.output
+
+
+def test_without_matplotlib_there_are_no_plots(monkeypatch, tmp_path):
+    found = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name: None if name == "matplotlib" else found(name)
+    )
+    done = run("dispatch", "--quick", "--out", str(tmp_path), "--device-name", "x")
+    assert done.exit_code == 0
+    assert "no plots, for want of matplotlib: pip install '.[bench]'" in done.output
+    assert sorted(path.name for path in (tmp_path / "x").iterdir()) == [
+        "dispatch.json",
+        "dispatch.md",
+    ]
 
 
 def test_a_wrong_result_stops_the_run(monkeypatch, tmp_path):
