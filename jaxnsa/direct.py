@@ -4,9 +4,11 @@ The structs mirror `ffi/metadata.h`, which documents their fields.
 """
 
 import ctypes
+import dataclasses
 import functools
 
 from jaxnsa import ffi
+from jaxnsa.metadata import NSAMetadata
 
 MAX_BACKENDS = 64
 COPIED_ARRAYS = 7
@@ -37,18 +39,7 @@ class Rows(ctypes.Structure):
 class Destination(ctypes.Structure):
     """The arrays of one backend; tables may be null."""
 
-    _fields_ = tuple(
-        (field, _pointer)
-        for field in (
-            "cache_seqlens",
-            "cu_seqlens_k",
-            "seqlens_expanded",
-            "nsa_cache_seqlens",
-            "nsa_cu_seqlens_k",
-            "page_indices",
-            "real_page_table",
-        )
-    )
+    _fields_ = tuple((field.name, _pointer) for field in dataclasses.fields(NSAMetadata))
 
 
 class Fused(ctypes.Structure):
@@ -148,6 +139,15 @@ class Library:
         """The lengths of a draft-extend step, queued on a CUDA stream; at once on the CPU."""
         number = list(ffi.VARIANTS["fill_draft_extend_metadata"]).index(variant)
         _raise(self._fill_draft_extend(stream, number, args))
+
+
+def unavailable(platform: str) -> str | None:
+    """Why there is no library for "cpu" or "gpu"; None where there is one."""
+    try:
+        library(platform)
+    except RuntimeError as error:
+        return str(error)
+    return None
 
 
 @functools.cache

@@ -46,7 +46,8 @@ RULES = (
         ("prefix_sum", "fill_draft_extend_metadata"),
         0,
         ("pallas", "ffi", "triton", "xla"),
-        "pallas and ffi are within 0.4 microseconds of each other and beat the launches of xla",
+        "pallas and ffi are within 0.7 microseconds of each other, and ahead of xla but at 32 "
+        "elements; triton was not measured",
     ),
     Rule(
         "gpu",

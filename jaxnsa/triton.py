@@ -24,6 +24,7 @@ def version() -> str | None:
     return ", ".join(f"{name} {importlib.metadata.version(name)}" for name in packages)
 
 
+@functools.cache  # an eager call asks each time, and looking for what is not there is slow
 def _missing() -> list[str]:
     return [name for name in ("jax_triton", "triton") if not importlib.util.find_spec(name)]
 

@@ -1,5 +1,7 @@
 """One kernel of the FFI library on PyTorch's current stream, without JAX."""
 
+from collections.abc import Sequence
+
 import torch
 
 from jaxnsa import direct
@@ -20,13 +22,7 @@ class DirectPath:
         args.rows.nsa_index_topk = nsa_index_topk
         args.real_page_size = registered.real_page_size
         args.tail = direct.TAILS.index("keep")
-        args.num_backends = len(registered.backends)
-        for destination, backend in zip(args.backends, registered.backends, strict=False):
-            for field, tensor in backend.items():
-                setattr(destination, field, tensor.data_ptr())
-        for field, tensor in registered.backends[0].items():
-            if tensor.dim() == 2:
-                setattr(args, f"{field}_stride", tensor.stride(0))
+        set_backends(args, registered.backends)
         self._args = args
         self._rows = args.rows
         self._seq_lens = args.rows.seq_lens
@@ -59,6 +55,16 @@ class DirectPath:
 
     def _launch(self) -> None:
         self._library.fused_metadata(stream_of(self._device), self._args)
+
+
+def set_backends(args: direct.Fused, backends: Sequence[dict[str, torch.Tensor]]) -> None:
+    """Lets a launch fill these tensors, whose tables have rows equally far apart."""
+    args.num_backends = len(backends)
+    for destination, backend in zip(args.backends, backends, strict=False):
+        for field, tensor in backend.items():
+            setattr(destination, field, tensor.data_ptr())
+            if tensor.dim() == 2:
+                setattr(args, f"{field}_stride", tensor.stride(0))
 
 
 def set_vector(field: direct.Vector, value: Checked) -> None:

@@ -136,12 +136,18 @@ class Registered:
                 )
 
 
+def field_of(buffer: Any, field: str) -> Any:
+    """A field of a mapping or an object; None where it has none."""
+    if isinstance(buffer, Mapping):
+        return buffer.get(field)
+    return getattr(buffer, field, None)
+
+
 def _tensors(name: str, buffer: Any, real_page_size: int) -> dict[str, torch.Tensor]:
     """The tensors of one backend, of the right type and layout each."""
-    get = buffer.get if isinstance(buffer, Mapping) else lambda field: getattr(buffer, field, None)
     found = {}
     for field in FIELDS:
-        tensor = get(field)
+        tensor = field_of(buffer, field)
         if tensor is None and field in TABLES:
             continue
         if field == "real_page_table" and real_page_size == 1:

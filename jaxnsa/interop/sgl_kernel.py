@@ -6,15 +6,15 @@ given CPU tensors, its CPU functions. Each raises ValueError or TypeError, befor
 written, where an argument is wrong, and RuntimeError where the library was not built.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 
 from jaxnsa import checks, direct
 from jaxnsa.ffi import VARIANTS
-from jaxnsa.interop.direct_path import on_device, set_vector, stream_of
-from jaxnsa.interop.registration import FIELDS, TABLES
+from jaxnsa.interop.direct_path import on_device, set_backends, set_vector, stream_of
+from jaxnsa.interop.registration import FIELDS, TABLES, field_of
 from jaxnsa.interop.tensors import (
     Checked,
     check_rows,
@@ -23,8 +23,8 @@ from jaxnsa.interop.tensors import (
     extent,
     platform_of,
 )
-from jaxnsa.metadata import NSAMetadata
-from jaxnsa.spec import MAX_LEN
+from jaxnsa.metadata import ForwardMode, NSAMetadata
+from jaxnsa.spec import MAX_LEN, Rows, Spec
 
 
 def fused_metadata_precompute_and_broadcast_cuda(
@@ -115,7 +115,6 @@ def precompute_decode_metadata_cuda(
     backend = {
         field: torch.empty(size, dtype=torch.int32, device=seq_lens.device)
         for field, size in _sizes(args).items()
-        if field != "real_page_table" or real_page_size > 1
     }
     _launch_fused(args, [backend], seq_lens.device)
     return NSAMetadata(**({"real_page_table": None} | backend))  # type: ignore[arg-type]
@@ -133,7 +132,7 @@ def fused_metadata_copy_cuda(precomputed: Any, metadata: Any) -> None:
     args.num_backends = 1
     device = None
     for k, field in enumerate(FIELDS):
-        source = _get(precomputed, field)
+        source = field_of(precomputed, field)
         if source is None:
             continue
         name = f"precomputed.{field}"
@@ -147,7 +146,7 @@ def fused_metadata_copy_cuda(precomputed: Any, metadata: Any) -> None:
         device = device or source.device
         if source.device != device:
             raise ValueError(f"{name}: got a tensor on {source.device}, expected {device}")
-        target = _get(metadata, field)
+        target = field_of(metadata, field)
         own = {name: Checked(source, *extent(source))}
         _check_written(f"metadata.{field}", target, tuple(source.shape), device, own)
         rows, columns = source.shape if source.dim() == 2 else (1, len(source))
@@ -255,11 +254,7 @@ def get_kernel_info() -> dict[str, Any]:
       - "prefix_sum_fusion" (bool): the default's prefix sum is part of its launch.
     """
     platform = "gpu" if torch.cuda.is_available() else "cpu"
-    try:
-        direct.library(platform)
-        reason = None
-    except RuntimeError as error:
-        reason = str(error)
+    reason = direct.unavailable(platform)
     variants = VARIANTS["fill_draft_extend_metadata"]
     return {
         "available": reason is None,
@@ -311,16 +306,15 @@ def _fused(
 
 def _sizes(args: direct.Fused) -> dict[str, tuple[int, ...]]:
     """What a decode step writes of each array."""
-    bs = args.rows.requests
-    return {
-        "cache_seqlens": (bs,),
-        "cu_seqlens_k": (bs + 1,),
-        "seqlens_expanded": (bs,),
-        "nsa_cache_seqlens": (bs,),
-        "nsa_cu_seqlens_k": (bs + 1,),
-        "page_indices": (bs, args.max_len),
-        "real_page_table": (bs, -(-args.max_len // args.real_page_size)),
-    }
+    spec = Spec(
+        rows=Rows.of(ForwardMode.DECODE, args.rows.requests),
+        max_len=args.max_len,
+        nsa_index_topk=args.rows.nsa_index_topk,
+        real_page_size=args.real_page_size,
+        wide_table=True,
+        tail="copy",
+    )
+    return {field: array.shape for field, array in vars(spec.shapes()).items() if array is not None}
 
 
 def _check_written(
@@ -364,14 +358,9 @@ def _same_strides(backends: list[dict[str, Any]]) -> list[list[dict[str, Any]]]:
 def _launch_fused(
     args: direct.Fused, backends: list[dict[str, torch.Tensor]], device: torch.device
 ) -> None:
-    args.num_backends = len(backends)
-    for destination, backend in zip(args.backends, backends, strict=False):
-        for field, tensor in backend.items():
-            setattr(destination, field, tensor.data_ptr())
-            if tensor.dim() == 2:
-                setattr(args, f"{field}_stride", tensor.stride(0))
-        if "seqlens_expanded" not in backend:  # in decode they are the same
-            destination.seqlens_expanded = destination.cache_seqlens
+    # In decode seqlens_expanded is cache_seqlens, and not every caller has both.
+    complete = [{"seqlens_expanded": backend["cache_seqlens"]} | backend for backend in backends]
+    set_backends(args, complete)
     library = direct.library(platform_of(device))
     on_device(device, lambda: library.fused_metadata(stream_of(device), args))
 
@@ -416,12 +405,6 @@ def _fill(
     library = direct.library(platform_of(device))
     on_device(device, lambda: library.fill_draft_extend(stream_of(device), variant, args))
     return total
-
-
-def _get(metadata: Any, field: str) -> Any:
-    if isinstance(metadata, Mapping):
-        return metadata.get(field)
-    return getattr(metadata, field, None)
 
 
 def _described(value: Any) -> str:

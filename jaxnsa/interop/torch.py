@@ -119,7 +119,8 @@ class BackendBuffers:
         page = checks.integer("real_page_size", real_page_size, 1)
         self._registered = Registered(buffers, page)
         if path is None:
-            path = "direct" if _direct_runs(self._registered.device) else "dlpack"
+            missing = direct.unavailable(platform_of(self._registered.device))
+            path = "dlpack" if missing else "direct"
         checks.one_of("path", path, ("direct", "dlpack"))
         self._path: DirectPath | DlpackPath
         if path == "direct":
@@ -219,11 +220,3 @@ def _rows(
             f"most {most} rows"
         )
     return rows
-
-
-def _direct_runs(device: torch.device) -> bool:
-    try:
-        direct.library(platform_of(device))
-    except RuntimeError:
-        return False
-    return True
