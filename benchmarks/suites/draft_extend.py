@@ -46,11 +46,12 @@ def contenders() -> dict[str, Callable]:
             for variant in reversed(ffi.VARIANTS["fill_draft_extend_metadata"]):
                 found[f"ffi {variant}"] = functools.partial(_variant, variant)
         else:
-            found[name] = functools.partial(_implementation, name)
+            found[name] = functools.partial(implementation, name)
     return found
 
 
-def _implementation(name: str, extend: Any, seq_lens: Any, capacity: int) -> Any:
+def implementation(name: str, extend: Any, seq_lens: Any, capacity: int) -> Any:
+    """A contender: an implementation of the public function."""
     result = jaxnsa.fill_draft_extend_metadata(
         extend, seq_lens, nsa_index_topk=TOPK, max_total_tokens=capacity, implementation=name
     )
@@ -65,7 +66,8 @@ def _variant(variant: Any, extend: Any, seq_lens: Any, capacity: int) -> Any:
     return result.seqlens_expanded, result.nsa_cache_seqlens
 
 
-def _measure(function: Callable, bs: int) -> dict[str, float]:
+def measure(function: Callable, bs: int) -> dict[str, float]:
+    """Checks and times a contender."""
     rng = np.random.default_rng(bs)
     seq_lens = rng.integers(100, 100_000, bs, dtype=np.int32)
     extend = np.full(bs, TOKENS, np.int32)
@@ -84,7 +86,7 @@ def jobs(quick: bool) -> list[Job]:
     """Every contender at every batch size."""
     sizes = (4, 32) if quick else (1, 8, 32, 128, 1024)
     return [
-        Job({"bs": bs, "tokens": bs * TOKENS}, name, functools.partial(_measure, function, bs))
+        Job({"bs": bs, "tokens": bs * TOKENS}, name, functools.partial(measure, function, bs))
         for bs in sizes
         for name, function in contenders().items()
     ]

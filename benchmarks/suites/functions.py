@@ -8,8 +8,9 @@ import numpy as np
 
 import jaxnsa
 from benchmarks.measure import timing
-from benchmarks.problem import PAGE_SIZE, TOPK, Problem
+from benchmarks.problem import PAGE_SIZE, Problem
 from benchmarks.suite import Job, Suite, runnable
+from benchmarks.suites import draft_extend
 from jaxnsa import ForwardMode, reference
 
 
@@ -27,19 +28,7 @@ def _prefix_sum(n: int, name: str) -> dict[str, float]:
 
 
 def _fill(bs: int, name: str) -> dict[str, float]:
-    extend, seq_lens = np.full(bs, 12, np.int32), np.arange(100, 100 + bs, dtype=np.int32)
-    call = functools.partial(
-        jaxnsa.fill_draft_extend_metadata,
-        jnp.asarray(extend),
-        jnp.asarray(seq_lens),
-        nsa_index_topk=TOPK,
-        max_total_tokens=12 * bs,
-        implementation=name,
-    )
-    expected = reference.fill_draft_extend_metadata(extend, seq_lens, nsa_index_topk=TOPK)
-    if not np.array_equal(call().seqlens_expanded, expected.seqlens_expanded):
-        raise AssertionError(f"wrong lengths of {bs} requests")
-    return timing([call], cached=True)
+    return draft_extend.measure(functools.partial(draft_extend.implementation, name), bs)
 
 
 def _copy(problem: Problem, name: str) -> dict[str, float]:
@@ -72,9 +61,8 @@ def jobs(quick: bool) -> list[Job]:
     problem = Problem(ForwardMode.DECODE, bs, max_len, 3, max_len)
     case = {"function": "fused_metadata_copy", "mode": "decode"}
     made.append((case, functools.partial(_copy, problem)))
-    return [
-        Job(case, name, functools.partial(run, name)) for case, run in made for name in runnable()
-    ]
+    names = runnable()
+    return [Job(case, name, functools.partial(run, name)) for case, run in made for name in names]
 
 
 SUITE = Suite(

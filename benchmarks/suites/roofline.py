@@ -98,10 +98,11 @@ def jobs(quick: bool) -> list[Job]:
         problems += [Problem(DECODE, 32, n, 3, n) for n in SWEEP_MAX_LEN]
         problems += [Problem(DECODE, bs, 32_768, 3, 32_768) for bs in SWEEP_BS]
         problems += GRID
+    names = (*runnable(), ROW_COPIES)
     return [
         Job(problem.case, name, functools.partial(_measure, problem, name))
         for problem in dict.fromkeys(problems)
-        for name in (*runnable(), ROW_COPIES)
+        for name in names
         if name != ROW_COPIES or (problem.mode is DECODE and not on_gpu())
     ]
 

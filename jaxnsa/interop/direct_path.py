@@ -13,15 +13,16 @@ from jaxnsa.spec import Rows
 class DirectPath:
     """Fills registered tensors; everything but the step's own arguments is prepared once."""
 
-    def __init__(self, registered: Registered, nsa_index_topk: int):
+    def __init__(self, registered: Registered):
+        spec = registered.spec
         self._device = registered.device
         self._library = direct.library(platform_of(self._device))
-        self._max_len = registered.max_len
+        self._max_len = spec.max_len
         on_device(self._device, self._library.load)
         args = direct.Fused()
-        args.rows.nsa_index_topk = nsa_index_topk
-        args.real_page_size = registered.real_page_size
-        args.tail = direct.TAILS.index("keep")
+        args.rows.nsa_index_topk = spec.nsa_index_topk
+        args.real_page_size = spec.real_page_size
+        args.tail = direct.TAILS.index(spec.tail)
         set_backends(args, registered.backends)
         self._args = args
         self._rows = args.rows

@@ -46,7 +46,7 @@ class DlpackPath:
     compilation serves every batch.
     """
 
-    def __init__(self, registered: Registered, nsa_index_topk: int, options: DlpackOptions):
+    def __init__(self, registered: Registered, options: DlpackOptions):
         device = registered.device
         self._pool = checked_pool(options.req_to_token, device)
         for name, tensor in (("req_to_token", self._pool.tensor), *registered.named()):
@@ -56,18 +56,14 @@ class DlpackPath:
                     f"takes no other by DLPack"
                 )
         platform = platform_of(device)
-        implementation = choose(
-            options.implementation, settings(), platform, requests=registered.requests
-        )
+        requests = registered.spec.rows.requests
+        implementation = choose(options.implementation, settings(), platform, requests=requests)
         self._device = device
         # The batch, padded, in memory of this object's own.
-        self._lengths = torch.zeros((3, registered.requests), dtype=torch.int32, device=device)
+        self._lengths = torch.zeros((3, requests), dtype=torch.int32, device=device)
         self._wide = torch.zeros_like(self._lengths, dtype=torch.int64)
         self._done = torch.cuda.Event() if platform == "gpu" else None
-        plans = [
-            _Plan(registered, nsa_index_topk, options, mode, implementation)
-            for mode in options.forward_modes
-        ]
+        plans = [_Plan(registered, options, mode, implementation) for mode in options.forward_modes]
         self._plans = {(p.rows.tokens_per_request, p.rows.added_tokens): p for p in plans}
         self._pool_array = jax.dlpack.from_dlpack(self._pool.tensor)
         for plan in plans:
@@ -132,26 +128,22 @@ class _Plan:
     def __init__(
         self,
         registered: Registered,
-        nsa_index_topk: int,
         options: DlpackOptions,
         mode: ForwardMode,
         implementation: str,
     ):
         verify = mode is ForwardMode.TARGET_VERIFY
         tokens = checks.integer("num_draft_tokens", options.num_draft_tokens, 1) if verify else None
-        requests = registered.requests
+        largest = registered.spec
+        requests = largest.rows.requests
         if mode is not ForwardMode.DRAFT_EXTEND:
-            requests = min(requests, registered.rows // (tokens or 1))
-        self.rows = Rows.of(mode, requests, tokens, registered.rows)
+            requests = min(requests, largest.rows.count // (tokens or 1))
+        self.rows = Rows.of(mode, requests, tokens, largest.rows.count)
         self._implementation = implementation
-        self._spec = Spec(
+        self._spec = dataclasses.replace(
+            largest,
             rows=self.rows,
-            max_len=min(registered.max_len, options.req_to_token.shape[1]),
-            nsa_index_topk=nsa_index_topk,
-            real_page_size=registered.real_page_size,
-            wide_table="page_indices" in registered.backends[0],
-            tail="keep",
-            num_backends=len(registered.backends),
+            max_len=min(largest.max_len, options.req_to_token.shape[1]),
         )
         shapes = (self._spec.shapes(),) * len(registered.backends)
         sizes, self._structure = jax.tree.flatten(shapes)

@@ -10,7 +10,7 @@ import torch
 from jaxnsa.direct import MAX_BACKENDS
 from jaxnsa.interop.tensors import Checked, check_rows, extent, platform_of
 from jaxnsa.metadata import NSAMetadata
-from jaxnsa.spec import MAX_LEN
+from jaxnsa.spec import MAX_LEN, Rows, Spec
 
 FIELDS = tuple(field.name for field in dataclasses.fields(NSAMetadata))
 TABLES = ("page_indices", "real_page_table")
@@ -22,17 +22,15 @@ class Registered:
     Attributes:
       backends: the tensors of each backend by field name, without the tables that there are not.
       device: where they all are.
-      requests: the most requests.
-      rows: the most rows.
-      max_len: columns of the page table, in tokens.
-      real_page_size: tokens in a physical page.
+      spec: the largest computation that they hold, in place with tail "keep".
     """
 
-    def __init__(self, buffers: Sequence[Any], real_page_size: int):
+    def __init__(self, buffers: Sequence[Any], nsa_index_topk: int, real_page_size: int):
         """Checks everything.
 
         Args:
           buffers: mappings or objects with NSAMetadata's field names.
+          nsa_index_topk: the indexer's top-k, in tokens.
           real_page_size: tokens in a physical page.
 
         Raises:
@@ -41,24 +39,29 @@ class Registered:
         if not isinstance(buffers, Sequence) or not 1 <= len(buffers) <= MAX_BACKENDS:
             got = len(buffers) if isinstance(buffers, Sequence) else type(buffers).__name__
             raise ValueError(f"buffers: got {got}, expected a list of 1 to {MAX_BACKENDS} backends")
-        self.real_page_size = real_page_size
         self.backends = [
             _tensors(f"buffers[{k}]", b, real_page_size) for k, b in enumerate(buffers)
         ]
         first = self.backends[0]
         self.device = first["cache_seqlens"].device
         platform_of(self.device)
-        self.requests = len(first["cache_seqlens"])
-        self.rows = len(first["seqlens_expanded"])
-        self.max_len = (
+        wide = "page_indices" in first
+        max_len = (
             first["page_indices"].shape[1]
-            if "page_indices" in first
+            if wide
             else first["real_page_table"].shape[1] * real_page_size
         )
-        if not 1 <= self.max_len <= MAX_LEN:
-            raise ValueError(
-                f"buffers[0]: got tables for {self.max_len} tokens, expected 1 to 2^30"
-            )
+        if not 1 <= max_len <= MAX_LEN:
+            raise ValueError(f"buffers[0]: got tables for {max_len} tokens, expected 1 to 2^30")
+        self.spec = Spec(
+            rows=Rows(len(first["cache_seqlens"]), len(first["seqlens_expanded"]), None, 0),
+            max_len=max_len,
+            nsa_index_topk=nsa_index_topk,
+            real_page_size=real_page_size,
+            wide_table=wide,
+            tail="keep",
+            num_backends=len(self.backends),
+        )
         self._tensors = [tensor for backend in self.backends for tensor in backend.values()]
         self._names = [f"buffers[{k}].{field}" for k, b in enumerate(self.backends) for field in b]
         for k, backend in enumerate(self.backends):
@@ -102,16 +105,7 @@ class Registered:
             )
 
     def _check_backend(self, name: str, backend: dict[str, torch.Tensor]) -> None:
-        pages = -(-self.max_len // self.real_page_size)
-        shapes = {
-            "cache_seqlens": (self.requests,),
-            "cu_seqlens_k": (self.requests + 1,),
-            "seqlens_expanded": (self.rows,),
-            "nsa_cache_seqlens": (self.rows,),
-            "nsa_cu_seqlens_k": (self.rows + 1,),
-            "page_indices": (self.rows, self.max_len),
-            "real_page_table": (self.rows, pages),
-        }
+        shapes = vars(self.spec.shapes())
         first = self.backends[0]
         if backend.keys() != first.keys():
             differing = ", ".join(sorted(backend.keys() ^ first.keys()))
@@ -123,9 +117,10 @@ class Registered:
                 raise ValueError(
                     f"{name}.{field}: got a tensor on {tensor.device}, expected {self.device}"
                 )
-            if tuple(tensor.shape) != shapes[field]:
+            if tuple(tensor.shape) != shapes[field].shape:
                 raise ValueError(
-                    f"{name}.{field}: got shape {tuple(tensor.shape)}, expected {shapes[field]}"
+                    f"{name}.{field}: got shape {tuple(tensor.shape)}, expected "
+                    f"{shapes[field].shape}"
                 )
             if not tensor.numel() or not tensor.data_ptr():
                 raise ValueError(f"{name}.{field}: got a tensor without memory")

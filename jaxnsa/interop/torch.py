@@ -117,18 +117,18 @@ class BackendBuffers:
         """
         topk = checks.integer("nsa_index_topk", nsa_index_topk, 1)
         page = checks.integer("real_page_size", real_page_size, 1)
-        self._registered = Registered(buffers, page)
+        self._registered = Registered(buffers, topk, page)
         if path is None:
             missing = direct.unavailable(platform_of(self._registered.device))
             path = "dlpack" if missing else "direct"
         checks.one_of("path", path, ("direct", "dlpack"))
         self._path: DirectPath | DlpackPath
         if path == "direct":
-            self._path = DirectPath(self._registered, topk)
+            self._path = DirectPath(self._registered)
         elif dlpack is None:
             raise ValueError('dlpack: got None, expected DlpackOptions as path is "dlpack"')
         else:
-            self._path = DlpackPath(self._registered, topk, dlpack)
+            self._path = DlpackPath(self._registered, dlpack)
 
     @property
     def path(self) -> str:
@@ -169,12 +169,13 @@ class BackendBuffers:
         device = registered.device
         lengths = checked_vector("seq_lens", seq_lens, device, None)
         bs = seq_lens.shape[0]
-        if bs > registered.requests:
-            raise ValueError(f"seq_lens: got {bs} requests, expected at most {registered.requests}")
+        most = registered.spec.rows
+        if bs > most.requests:
+            raise ValueError(f"seq_lens: got {bs} requests, expected at most {most.requests}")
         indices = checked_vector("req_pool_indices", req_pool_indices, device, bs)
         pool = checked_pool(req_to_token, device)
         extend = None
-        rows = _rows(forward_mode, bs, num_draft_tokens, max_total_tokens, registered.rows)
+        rows = _rows(forward_mode, bs, num_draft_tokens, max_total_tokens, most.count)
         if rows.tokens_per_request is None:
             if extend_seq_lens is None:
                 raise ValueError(f"extend_seq_lens: got None, expected a tensor in {forward_mode}")
