@@ -17,17 +17,25 @@ struct Cuda {
 
   static Stream StreamOf(void* stream) { return static_cast<Stream>(stream); }
 
-  // Loads the kernels of the three functions below on the current device, which the first launch of
-  // each would do otherwise.
-  static std::string Load();
-
+  static std::string PrefixSum(Stream stream, PrefixSumVariant variant, const int32_t* x, int64_t n,
+                               int32_t* out);
   static std::string FillDraftExtend(Stream stream, DraftExtendVariant variant,
                                      const DraftExtend& args);
   static std::string CopyMetadata(Stream stream, const Copy& args);
   static std::string FusedMetadata(Stream stream, const Fused& args);
 
-  static std::string PrefixSum(Stream stream, PrefixSumVariant variant, const int32_t* x, int64_t n,
-                               int32_t* out);
+  // Load kernels on the current device, which the first launch of each would do otherwise.
+  static std::string LoadFillDraftExtend();
+  static std::string LoadCopyMetadata();
+  static std::string LoadFusedMetadata();
+
+  // Those of all functions that direct callers have.
+  static std::string Load() {
+    std::string error = LoadFillDraftExtend();
+    if (error.empty()) error = LoadCopyMetadata();
+    if (error.empty()) error = LoadFusedMetadata();
+    return error;
+  }
 };
 
 }  // namespace jaxnsa

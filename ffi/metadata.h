@@ -32,7 +32,6 @@ struct Vector {
   JAXNSA_HOST_DEVICE int64_t operator[](int64_t i) const {
     return is_wide ? static_cast<const int64_t*>(data)[i] : static_cast<const int32_t*>(data)[i];
   }
-
 };
 
 // A value as a length: negative counts as 0, and nothing exceeds int32.
@@ -95,8 +94,9 @@ struct Destination {
   int32_t* real_page_table;   // [rows, pages]
 };
 
-// The whole job. Strides are in elements.
-struct Fused {
+// The whole job, for up to kCapacity backends. Strides are in elements.
+template <int kCapacity>
+struct FusedOf {
   Rows rows;
   Vector req_pool_indices;
   const int32_t* req_to_token;
@@ -108,7 +108,7 @@ struct Fused {
   int32_t real_page_size;
   Tail tail;
   int32_t num_backends;
-  Destination backends[kMaxBackends];
+  Destination backends[kCapacity];
 
   JAXNSA_HOST_DEVICE int32_t pages() const { return (max_len - 1) / real_page_size + 1; }
 
@@ -118,6 +118,8 @@ struct Fused {
     return req_to_token + inside * pool_stride;
   }
 };
+
+using Fused = FusedOf<kMaxBackends>;
 
 // One array of a copy: rows of `columns` elements, to every destination.
 struct CopiedArray {

@@ -113,6 +113,22 @@ def test_long_context_in_place(implementation):
     )
 
 
+@pytest.mark.parametrize("mode", ForwardMode)
+@pytest.mark.parametrize("tail", ("copy", "keep"))
+@pytest.mark.parametrize("bs, max_len", ((11, 131_072), (130, 66_000), (130, 33_003)))
+def test_tables_of_many_pieces(bs, max_len, tail, mode, implementation):
+    """A few large tables: more pieces than there are blocks, and those of the larger size."""
+    check_broadcast(
+        inputs(bs, pool_cols=max_len, pool_rows=7, seed=bs),
+        implementation=implementation,
+        in_place=True,
+        num_backends=1,
+        forward_mode=mode,
+        tail=tail,
+        **mode_options(mode, bs),
+    )
+
+
 @pytest.mark.parametrize("slack", (-1000, -9, -1, 0, 40))
 @pytest.mark.parametrize("bs", (0, 1, 31, 100))
 @pytest.mark.parametrize("in_place", (False, True))

@@ -1,0 +1,45 @@
+// How kernels are launched.
+#ifndef JAXNSA_CUDA_LAUNCH_H_
+#define JAXNSA_CUDA_LAUNCH_H_
+
+#include <cstdint>
+#include <string>
+
+#include "cuda.h"
+
+namespace jaxnsa {
+
+inline int64_t CeilDiv(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// What went wrong in a call about a kernel, or "".
+inline std::string ErrorOf(const char* kernel, cudaError_t error) {
+  if (error == cudaSuccess) return "";
+  cudaGetLastError();  // or the next caller of CUDA would find it
+  return std::string("kernel ") + kernel + ": " + cudaGetErrorString(error);
+}
+
+// Launches a kernel on a row of blocks.
+template <typename... Parameters>
+std::string Launch(const char* name, cudaStream_t stream, void (*kernel)(Parameters...),
+                   int64_t blocks, int threads, const Parameters&... parameters) {
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(static_cast<unsigned>(blocks));
+  config.blockDim = dim3(threads);
+  config.stream = stream;
+  return ErrorOf(name, cudaLaunchKernelEx(&config, kernel, parameters...));
+}
+
+// Loads kernels on the current device, which the first launch of each would do otherwise.
+template <typename... Kernels>
+std::string LoadKernels(const char* name, Kernels... kernels) {
+  cudaFuncAttributes attributes;
+  cudaError_t error = cudaSuccess;
+  for (const void* kernel : {reinterpret_cast<const void*>(kernels)...}) {
+    if (error == cudaSuccess) error = cudaFuncGetAttributes(&attributes, kernel);
+  }
+  return ErrorOf(name, error);
+}
+
+}  // namespace jaxnsa
+
+#endif  // JAXNSA_CUDA_LAUNCH_H_
