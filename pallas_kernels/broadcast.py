@@ -10,7 +10,7 @@ from jax.experimental import pallas as pl
 from pallas_kernels.lanes import Lanes, access_width
 from pallas_kernels.launch import launch
 from pallas_kernels.rows import Location, Request
-from pallas_kernels.tables import Table
+from pallas_kernels.tables import Table, Targets
 from pallas_kernels.tuning import BlockConfig
 
 _MAX_FLAT = 2**31 - 1  # elements that an int32 index reaches
@@ -76,7 +76,7 @@ def broadcast(
                     Request(kv_len, 1),
                     lambda: Location(row, 1, len(sources[k])),
                     lambda location, body: None,
-                    [(result[k], ()) for result in results],
+                    Targets([(result[k], ()) for result in results]),
                 )
 
             first += count

@@ -22,7 +22,7 @@ from pallas_kernels.rows import (
     prefix_sums,
     write_row_lengths,
 )
-from pallas_kernels.tables import Destination, Table
+from pallas_kernels.tables import Destination, Table, Targets
 from pallas_kernels.tuning import BlockConfig
 
 
@@ -62,8 +62,9 @@ def fused_metadata(
     # Page starts form a vector where the pool's rows are whole pages.
     paged = pool_cols % real_page_size == 0
     real = Table.of(rows.requests, job.pages, real_page_size, tail, int(paged), config)
+    together = job.wide_table and real_page_size > 1 and wide.yields_pages(real_page_size)
     wide_blocks = wide.blocks if job.wide_table else 0
-    real_blocks = real.blocks if real_page_size > 1 else 0
+    real_blocks = real.blocks if real_page_size > 1 and not together else 0
     blocks = 1 + wide_blocks + real_blocks
 
     inputs: dict[str, Any] = {
@@ -93,10 +94,11 @@ def fused_metadata(
         def _():
             _write_lengths(lanes, rows, seq_lens, extend, spill, i, destinations)
 
-        def write(table: Table, first_block: int, read, field: str) -> None:
+        def write(table: Table, first_block: int, read, targets: Targets) -> None:
             @pl.when((block >= first_block) & (block < first_block + table.blocks))
             def _():
                 slot = jnp.clip(inputs["indices"][i], 0, pool_rows - 1)
+                lanes.issue(slot)
                 request = load_request(rows, seq_lens, extend, i)
                 table.write(
                     lanes,
@@ -105,11 +107,14 @@ def fused_metadata(
                     request,
                     lambda: locate(lanes, rows, request, extend, spill, i),
                     lambda location, body: for_spare_rows(rows, location, i, body),
-                    destinations(field),
+                    targets,
                 )
 
         if wide_blocks:
-            write(wide, 1, lambda slot, columns: inputs["pool"][slot, columns], "page_indices")
+            targets = Targets(destinations("page_indices"))
+            if together:
+                targets = Targets(targets.tables, destinations("real_page_table"), real_page_size)
+            write(wide, 1, lambda slot, columns: inputs["pool"][slot, columns], targets)
         if real_blocks:
 
             def read_pages(slot, columns):
@@ -119,7 +124,7 @@ def fused_metadata(
                     )
                 return floor_div(inputs["pool"][slot, columns * real_page_size], real_page_size)
 
-            write(real, 1 + wide_blocks, read_pages, "real_page_table")
+            write(real, 1 + wide_blocks, read_pages, Targets(destinations("real_page_table")))
 
     return launch(
         kernel,

@@ -14,7 +14,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.streaming import store_streaming
+from pallas_kernels import streaming
 
 LANES = 128
 _UNROLL = 8  # vectors in flight while summing over requests
@@ -42,18 +42,71 @@ class Lanes:
         """A vector from memory."""
         return self.laid_out(ref[index], width)
 
+    def issue(self, scalar: jax.Array) -> None:
+        """Has the load of a scalar under way from here on.
+
+        A load that only a branch needs is moved into it by LLVM, where it starts when the condition
+        is known: two latencies in a row instead of one.
+        """
+        if self._interpret:
+            return
+
+        @plgpu.inline_mgpu(arg_types=(plgpu.Layout.WG_SPLAT(()),))
+        def use(_, value):
+            streaming.use(value)
+
+        use(scalar)
+
     def store(self, ref, index, vector: jax.Array, width: int = 1) -> None:
-        """Stores a vector that this kernel does not read again, past the caches."""
+        """Stores a vector that this kernel does not read again."""
         if self._interpret:
             ref[index] = vector
+        else:
+            self._inline(streaming.store, width, vector)(ref.at[index], vector)
+
+    def store_some(self, ref, index, vector: jax.Array, count: jax.Array, width: int = 1) -> None:
+        """Stores the first elements of a vector, `count` of them, and touches nothing else."""
+        left = count - self.iota(vector.size, width)
+        if self._interpret:
+            ref[index] = jnp.where(left > 0, vector, ref[index])
+        else:
+            self._inline(streaming.store_some, width, vector, left)(ref.at[index], vector, left)
+
+    def store_pages(
+        self, ref, index, columns: jax.Array, start, end, page: int, width: int = 1
+    ) -> None:
+        """Stores the pages of a table's columns [start, start + columns.size) below `end`.
+
+        A page starts where a column is a multiple of `page`: its number, the column's value divided
+        by `page`, goes to `ref[(*index, column // page)]`. At most one starts in an access: `page`
+        is a multiple of `width`.
+        """
+        column = start + self.iota(columns.size, width)
+        position = floor_div(column, page)
+        starts = (column == position * page) & (column < end)
+        pages = floor_div(columns, page)
+        if not self._interpret:
+            positions = jnp.where(starts, position, -1)
+            self._inline(streaming.scatter, width, pages, positions)(
+                ref.at[index], pages, positions
+            )
             return
-        layout = plgpu.Layout.WG_STRIDED(vector.shape, vec_size=width)
+        first = lax.div(start + (page - 1), jnp.int32(page))
+        for k in range(-(-columns.size // page)):
+            here = starts & (position == first + k)
 
-        @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), layout))
-        def stream(_, memory, registers):
-            store_streaming(memory, registers, width)
+            @pl.when(jnp.sum(here.astype(jnp.int32)) > 0)
+            def _(k=k, here=here):
+                ref[(*index, first + k)] = jnp.sum(jnp.where(here, pages, 0))
 
-        stream(ref.at[index], vector)
+    def _inline(self, store: Callable, width: int, *vectors: jax.Array) -> Callable:
+        layouts = [plgpu.Layout.WG_STRIDED(v.shape, vec_size=width) for v in vectors]
+
+        @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), *layouts))
+        def inlined(_, memory, *registers):
+            store(memory, *registers, width)
+
+        return inlined
 
     def iota(self, size: int, width: int = 1) -> jax.Array:
         """0, 1, ..., size - 1."""

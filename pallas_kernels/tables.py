@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +15,20 @@ from pallas_kernels.tuning import BlockConfig
 
 Destination = tuple[Any, tuple[int, ...]]
 """A ref [..., rows, columns] and the index of its leading axes."""
+
+
+class Targets(NamedTuple):
+    """Where the columns of a table go.
+
+    Attributes:
+      tables: as they are.
+      pages: where the pages that start in them go, if the table yields any.
+      page_size: tokens in a page.
+    """
+
+    tables: Sequence[Destination]
+    pages: Sequence[Destination] = ()
+    page_size: int = 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,6 +70,10 @@ class Table:
         """Columns of one vector."""
         return LANES * self.width
 
+    def yields_pages(self, page: int) -> bool:
+        """Whether a page table can be written out of this table's columns while they are moved."""
+        return self.tokens == 1 and self.width > 0 and page % self.width == 0
+
     def write(
         self,
         lanes: Lanes,
@@ -64,7 +82,7 @@ class Table:
         request: Request,
         locate: Callable[[], Location],
         for_spare_rows: Callable[[Location, Callable], None],
-        destinations: Sequence[Destination],
+        targets: Targets,
     ) -> None:
         """Writes the share of one block in all rows of a request.
 
@@ -76,12 +94,12 @@ class Table:
           locate: tells which they are. That may take its time: where a block has one turn, its
             loads are under way by then.
           for_spare_rows: calls a function for each of the rows past the total to fill with 0.
-          destinations: where to.
+          targets: where to.
         """
         if not self.width:
             first = block * self.config.scalars
             columns = [first + k for k in range(self.config.scalars)]
-            self._write_scalars(columns, read, request, locate(), for_spare_rows, destinations)
+            self._write_scalars(columns, read, request, locate(), for_spare_rows, targets.tables)
             return
         chunk_columns = self.config.windows * self.window
         windows = self.columns // self.window
@@ -94,7 +112,7 @@ class Table:
             def write(count, more=()):
                 starts = [chunk * chunk_columns + k * self.window for k in range(count)]
                 self._write_windows(
-                    lanes, starts + list(more), read, request, locate, for_spare_rows, destinations
+                    lanes, starts + list(more), read, request, locate, for_spare_rows, targets
                 )
 
             if in_last == self.config.windows and not rest:
@@ -127,7 +145,7 @@ class Table:
             return self._live(request, 0)
         return jnp.maximum(self._live(request, 0), self._live(request, request.tokens - 1))
 
-    def _write_windows(self, lanes, starts, read, request, locate, for_spare_rows, destinations):
+    def _write_windows(self, lanes, starts, read, request, locate, for_spare_rows, targets):
         keep = self.tail == "keep"
         longest = self._longest(request) if keep else self.columns
 
@@ -140,6 +158,26 @@ class Table:
             nothing = lanes.zeros(self.window, self.width)
             return lax.cond(start < longest, window, lambda: nothing)
 
+        def write_window(row, start, window, end):
+            columns = pl.ds(start, self.window)
+
+            def whole():
+                for ref, lead in targets.tables:
+                    lanes.store(ref, (*lead, row, columns), window, self.width)
+
+            def part():
+                for ref, lead in targets.tables:
+                    index = (*lead, row, columns)
+                    lanes.store_some(ref, index, window, end - start, self.width)
+
+            if keep:
+                lax.cond(start + self.window <= end, whole, part)
+            else:
+                whole()
+            for ref, lead in targets.pages:
+                index = (*lead, row)
+                lanes.store_pages(ref, index, window, start, end, targets.page_size, self.width)
+
         def write():
             iota = lanes.iota(self.window, self.width)
             windows = [load(start) for start in starts]
@@ -148,14 +186,9 @@ class Table:
             def write_row(j, row):
                 live = self.columns if self.tail == "copy" else self._live(request, j)
                 for start, window in zip(starts, windows, strict=True):
-                    columns = pl.ds(start, self.window)
-                    if keep:
-                        self._keep(lanes, iota, row, start, window, live, destinations)
-                        continue
                     if self.tail == "zero":
                         window = jnp.where(start + iota < live, window, 0)
-                    for ref, lead in destinations:
-                        lanes.store(ref, (*lead, row, columns), window, self.width)
+                    write_window(row, start, window, live if keep else self.columns)
 
             for_rows(location, write_row)
             if keep:
@@ -164,8 +197,7 @@ class Table:
 
             def clear_row(row):
                 for start in starts:
-                    for ref, lead in destinations:
-                        lanes.store(ref, (*lead, row, pl.ds(start, self.window)), zeros, self.width)
+                    write_window(row, start, zeros, self.columns)
 
             for_spare_rows(location, clear_row)
 
@@ -173,21 +205,6 @@ class Table:
             pl.when(starts[0] < longest)(write)
         else:
             write()
-
-    def _keep(self, lanes, iota, row, start, window, live, destinations):
-        columns = pl.ds(start, self.window)
-
-        @pl.when(start + self.window <= live)
-        def _():
-            for ref, lead in destinations:
-                lanes.store(ref, (*lead, row, columns), window, self.width)
-
-        @pl.when((start < live) & (live < start + self.window))
-        def _():
-            for ref, lead in destinations:
-                index = (*lead, row, columns)
-                held = lanes.load(ref, index, self.width)
-                ref[index] = jnp.where(start + iota < live, window, held)
 
     def _write_scalars(self, columns, read, request, location, for_spare_rows, destinations):
         values = [read(jnp.minimum(column, self.columns - 1)) for column in columns]

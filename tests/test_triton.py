@@ -29,10 +29,8 @@ def test_under_the_interpreter():
     if jax.default_backend() != "cpu":
         pytest.skip("runs on a machine without a GPU")
     file = Path(__file__).with_name("interpreted_triton.py")
-    if tuple(map(int, version("triton").split(".")[:2])) < (3, 7):
-        pytest.skip(
-            "runs with Triton 3.7 or newer, whose interpreter wraps int32 and takes NumPy 2.4"
-        )
+    if tuple(map(int, version("triton").split(".")[:2])) < (3, 9):
+        pytest.skip("runs with Triton 3.9 or newer, whose interpreter wraps int32")
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", file],
         env=os.environ | {"TRITON_INTERPRET": "1"},
