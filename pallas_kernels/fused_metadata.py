@@ -77,7 +77,7 @@ def fused_metadata(
     if real_blocks and paged:
         inputs["pages"] = req_to_token.reshape(pool_rows, -1, real_page_size)
 
-    def kernel(index, inputs, results, spill):
+    def kernel(index, inputs, results, scratch):
         # Neighbouring blocks write neighbouring memory.
         i, block = lax.div(index, jnp.int32(blocks)), lax.rem(index, jnp.int32(blocks))
         seq_lens, extend = inputs["seq_lens"], inputs.get("extend")
@@ -92,7 +92,7 @@ def fused_metadata(
 
         @pl.when(block == 0)
         def _():
-            _write_lengths(lanes, rows, seq_lens, extend, spill, i, destinations)
+            _write_lengths(lanes, rows, seq_lens, extend, scratch, i, destinations)
 
         def write(table: Table, first_block: int, read, targets: Targets) -> None:
             @pl.when((block >= first_block) & (block < first_block + table.blocks))
@@ -105,7 +105,7 @@ def fused_metadata(
                     block - first_block,
                     lambda columns: read(slot, columns),
                     request,
-                    lambda: locate(lanes, rows, request, extend, spill, i),
+                    lambda: locate(lanes, rows, request, extend, scratch, i),
                     lambda location, body: for_spare_rows(rows, location, i, body),
                     targets,
                 )
@@ -137,11 +137,11 @@ def fused_metadata(
     )
 
 
-def _write_lengths(lanes, rows: RowMap, seq_lens, extend, spill, i, destinations) -> None:
+def _write_lengths(lanes, rows: RowMap, seq_lens, extend, scratch, i, destinations) -> None:
     """All arrays but the tables, as far as request i goes."""
     request = load_request(rows, seq_lens, extend, i)
-    location = locate(lanes, rows, request, extend, spill, i)
-    sums = prefix_sums(lanes, rows, seq_lens, extend, spill, i)
+    location = locate(lanes, rows, request, extend, scratch, i)
+    sums = prefix_sums(lanes, rows, seq_lens, extend, scratch, i)
 
     def store(field: str, index, value) -> None:
         for ref, lead in destinations(field):

@@ -4,7 +4,6 @@ Mosaic GPU holds arrays of a multiple of 128 elements, spread over the 128 threa
 On hardware every such array needs a layout; the interpreter has none.
 """
 
-import functools
 import math
 from collections.abc import Callable
 
@@ -14,11 +13,10 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels import streaming
+from pallas_kernels import ptx
 
 LANES = 128
 _UNROLL = 8  # vectors in flight while summing over requests
-_SERIAL = 32  # requests up to which adding one by one is faster than a vector and its reduction
 
 
 def access_width(*pitches: int) -> int:
@@ -42,6 +40,41 @@ class Lanes:
         """A vector from memory."""
         return self.laid_out(ref[index], width)
 
+    def load_some(self, ref, start: int, count: int) -> jax.Array:
+        """128 elements from `start` on, of which `count` exist and the others are 0."""
+        if self._interpret:
+            return jnp.pad(ref[pl.ds(start, count)], (0, LANES - count))
+        layout = plgpu.Layout.WG_STRIDED((LANES,), vec_size=1)
+
+        @plgpu.inline_mgpu(
+            arg_types=(plgpu.RefType(),),
+            return_type=plgpu.ShapeDtypeStruct((LANES,), jnp.int32, layout=layout),
+        )
+        def load(_, memory):
+            return ptx.load_some(memory, start, count)
+
+        return load(ref)
+
+    def sums(self, scratch, *vectors: jax.Array) -> list[jax.Array]:
+        """The sum of each of several vectors of 128 elements; wraps as int32 does.
+
+        Args:
+          scratch: int32 [128] in shared memory.
+          vectors: at most 32 of them.
+        """
+        if self._interpret:
+            return [jnp.sum(v) for v in vectors]
+        splat = plgpu.ShapeDtypeStruct((), jnp.int32, layout=plgpu.Layout.WG_SPLAT(()))
+        layouts = [plgpu.Layout.WG_STRIDED(v.shape, vec_size=1) for v in vectors]
+
+        @plgpu.inline_mgpu(
+            arg_types=(plgpu.RefType(), *layouts), return_type=[splat] * len(vectors)
+        )
+        def add_up(_, memory, *addends):
+            return ptx.sums(memory, *addends)
+
+        return add_up(scratch, *vectors)
+
     def issue(self, scalar: jax.Array) -> None:
         """Has the load of a scalar under way from here on.
 
@@ -53,7 +86,7 @@ class Lanes:
 
         @plgpu.inline_mgpu(arg_types=(plgpu.Layout.WG_SPLAT(()),))
         def use(_, value):
-            streaming.use(value)
+            ptx.use(value)
 
         use(scalar)
 
@@ -62,7 +95,7 @@ class Lanes:
         if self._interpret:
             ref[index] = vector
         else:
-            self._inline(streaming.store, width, vector)(ref.at[index], vector)
+            self._inline(ptx.store, width, vector)(ref.at[index], vector)
 
     def store_some(self, ref, index, vector: jax.Array, count: jax.Array, width: int = 1) -> None:
         """Stores the first elements of a vector, `count` of them, and touches nothing else."""
@@ -70,7 +103,7 @@ class Lanes:
         if self._interpret:
             ref[index] = jnp.where(left > 0, vector, ref[index])
         else:
-            self._inline(streaming.store_some, width, vector, left)(ref.at[index], vector, left)
+            self._inline(ptx.store_some, width, vector, left)(ref.at[index], vector, left)
 
     def store_pages(
         self, ref, index, columns: jax.Array, start, end, page: int, width: int = 1
@@ -87,9 +120,7 @@ class Lanes:
         pages = floor_div(columns, page)
         if not self._interpret:
             positions = jnp.where(starts, position, -1)
-            self._inline(streaming.scatter, width, pages, positions)(
-                ref.at[index], pages, positions
-            )
+            self._inline(ptx.scatter, width, pages, positions)(ref.at[index], pages, positions)
             return
         first = lax.div(start + (page - 1), jnp.int32(page))
         for k in range(-(-columns.size // page)):
@@ -129,60 +160,50 @@ def sum_over_requests(
     lanes: Lanes,
     requests: int,
     refs: tuple,
-    spill,
+    scratch,
     terms: Callable[..., tuple[jax.Array, ...]],
     limit: int | None = None,
-) -> tuple[jax.Array, ...]:
+) -> list[jax.Array]:
     """Sums over all requests, which wrap as int32 does or stop at a limit.
 
     Args:
       lanes: vector operations.
-      requests: the length of each of `refs`.
+      requests: the length of each of `refs`, at least 1.
       refs: int32 [requests] in global memory.
-      spill: int32 [len(refs), 128] in shared memory.
+      scratch: int32 [128] in shared memory.
       terms: called with the indices of 128 requests, whether each exists, and the 128 values of
         each ref; returns the vectors to add up.
       limit: where sums stop; terms must then be in [0, limit].
     """
-    if requests <= _SERIAL:
-        values = [[ref[k] for ref in refs] for k in range(requests)]
-        added = [terms(jnp.int32(k), True, *v) for k, v in enumerate(values)]
-        return functools.reduce(lambda sums, t: _add(sums, t, limit), added)
-
-    whole = requests // LANES
     iota = lanes.iota(LANES)
+    whole, rest = divmod(requests - 1, LANES)
 
-    def add(sums, first, vectors):
+    def of_block(first, vectors):
         index = first + iota
-        return _add(sums, terms(index, index < requests, *vectors), limit)
+        return terms(index, index < requests, *vectors)
 
-    def load(block):
-        return [lanes.load(ref, pl.ds(block * LANES, LANES)) for ref in refs]
-
-    def add_unrolled(first_block, blocks, sums):
-        loaded = [load(first_block + b) for b in range(blocks)]
-        for b, vectors in enumerate(loaded):
-            sums = add(sums, (first_block + b) * LANES, vectors)
+    def add_blocks(first_block, blocks, sums):
+        starts = [(first_block + b) * LANES for b in range(blocks)]
+        loaded = [[lanes.load(ref, pl.ds(start, LANES)) for ref in refs] for start in starts]
+        for start, vectors in zip(starts, loaded, strict=True):
+            sums = _add(sums, of_block(start, vectors), limit)
         return sums
 
-    one = terms(iota, iota < requests, *[iota] * len(refs))
-    sums = tuple(lanes.zeros(LANES) for _ in one)
+    # The last block may be shorter than a vector.
+    last = [lanes.load_some(ref, whole * LANES, rest + 1) for ref in refs]
+    sums = of_block(whole * LANES, last)
     rounds = whole // _UNROLL
     if rounds:
         sums = lax.fori_loop(
-            0, rounds, lambda k, sums: add_unrolled(k * _UNROLL, _UNROLL, sums), sums
+            0, rounds, lambda k, sums: add_blocks(k * _UNROLL, _UNROLL, sums), sums
         )
-    sums = add_unrolled(rounds * _UNROLL, whole % _UNROLL, sums)
-    if requests % LANES:
-        # Fewer than 128 are left: a vector load would reach past the end.
-        for r, ref in enumerate(refs):
-            for k in range(requests % LANES):
-                spill[r, k] = ref[whole * LANES + k]
-        vectors = [lanes.load(spill, (r, pl.ds(0, LANES))) for r in range(len(refs))]
-        sums = add(sums, whole * LANES, vectors)
+    sums = add_blocks(rounds * _UNROLL, whole % _UNROLL, sums)
     if limit is None:
-        return tuple(jnp.sum(s) for s in sums)
-    return tuple(_limited_sum(s, limit) for s in sums)
+        return lanes.sums(scratch, *sums)
+    # By halves, which cannot leave int32.
+    halves = [half for s in sums for half in (s & 0xFFFF, s >> 16)]
+    added = lanes.sums(scratch, *halves)
+    return [_limited(low, high, limit) for low, high in zip(added[::2], added[1::2], strict=True)]
 
 
 def _add(sums: tuple, terms: tuple, limit: int | None) -> tuple:
@@ -192,9 +213,8 @@ def _add(sums: tuple, terms: tuple, limit: int | None) -> tuple:
     return tuple(jnp.where(s > limit - t, limit, s + t) for s, t in pairs)
 
 
-def _limited_sum(vector: jax.Array, limit: int) -> jax.Array:
-    """min(limit, the sum of 128 nonnegative values), by halves that cannot leave int32."""
-    low = jnp.sum(vector & 0xFFFF)
-    high = jnp.sum(vector >> 16) + (low >> 16)
+def _limited(low: jax.Array, high: jax.Array, limit: int) -> jax.Array:
+    """min(limit, (high << 16) + low)."""
+    high = high + (low >> 16)
     total = (high << 16) | (low & 0xFFFF)
     return jnp.where(high > 0x7FFF, limit, jnp.minimum(total, limit))

@@ -19,7 +19,7 @@ def launch(
     shapes: Any,
     *,
     blocks: int,
-    shared: tuple[int, ...] = (2, LANES),
+    shared: tuple[int, ...] = (LANES,),
     name: str,
     interpret: Any,
 ) -> Any:

@@ -71,7 +71,7 @@ def load_request(rows: RowMap, seq_lens, extend_seq_lens, i: jax.Array) -> Reque
 
 
 def locate(
-    lanes: Lanes, rows: RowMap, request: Request, extend_seq_lens, spill, i: jax.Array
+    lanes: Lanes, rows: RowMap, request: Request, extend_seq_lens, scratch, i: jax.Array
 ) -> Location:
     """Which rows request i has."""
     if rows.tokens_per_request is not None:
@@ -83,13 +83,13 @@ def locate(
         return jnp.where(index < i, q, 0), jnp.where(exists, q, 0)
 
     first, total = sum_over_requests(
-        lanes, rows.requests, (extend_seq_lens,), spill, terms, limit=rows.rows
+        lanes, rows.requests, (extend_seq_lens,), scratch, terms, limit=rows.rows
     )
     return Location(first, jnp.minimum(request.tokens, rows.rows - first), total)
 
 
 def prefix_sums(
-    lanes: Lanes, rows: RowMap, seq_lens, extend_seq_lens, spill, i: jax.Array
+    lanes: Lanes, rows: RowMap, seq_lens, extend_seq_lens, scratch, i: jax.Array
 ) -> PrefixSums:
     """Sums of lengths over the requests before request i."""
     ragged = rows.tokens_per_request is None
@@ -106,7 +106,7 @@ def prefix_sums(
         )
 
     refs = (seq_lens, extend_seq_lens) if ragged else (seq_lens,)
-    cache, nsa, *nsa_total = sum_over_requests(lanes, rows.requests, refs, spill, terms)
+    cache, nsa, *nsa_total = sum_over_requests(lanes, rows.requests, refs, scratch, terms)
     return PrefixSums(cache, nsa, nsa_total[0] if ragged else nsa)
 
 

@@ -36,11 +36,11 @@ def seqlen_expansion(
     rows = RowMap(requests, max_total_tokens, None, 0, nsa_index_topk)
     lanes = Lanes(bool(interpret))
 
-    def kernel(i, inputs, result, spill):
+    def kernel(i, inputs, result, scratch):
         extend, lens = inputs
         request = load_request(rows, lens, extend, i)
-        location = locate(lanes, rows, request, extend, spill, i)
-        sums = prefix_sums(lanes, rows, lens, extend, spill, i)
+        location = locate(lanes, rows, request, extend, scratch, i)
+        sums = prefix_sums(lanes, rows, lens, extend, scratch, i)
 
         def store(name, index, value):
             getattr(result, name)[index] = value
@@ -53,7 +53,7 @@ def seqlen_expansion(
                 lanes,
                 requests,
                 (extend,),
-                spill,
+                scratch,
                 lambda index, exists, q: (jnp.where(exists, jnp.maximum(q, 0), 0),),
             )
             result.total_tokens[0] = total

@@ -60,12 +60,12 @@ def test_sums_over_requests(requests, limit, interpreted):
     values = rng.integers(0, high, requests, endpoint=True, dtype=np.int32)
     middle = requests // 2
 
-    def kernel(_, ref, result, spill):
+    def kernel(_, ref, result, scratch):
         before, everything = pallas_kernels.lanes.sum_over_requests(
             pallas_kernels.lanes.Lanes(interpret=True),
             requests,
             (ref,),
-            spill,
+            scratch,
             lambda index, exists, v: (
                 jnp.where(index < middle, v, 0),
                 jnp.where(exists, v, 0),

@@ -1,14 +1,20 @@
-"""Stores that Pallas has no name for: past the caches, and of some of a vector's elements.
+"""PTX that Pallas has no name for, as functions for `plgpu.inline_mgpu`.
 
-A launch writes every destination once and reads none of them, so lines that it wrote are the first
-that the L2 cache can do without: `st.global.cs`.
+Loads and stores of some of a vector's elements, and sums that all warps exchange at once. A launch
+writes every destination once and reads none of them, so lines that it wrote are the first that the
+L2 cache can do without: stores are `st.global.cs`.
 """
 
+import functools
 from collections.abc import Iterator
+from typing import Any
 
+import numpy as np
 from jax.experimental.mosaic import gpu as mgpu
 from jaxlib.mlir import ir
-from jaxlib.mlir.dialects import llvm, vector
+from jaxlib.mlir.dialects import arith, llvm, vector
+
+_WARPS = 4  # of a warpgroup
 
 
 def store(memory: ir.Value, registers: mgpu.FragmentedArray, width: int) -> None:
@@ -77,6 +83,61 @@ def scatter(
         )
 
 
+def load_some(memory: ir.Value, start: int, count: int) -> mgpu.FragmentedArray:
+    """Loads int32 elements [start, start + count), and 0 behind them up to 128.
+
+    Args:
+      memory: memref of one dimension.
+      start: the first element.
+      count: at most 128.
+    """
+    i32 = ir.IntegerType.get_signless(32)
+    value = _assembly(
+        "{ .reg .pred exists; .reg .b64 at; setp.lt.s32 exists, $2, $4; mov.b32 $0, 0;"
+        " mad.wide.s32 at, $3, 4, $1; @exists ld.global.b32 $0, [at]; }",
+        mgpu.utils.memref_ptr(memory),
+        mgpu.utils.thread_idx(),
+        arith.addi(mgpu.utils.thread_idx(), mgpu.utils.c(start, i32)),
+        mgpu.utils.c(count, i32),
+        result=i32,
+    )
+    register = vector.broadcast(ir.VectorType.get((1,), i32), value)
+    return mgpu.FragmentedArray(
+        _registers=np.array([register], dtype=object),
+        _layout=mgpu.WGStridedFragLayout((mgpu.utils.WARPGROUP_SIZE,), vec_size=1),
+        _is_signed=True,
+    )
+
+
+def sums(memory: ir.Value, *addends: mgpu.FragmentedArray) -> list[mgpu.FragmentedArray]:
+    """The sum of each of several int32 arrays of 128 elements; wraps as int32 does.
+
+    Each warp adds up its own and tells the others: one exchange, however many there are.
+
+    Args:
+      memory: memref of shared memory, at least four int32 for each sum.
+      addends: the arrays.
+    """
+    i32 = ir.IntegerType.get_signless(32)
+    base = mgpu.utils.memref_ptr(memory)
+    warp = arith.shrui(mgpu.utils.thread_idx(), mgpu.utils.c(5, i32))
+    for k, addend in enumerate(addends):
+        values = _elements(addend.registers.item(), 1)
+        of_warp = _assembly("redux.sync.add.s32 $0, $1, 0xffffffff;", *values, result=i32)
+        index = arith.addi(warp, mgpu.utils.c(_WARPS * k, i32))
+        llvm.store(of_warp, mgpu.utils.getelementptr(base, [index], i32))
+    mgpu.utils.warpgroup_barrier()
+    results = []
+    for k in range(len(addends)):
+        place = mgpu.utils.getelementptr(base, [_WARPS * k], i32)
+        parts = llvm.load(ir.VectorType.get((_WARPS,), i32), place, alignment=4 * _WARPS)
+        total = functools.reduce(arith.addi, _elements(parts, _WARPS))
+        layout = mgpu.WGSplatFragLayout(())
+        results.append(mgpu.FragmentedArray.splat(total, (), layout, is_signed=True))
+    mgpu.utils.warpgroup_barrier()  # before the memory is used again
+    return results
+
+
 def use(scalar: mgpu.FragmentedArray) -> None:
     """An instruction that is none, but needs a scalar."""
     _assembly("", scalar.registers.item())
@@ -103,8 +164,12 @@ def _elements(register: ir.Value, count: int) -> list[ir.Value]:
     ]
 
 
-def _assembly(text: str, *operands: ir.Value) -> None:
-    constraints = ("l" if isinstance(o.type, llvm.PointerType) else "r" for o in operands)
-    llvm.inline_asm(
-        ir.Type.parse("!llvm.void"), operands, text, ",".join(constraints), has_side_effects=True
+def _assembly(text: str, *operands: ir.Value, result: ir.Type | None = None) -> Any:
+    constraints = ["l" if isinstance(o.type, llvm.PointerType) else "r" for o in operands]
+    return llvm.inline_asm(
+        result or ir.Type.parse("!llvm.void"),
+        operands,
+        text,
+        ",".join([*(["=r"] if result else []), *constraints]),
+        has_side_effects=True,
     )
