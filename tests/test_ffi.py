@@ -7,7 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import assert_same, inputs, mode_options
+from conftest import ON_GPU
+from helpers import assert_same, check_broadcast, inputs, mode_options
 from jax import export
 
 import jaxnsa
@@ -43,6 +44,22 @@ def test_draft_extend_variants(bs, variant):
         options = {"nsa_index_topk": 64, "max_total_tokens": capacity}
         actual = eager(ffi.fill_draft_extend_metadata, extend, seq_lens, variant=variant, **options)
         assert_same(actual, reference.fill_draft_extend_metadata(extend, seq_lens, **options))
+
+
+@pytest.mark.parametrize("name", [pytest.param("ffi", marks=[pytest.mark.gpu] if ON_GPU else [])])
+@pytest.mark.parametrize("mode", ForwardMode)
+@pytest.mark.parametrize("num_backends", (8, 9, 64, 65))
+def test_numbers_of_backends(num_backends, mode, name):
+    """One CUDA kernel takes up to 8, another up to 64; more take another launch."""
+    check_broadcast(
+        inputs(7, pool_cols=1000),
+        implementation=name,
+        in_place=True,
+        num_backends=num_backends,
+        forward_mode=mode,
+        real_page_size=16,
+        **mode_options(mode, 7),
+    )
 
 
 def test_unknown_variant():
