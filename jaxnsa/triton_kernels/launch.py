@@ -2,8 +2,10 @@
 
 import functools
 import importlib
+import inspect
 import linecache
 import os
+import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -13,9 +15,14 @@ import numpy as np
 import triton
 import triton.language as tl
 from jax import lax
+from jax.interpreters import partial_eval
+from jaxlib import gpu_triton
 
 INTERPRET = triton.knobs.runtime.interpret
 """Whether Triton's interpreter runs the kernels, on the CPU."""
+
+_INTERPRETER = threading.Lock()
+"""It patches Triton while it runs, and XLA calls back from several threads."""
 
 OLDEST_CAPABILITY = 80
 """Ampere. Where there is no GPU kernels are compiled for it, and newer ones take them."""
@@ -97,14 +104,26 @@ class _Signature(NamedTuple):
 
 @functools.cache
 def import_jax_triton() -> ModuleType:
-    """jax-triton, which empties TRITON_CACHE_DIR for every user of Triton: put back here."""
+    """jax-triton; ImportError where it, or the part of JAX's CUDA plugin that it needs, is missing.
+
+    It empties TRITON_CACHE_DIR for every user of Triton, which is put back here. Its rule for what
+    XLA may drop is that of jax 0.11, which gives rules one argument less than jax 0.12.
+    """
     directory = os.environ.get("TRITON_CACHE_DIR")
     try:
-        return importlib.import_module("jax_triton")
+        jax_triton = importlib.import_module("jax_triton")
     finally:
         os.environ.pop("TRITON_CACHE_DIR", None)
         if directory is not None:
             os.environ["TRITON_CACHE_DIR"] = directory
+    if not hasattr(gpu_triton, "TritonKernel"):
+        raise ImportError("JAX's CUDA plugin is not installed")
+    call = importlib.import_module("jax_triton.triton_lib").triton_kernel_call_p
+    rules: dict[Any, Any] = partial_eval.dce_rules
+    rule = rules.get(call)
+    if jax.__version_info__ >= (0, 12) and rule and len(inspect.signature(rule).parameters) == 2:
+        rules[call] = lambda used, live, equation: rule(used, equation)
+    return jax_triton
 
 
 def _call(signature, shapes, *arrays, programs, warps, scalars, constants):
@@ -147,7 +166,8 @@ def _interpret(signature, shapes, *arrays, programs, warps, scalars, constants):
         copies = [torch.from_numpy(np.array(array)) for array in arrays]
         inputs, results = copies[: signature.inputs], copies[signature.inputs :]
         results = results or [torch.full(s.shape, -1, dtype=torch.int32) for s in shapes]
-        _entry(signature)[(programs,)](*scalars, *inputs, *results, **constants)
+        with _INTERPRETER:
+            _entry(signature)[(programs,)](*scalars, *inputs, *results, **constants)
         return [result.numpy() for result in results]
 
     return jax.pure_callback(run, shapes, *arrays, vmap_method="sequential")
