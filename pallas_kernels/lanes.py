@@ -40,8 +40,8 @@ class Lanes:
         """A vector from memory."""
         return self.laid_out(ref[index], width)
 
-    def load_some(self, ref, start: int, count: int) -> jax.Array:
-        """128 elements from `start` on, of which `count` exist and the others are 0."""
+    def load_first(self, ref, start: int, count: int) -> jax.Array:
+        """`count` elements of a vector from `start` on, and 0 behind them up to 128."""
         if self._interpret:
             return jnp.pad(ref[pl.ds(start, count)], (0, LANES - count))
         layout = plgpu.Layout.WG_STRIDED((LANES,), vec_size=1)
@@ -51,9 +51,22 @@ class Lanes:
             return_type=plgpu.ShapeDtypeStruct((LANES,), jnp.int32, layout=layout),
         )
         def load(_, memory):
-            return ptx.load_some(memory, start, count)
+            return ptx.load_first(memory, start, count)
 
         return load(ref)
+
+    def store_first(self, ref, start: int, vector: jax.Array, count: int) -> None:
+        """Stores the first `count` of 128 elements from `start` on, and touches nothing else."""
+        if self._interpret:
+            ref[pl.ds(start, count)] = vector[:count]
+            return
+        layout = plgpu.Layout.WG_STRIDED((LANES,), vec_size=1)
+
+        @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), layout))
+        def store(_, memory, registers):
+            ptx.store_first(memory, registers, start, count)
+
+        store(ref, vector)
 
     def sums(self, scratch, *vectors: jax.Array) -> list[jax.Array]:
         """The sum of each of several vectors of 128 elements; wraps as int32 does.
@@ -190,7 +203,7 @@ def sum_over_requests(
         return sums
 
     # The last block may be shorter than a vector.
-    last = [lanes.load_some(ref, whole * LANES, rest + 1) for ref in refs]
+    last = [lanes.load_first(ref, whole * LANES, rest + 1) for ref in refs]
     sums = of_block(whole * LANES, last)
     rounds = whole // _UNROLL
     if rounds:

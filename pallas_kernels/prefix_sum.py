@@ -45,28 +45,36 @@ def prefix_sum(x: jax.Array, *, interpret: Any = False) -> jax.Array:
             out[k + 1] = total
 
     def scan(block, ref, out, scratch):
-        def scan_own(count):
-            _fill(scratch, ref, block * size, size, count)
+        def scan_own(first, count):
+            whole, rest = count // LANES * LANES, count % LANES
+            for k in range(0, whole, LANES):
+                scratch[pl.ds(size + k, LANES)] = ref[pl.ds(first + k, LANES)]
+            if rest:
+                scratch[pl.ds(size + whole, LANES)] = lanes.load_first(ref, first + whole, rest)
             scratch[pl.ds(0, size)] = lanes.zeros(size)
             plgpu.commit_smem()
             base = _sum_before(lanes, ref, block, size) if blocks > 1 else 0
             sums = base + _scan_shared(lanes, scratch, size)
             if count == size:
-                out[pl.ds(block * size + 1, size)] = sums
-            else:
-                plgpu.commit_smem()
-                scratch[pl.ds(size, size)] = sums
-                plgpu.commit_smem()
-                _drain(lanes, out, block * size + 1, scratch, size, count)
+                out[pl.ds(first + 1, size)] = sums
+                return
+            plgpu.commit_smem()
+            scratch[pl.ds(size, size)] = sums
+            plgpu.commit_smem()
+            for k in range(0, whole, LANES):
+                out[pl.ds(first + 1 + k, LANES)] = lanes.load(scratch, pl.ds(size + k, LANES))
+            if rest:
+                last = lanes.load(scratch, pl.ds(size + whole, LANES))
+                lanes.store_first(out, first + 1 + whole, last, rest)
 
         in_last = n - (blocks - 1) * size
         pl.when(block == 0)(lambda: out.__setitem__(0, jnp.int32(0)))
         if in_last == size:
-            scan_own(size)
+            scan_own(block * size, size)
         else:
-            pl.when(block == blocks - 1)(lambda: scan_own(in_last))
+            pl.when(block == blocks - 1)(lambda: scan_own((blocks - 1) * size, in_last))
             if blocks > 1:
-                pl.when(block < blocks - 1)(lambda: scan_own(size))
+                pl.when(block < blocks - 1)(lambda: scan_own(block * size, size))
 
     serial = n <= _SERIAL
     return launch(
@@ -79,24 +87,6 @@ def prefix_sum(x: jax.Array, *, interpret: Any = False) -> jax.Array:
         name="prefix_sum",
         interpret=interpret,
     )
-
-
-def _fill(scratch, ref, start: jax.Array, at: int, count: int) -> None:
-    """Copies `count` elements to shared memory, and no more: 128 at once, the rest one by one."""
-    whole = count // LANES * LANES
-    for k in range(0, whole, LANES):
-        scratch[pl.ds(at + k, LANES)] = ref[pl.ds(start + k, LANES)]
-    for k in range(whole, count):
-        scratch[at + k] = ref[start + k]
-
-
-def _drain(lanes: Lanes, ref, start: jax.Array, scratch, at: int, count: int) -> None:
-    """The reverse of `_fill`."""
-    whole = count // LANES * LANES
-    for k in range(0, whole, LANES):
-        ref[pl.ds(start + k, LANES)] = lanes.load(scratch, pl.ds(at + k, LANES))
-    for k in range(whole, count):
-        ref[start + k] = scratch[at + k]
 
 
 def _sum_before(lanes: Lanes, ref, block: jax.Array, size: int) -> jax.Array:

@@ -83,7 +83,7 @@ def scatter(
         )
 
 
-def load_some(memory: ir.Value, start: int, count: int) -> mgpu.FragmentedArray:
+def load_first(memory: ir.Value, start: int, count: int) -> mgpu.FragmentedArray:
     """Loads int32 elements [start, start + count), and 0 behind them up to 128.
 
     Args:
@@ -93,12 +93,9 @@ def load_some(memory: ir.Value, start: int, count: int) -> mgpu.FragmentedArray:
     """
     i32 = ir.IntegerType.get_signless(32)
     value = _assembly(
-        "{ .reg .pred exists; .reg .b64 at; setp.lt.s32 exists, $2, $4; mov.b32 $0, 0;"
-        " mad.wide.s32 at, $3, 4, $1; @exists ld.global.b32 $0, [at]; }",
-        mgpu.utils.memref_ptr(memory),
-        mgpu.utils.thread_idx(),
-        arith.addi(mgpu.utils.thread_idx(), mgpu.utils.c(start, i32)),
-        mgpu.utils.c(count, i32),
+        "{ .reg .pred exists; setp.lt.s32 exists, $2, $3; mov.b32 $0, 0;"
+        " @exists ld.global.b32 $0, [$1]; }",
+        *_of_thread(memory, start, count),
         result=i32,
     )
     register = vector.broadcast(ir.VectorType.get((1,), i32), value)
@@ -107,6 +104,24 @@ def load_some(memory: ir.Value, start: int, count: int) -> mgpu.FragmentedArray:
         _layout=mgpu.WGStridedFragLayout((mgpu.utils.WARPGROUP_SIZE,), vec_size=1),
         _is_signed=True,
     )
+
+
+def store_first(memory: ir.Value, registers: mgpu.FragmentedArray, start: int, count: int) -> None:
+    """Stores the first `count` of 128 elements to [start, start + count) of a memref."""
+    _assembly(
+        "{ .reg .pred exists; setp.lt.s32 exists, $1, $2; @exists st.global.cs.b32 [$0], $3; }",
+        *_of_thread(memory, start, count),
+        *_elements(registers.registers.item(), 1),
+    )
+
+
+def _of_thread(memory: ir.Value, start: int, count: int) -> tuple[ir.Value, ir.Value, ir.Value]:
+    """The address of element start + thread, the thread and `count`."""
+    i32 = ir.IntegerType.get_signless(32)
+    thread = mgpu.utils.thread_idx()
+    index = arith.addi(thread, mgpu.utils.c(start, i32))
+    address = mgpu.utils.getelementptr(mgpu.utils.memref_ptr(memory), [index], i32)
+    return address, thread, mgpu.utils.c(count, i32)
 
 
 def sums(memory: ir.Value, *addends: mgpu.FragmentedArray) -> list[mgpu.FragmentedArray]:
