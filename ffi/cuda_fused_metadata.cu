@@ -1,7 +1,6 @@
 // The whole job in one launch, of blocks that do not wait for each other: the first ones write the
 // lengths and prefix sums of 128 requests each, the others a share of one request's tables.
 #include <algorithm>
-#include <cstring>
 #include <cub/block/block_reduce.cuh>
 #include <cub/block/block_scan.cuh>
 #include <utility>
@@ -16,7 +15,7 @@ constexpr const char* kName = "fused_metadata";
 constexpr int kThreads = 128;
 // Bounds the registers: copies want many blocks in flight.
 constexpr int kBlocksPerMultiprocessor = 10;
-// So many backends or fewer have a kernel of their own, with fewer parameters.
+// So many backends or fewer have a kernel of their own.
 constexpr int kFewBackends = 8;
 // Tables of fewer elements are cut into small pieces, so that every multiprocessor of a Hopper GPU
 // has work.
@@ -25,32 +24,74 @@ constexpr int64_t kSmallTable = 132 * 2048 * 4;
 // its request's live columns need.
 constexpr int64_t kTableBlocks = 8192;
 
-// How the work is cut: blocks for the lengths, then `blocks_per_request` for the tables of each
-// request, which take turns of one piece of its rows.
-struct FusedGrid {
-  uint32_t length_blocks;
-  int32_t requests;  // at least one where rows past the total are to be cleared
-  int32_t blocks_per_request;
-  int32_t pieces;
-  int32_t piece;  // tokens
+// Division without a division: T. Granlund and P. Montgomery, "Division by invariant integers using
+// multiplication" (1994), for dividends below 2^31.
+struct Divisor {
+  int32_t value;
+  int32_t shift;
+  uint32_t multiplier;
+
+  static Divisor Of(int32_t value) {
+    int32_t bits = 0;
+    while ((int64_t{1} << bits) < value) ++bits;
+    const uint64_t multiplier = (uint64_t{1} << (31 + bits)) / value + 1;
+    return {value, 31 + bits, static_cast<uint32_t>(multiplier)};
+  }
+
+  // Rounds towards minus infinity.
+  __device__ int32_t Divide(int32_t x) const {
+    const uint32_t sign = x < 0 ? 0xffffffffu : 0u;
+    const uint64_t magnitude = static_cast<uint32_t>(x) ^ sign;
+    return static_cast<int32_t>(static_cast<uint32_t>((magnitude * multiplier) >> shift) ^ sign);
+  }
 };
 
-// Calls `body` with every backend. A few are taken one by one rather than in a loop: then their
-// pointers are operands of the instructions, and no indexed load comes first.
-template <typename Body, int... kFirst>
-__device__ __forceinline__ void ForFewBackends(const Destination* backends, int count, Body body,
-                                               std::integer_sequence<int, kFirst...>) {
+// The tables of a backend; null where they are not wanted.
+struct Tables {
+  int32_t* page_indices;
+  int32_t* real_page_table;
+};
+
+struct Lengths {
+  int32_t* cache_seqlens;
+  int32_t* cu_seqlens_k;
+  int32_t* seqlens_expanded;
+  int32_t* nsa_cache_seqlens;
+  int32_t* nsa_cu_seqlens_k;
+};
+
+// The parameters of the kernel. What tables need comes first and, for up to four backends, within
+// 240 bytes: a multiprocessor fetches parameters 256 bytes at once, 16 of which are not ours, and
+// waits for each fetch.
+template <int kCapacity>
+struct Parameters {
+  FusedInputs job;
+  // Blocks for the lengths come first, then so many for the tables of each request, which take
+  // turns of one piece of its rows.
+  int32_t length_blocks;
+  Divisor blocks_per_request;
+  int32_t pieces;
+  int32_t requests;  // at least one where rows past the total are to be cleared
+  Divisor page_size;
+  Tables tables[kCapacity];
+  Lengths lengths[kCapacity];
+};
+
+// Calls `body` with every backend's part. A few are taken one by one rather than in a loop: then
+// their pointers are operands of the instructions, and no indexed load comes first.
+template <typename Part, typename Body, int... kFirst>
+__device__ __forceinline__ void ForFew(const Part* backends, int count, Body body,
+                                       std::integer_sequence<int, kFirst...>) {
   ((kFirst < count && (body(backends[kFirst]), true)) && ...);
 }
 
-template <int kCapacity, typename Body>
-__device__ __forceinline__ void ForBackends(const FusedOf<kCapacity>& args, Body body) {
+template <int kCapacity, typename Part, typename Body>
+__device__ __forceinline__ void ForEach(const Part (&backends)[kCapacity], int count, Body body) {
   if constexpr (kCapacity == kFewBackends) {
-    ForFewBackends(args.backends, args.num_backends, body,
-                   std::make_integer_sequence<int, kCapacity>());
+    ForFew(backends, count, body, std::make_integer_sequence<int, kCapacity>());
   } else {
 #pragma unroll 2
-    for (int b = 0; b < args.num_backends; ++b) body(args.backends[b]);
+    for (int b = 0; b < count; ++b) body(backends[b]);
   }
 }
 
@@ -109,8 +150,8 @@ struct LengthSums {
 };
 
 // The lengths and prefix sums of 128 requests, one for each thread, and of their rows.
-template <bool kRagged, typename Args>
-__device__ void WriteLengths(const Args& args, int64_t block, int64_t blocks) {
+template <bool kRagged, int kCapacity>
+__device__ void WriteLengths(const Parameters<kCapacity>& args, int64_t block) {
   struct Request {
     int32_t cache_seqlen;
     int32_t q;
@@ -118,7 +159,10 @@ __device__ void WriteLengths(const Args& args, int64_t block, int64_t blocks) {
     uint32_t nsa_before;
   };
   __shared__ Request requests[kThreads];
-  const Rows& rows = args.rows;
+  const Rows& rows = args.job.rows;
+  const auto for_backends = [&](auto write) {
+    ForEach(args.lengths, args.job.num_backends, write);
+  };
   const auto q = [&](int64_t i) -> int64_t { return rows.q(i); };
   const auto sums_of = [&](int32_t cache_seqlen, int32_t tokens) -> LengthSums {
     return {static_cast<uint32_t>(cache_seqlen), NsaSum(rows, cache_seqlen, tokens, tokens - 1)};
@@ -142,14 +186,14 @@ __device__ void WriteLengths(const Args& args, int64_t block, int64_t blocks) {
   };
   requests[threadIdx.x] = {cache_seqlen, tokens, at_most_all(first_row), before.nsa_cache_seqlens};
   if (i == 0) {
-    ForBackends(args, [&](const Destination& to) {
+    for_backends([&](const Lengths& to) {
       to.cu_seqlens_k[0] = 0;
       to.nsa_cu_seqlens_k[0] = 0;
     });
   }
   if (exists) {
     const auto sum = static_cast<int32_t>(before.cache_seqlens + cache_seqlen);
-    ForBackends(args, [&](const Destination& to) {
+    for_backends([&](const Lengths& to) {
       to.cache_seqlens[i] = cache_seqlen;
       to.cu_seqlens_k[i + 1] = sum;
     });
@@ -178,7 +222,7 @@ __device__ void WriteLengths(const Args& args, int64_t block, int64_t blocks) {
     const int32_t nsa_len = rows.nsa_len(kv_len);
     const auto sum = static_cast<int32_t>(request.nsa_before +
                                           NsaSum(rows, request.cache_seqlen, request.q, j));
-    ForBackends(args, [&](const Destination& to) {
+    for_backends([&](const Lengths& to) {
       to.seqlens_expanded[row] = kv_len;
       to.nsa_cache_seqlens[row] = nsa_len;
       to.nsa_cu_seqlens_k[row + 1] = sum;
@@ -191,8 +235,8 @@ __device__ void WriteLengths(const Args& args, int64_t block, int64_t blocks) {
   if (total >= rows.count) return;
   const auto nsa_total =
       static_cast<int32_t>(BlockSum<LengthSums>(0, rows.requests, sums).nsa_cache_seqlens);
-  for (int64_t row = total + i; row < rows.count; row += blocks * kThreads) {
-    ForBackends(args, [&](const Destination& to) {
+  for (int64_t row = total + i; row < rows.count; row += args.length_blocks * kThreads) {
+    for_backends([&](const Lengths& to) {
       to.seqlens_expanded[row] = 0;
       to.nsa_cache_seqlens[row] = 0;
       to.nsa_cu_seqlens_k[row + 1] = nsa_total;
@@ -251,28 +295,6 @@ struct Request {
   }
 };
 
-// Division by the page size without a division: T. Granlund and P. Montgomery, "Division by
-// invariant integers using multiplication" (1994), for dividends below 2^31.
-struct Pages {
-  int32_t size;
-  int32_t shift;
-  uint32_t multiplier;
-
-  static Pages Of(int32_t size) {
-    int32_t bits = 0;
-    while ((int64_t{1} << bits) < size) ++bits;
-    const uint64_t multiplier = (uint64_t{1} << (31 + bits)) / size + 1;
-    return {size, 31 + bits, static_cast<uint32_t>(multiplier)};
-  }
-
-  // Rounds towards minus infinity.
-  __device__ int32_t Index(int32_t value) const {
-    const uint32_t sign = value < 0 ? 0xffffffffu : 0u;
-    const uint64_t magnitude = static_cast<uint32_t>(value) ^ sign;
-    return static_cast<int32_t>(static_cast<uint32_t>((magnitude * multiplier) >> shift) ^ sign);
-  }
-};
-
 // A piece of a row of the page table: what a thread moves of it, in registers.
 template <int kWidth, int kAccesses>
 struct Piece {
@@ -298,51 +320,61 @@ struct Piece {
     }
   }
 
-  template <typename Args>
-  __device__ void Store(const Args& args, int32_t start, int64_t row, Extent extent) const {
+  // Writes a row, and the pages that start in it to the other table if there is one. A page starts
+  // with an access, or in none.
+  template <int kCapacity>
+  __device__ void Store(const Parameters<kCapacity>& args, int32_t start, int64_t row,
+                        Extent extent) const {
+    const int32_t backends = args.job.num_backends;
 #pragma unroll
     for (int u = 0; u < kAccesses; ++u) {
       const int32_t column = Column(start, u);
-      const int64_t offset = row * args.page_indices_stride + column;
+      const int64_t offset = row * args.job.page_indices_stride + column;
       int32_t live[kWidth];
 #pragma unroll
       for (int e = 0; e < kWidth; ++e) live[e] = column + e < extent.live ? value[u][e] : 0;
       if (column + kWidth <= extent.end) {
-        ForBackends(args, [&](const Destination& to) {
+        ForEach(args.tables, backends, [&](const Tables& to) {
           Access<kWidth>::Store(to.page_indices + offset, live);
         });
-        continue;
-      }
+      } else {
 #pragma unroll
-      for (int e = 0; e < kWidth; ++e) {
-        if (column + e >= extent.end) break;
+        for (int e = 0; e < kWidth; ++e) {
+          if (column + e >= extent.end) break;
 #pragma unroll 1
-        for (int b = 0; b < args.num_backends; ++b) {
-          args.backends[b].page_indices[offset + e] = live[e];
+          for (int b = 0; b < backends; ++b) args.tables[b].page_indices[offset + e] = live[e];
         }
       }
+      const int32_t page = args.page_size.Divide(column);
+      if (args.tables[0].real_page_table == nullptr || page * args.page_size.value != column ||
+          column >= extent.end) {
+        continue;
+      }
+      const int64_t page_offset = row * args.job.real_page_table_stride + page;
+      const int32_t number = args.page_size.Divide(live[0]);
+      ForEach(args.tables, backends,
+              [&](const Tables& to) { to.real_page_table[page_offset] = number; });
     }
   }
 };
 
 // One block's share of a request's rows in both tables, and of the rows past the total.
-template <int kWidth, int kAccesses, bool kRagged, typename Args>
-__device__ void WriteTables(const Args& args, const Pages& pages, const FusedGrid& grid, int64_t i,
-                            int32_t block) {
-  const Rows& rows = args.rows;
-  const bool wide = args.backends[0].page_indices != nullptr;
-  const bool real = args.backends[0].real_page_table != nullptr;
-  const bool clears = kRagged && args.tail != Tail::kKeep;
+template <int kWidth, int kAccesses, bool kRagged, int kCapacity>
+__device__ void WriteTables(const Parameters<kCapacity>& args, int32_t i, int32_t block) {
+  const FusedInputs& job = args.job;
+  const Rows& rows = job.rows;
+  const bool clears = kRagged && job.tail != Tail::kKeep;
   // Without requests, one that does not exist clears the rows.
   const bool exists = !kRagged || i < rows.requests;
   // Both loads are under way before either is needed.
-  const int64_t index = exists ? args.req_pool_indices[i] : 0;
+  const int64_t index = exists ? job.req_pool_indices[i] : 0;
   const int64_t seq_len = exists ? rows.seq_lens[i] : 0;
   const int32_t q = exists ? rows.q(i) : 0;
-  const Request request{rows.cache_seqlen_of(seq_len), q, args.max_len, args.tail};
-  const int32_t* const source = args.pool_row(index);
+  const Request request{rows.cache_seqlen_of(seq_len), q, job.max_len, job.tail};
+  const int32_t* const source = job.pool_row(index);
 
-  int64_t first_row = i * q, total = rows.count;  // the rows from there on are cleared
+  // Rows from `total` on are cleared.
+  int64_t first_row = static_cast<int64_t>(i) * q, total = rows.count;
   int32_t count = q;
   if (kRagged) {
     const auto tokens = [&](int64_t k) -> int64_t { return rows.q(k); };
@@ -351,7 +383,7 @@ __device__ void WriteTables(const Args& args, const Pages& pages, const FusedGri
     const int64_t room = first_row < rows.count ? rows.count - first_row : 0;
     count = room < q ? static_cast<int32_t>(room) : q;
   }
-  const Extent none{0, clears ? args.max_len : 0};
+  const Extent none{0, clears ? job.max_len : 0};
   const Extent longest = count > 0 ? request.longest() : none;
   // Calls `write` with every row and what it gets.
   const auto for_rows = [&](auto write) {
@@ -359,58 +391,59 @@ __device__ void WriteTables(const Args& args, const Pages& pages, const FusedGri
     for (int32_t j = 0; j < count; ++j) write(first_row + j, request.extent(j));
     if constexpr (kRagged) {
 #pragma unroll 1
-      for (int64_t row = total + i; row < rows.count; row += grid.requests) write(row, none);
+      for (int64_t row = total + i; row < rows.count; row += args.requests) write(row, none);
     }
   };
 
+  if (args.tables[0].page_indices != nullptr) {
+    using Piece = Piece<kWidth, kAccesses>;
 #pragma unroll 1
-  for (int32_t turn = block; turn < grid.pieces; turn += grid.blocks_per_request) {
-    const int32_t start = turn * grid.piece;
-    if (start >= longest.end) return;
-    Piece<kWidth, kAccesses> piece;
-    if (wide) piece.Load(source, start, longest.live);
-    if (real) {
-      const int64_t end = Min(args.max_len - start, grid.piece) + start;
-#pragma unroll 1
-      for (int32_t page = pages.Index(start - 1) + 1 + static_cast<int32_t>(threadIdx.x);;
-           page += kThreads) {
-        const int64_t token = int64_t{page} * pages.size;
-        if (token >= end) break;
-        const int32_t value = token < longest.live ? pages.Index(__ldg(source + token)) : 0;
-        for_rows([&](int64_t row, Extent extent) {
-          if (token >= extent.end) return;
-          const int64_t offset = row * args.real_page_table_stride + page;
-          const int32_t live = token < extent.live ? value : 0;
-          ForBackends(args, [&](const Destination& to) { to.real_page_table[offset] = live; });
-        });
-      }
-    }
-    if (wide) {
+    for (int32_t turn = block; turn < args.pieces; turn += args.blocks_per_request.value) {
+      const int32_t start = turn * Piece::kColumns;
+      if (start >= longest.end) return;
+      Piece piece;
+      piece.Load(source, start, longest.live);
       for_rows([&](int64_t row, Extent extent) { piece.Store(args, start, row, extent); });
     }
+    return;
+  }
+  // Only the first token of each page is read.
+#pragma unroll 1
+  for (int32_t turn = block; turn < args.pieces; turn += args.blocks_per_request.value) {
+    const int32_t page = turn * kThreads + static_cast<int32_t>(threadIdx.x);
+    const int64_t token = int64_t{page} * args.page_size.value;
+    if (token >= longest.end) return;
+    const int32_t number =
+        token < longest.live ? args.page_size.Divide(__ldg(source + token)) : 0;
+    for_rows([&](int64_t row, Extent extent) {
+      if (token >= extent.end) return;
+      const int64_t offset = row * job.real_page_table_stride + page;
+      const int32_t live = token < extent.live ? number : 0;
+      ForEach(args.tables, job.num_backends,
+              [&](const Tables& to) { to.real_page_table[offset] = live; });
+    });
   }
 }
 
 template <int kWidth, int kAccesses, bool kRagged, int kCapacity>
 __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor)
-    FusedMetadataKernel(const __grid_constant__ FusedOf<kCapacity> args,
-                        const __grid_constant__ Pages pages,
-                        const __grid_constant__ FusedGrid grid) {
-  if (blockIdx.x < grid.length_blocks) {
-    WriteLengths<kRagged>(args, blockIdx.x, grid.length_blocks);
+    FusedMetadataKernel(const __grid_constant__ Parameters<kCapacity> args) {
+  const auto block = static_cast<int32_t>(blockIdx.x) - args.length_blocks;
+  if (block < 0) {
+    WriteLengths<kRagged>(args, blockIdx.x);
     return;
   }
   // Neighbouring blocks write neighbouring memory.
-  const uint32_t block = blockIdx.x - grid.length_blocks, i = block / grid.blocks_per_request;
-  WriteTables<kWidth, kAccesses, kRagged>(args, pages, grid, i,
-                                          block - i * grid.blocks_per_request);
+  const int32_t i = args.blocks_per_request.Divide(block);
+  WriteTables<kWidth, kAccesses, kRagged>(args, i, block - i * args.blocks_per_request.value);
 }
 
 bool IsAligned(const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % 16 == 0; }
 
 bool AllowsVectors(const Fused& args) {
   bool allows = args.pool_stride % 4 == 0 && args.page_indices_stride % 4 == 0 &&
-                IsAligned(args.req_to_token);
+                IsAligned(args.req_to_token) &&
+                (args.backends[0].real_page_table == nullptr || args.real_page_size % 4 == 0);
   for (int b = 0; b < args.num_backends; ++b) {
     allows = allows && IsAligned(args.backends[b].page_indices);
   }
@@ -418,36 +451,38 @@ bool AllowsVectors(const Fused& args) {
 }
 
 template <int kWidth, int kAccesses, int kCapacity>
-std::string LaunchFusedMetadata(cudaStream_t stream, const FusedOf<kCapacity>& args) {
-  const Rows& rows = args.rows;
-  FusedGrid grid{};
-  grid.length_blocks =
-      static_cast<uint32_t>(std::max<int64_t>(1, CeilDiv(rows.requests, kThreads)));
-  grid.requests = rows.ragged() ? std::max(rows.requests, 1) : rows.requests;
-  const int64_t piece = args.backends[0].page_indices != nullptr
-                            ? Piece<kWidth, kAccesses>::kColumns
-                            : int64_t{kThreads} * args.real_page_size;
-  grid.piece = static_cast<int32_t>(std::min(piece, kMaxLen));
-  grid.pieces = static_cast<int32_t>(CeilDiv(args.max_len, grid.piece));
-  grid.blocks_per_request = static_cast<int32_t>(std::clamp<int64_t>(
-      kTableBlocks / std::max(grid.requests, 1), 1, grid.pieces));
-  const int64_t blocks = grid.length_blocks + int64_t{grid.requests} * grid.blocks_per_request;
+std::string LaunchFusedMetadata(cudaStream_t stream, const Fused& all) {
+  const Rows& rows = all.rows;
+  Parameters<kCapacity> args{};
+  args.job = all;
+  args.length_blocks = static_cast<int32_t>(std::max<int64_t>(1, CeilDiv(rows.requests, kThreads)));
+  args.requests = rows.ragged() ? std::max(rows.requests, 1) : rows.requests;
+  args.page_size = Divisor::Of(all.real_page_size);
+  const bool wide = all.backends[0].page_indices != nullptr;
+  args.pieces = static_cast<int32_t>(wide ? CeilDiv(all.max_len, Piece<kWidth, kAccesses>::kColumns)
+                                          : CeilDiv(all.pages(), kThreads));
+  const int64_t blocks_per_request =
+      std::clamp<int64_t>(kTableBlocks / std::max(args.requests, 1), 1, args.pieces);
+  args.blocks_per_request = Divisor::Of(static_cast<int32_t>(blocks_per_request));
+  for (int b = 0; b < all.num_backends; ++b) {
+    const Destination& to = all.backends[b];
+    args.tables[b] = {to.page_indices, to.real_page_table};
+    args.lengths[b] = {to.cache_seqlens, to.cu_seqlens_k, to.seqlens_expanded,
+                       to.nsa_cache_seqlens, to.nsa_cu_seqlens_k};
+  }
   const auto kernel = rows.ragged() ? FusedMetadataKernel<kWidth, kAccesses, true, kCapacity>
                                     : FusedMetadataKernel<kWidth, kAccesses, false, kCapacity>;
-  const Pages pages = Pages::Of(args.real_page_size);
-  return Launch(kName, stream, kernel, blocks, kThreads, args, pages, grid);
+  const int64_t blocks = args.length_blocks + args.requests * blocks_per_request;
+  return Launch(kName, stream, kernel, blocks, kThreads, args);
 }
 
 template <int kCapacity>
-std::string LaunchForBackends(cudaStream_t stream, const Fused& all) {
-  FusedOf<kCapacity> args;
-  static_assert(sizeof args <= sizeof all);
-  std::memcpy(&args, &all, sizeof args);
-  if (!AllowsVectors(all)) return LaunchFusedMetadata<1, 4>(stream, args);
+std::string LaunchForBackends(cudaStream_t stream, const Fused& args) {
+  if (!AllowsVectors(args)) return LaunchFusedMetadata<1, 4, kCapacity>(stream, args);
   if (int64_t{args.rows.count} * args.max_len < kSmallTable) {
-    return LaunchFusedMetadata<4, 1>(stream, args);
+    return LaunchFusedMetadata<4, 1, kCapacity>(stream, args);
   }
-  return LaunchFusedMetadata<4, 2>(stream, args);
+  return LaunchFusedMetadata<4, 2, kCapacity>(stream, args);
 }
 
 template <int kCapacity>

@@ -94,9 +94,8 @@ struct Destination {
   int32_t* real_page_table;   // [rows, pages]
 };
 
-// The whole job, for up to kCapacity backends. Strides are in elements.
-template <int kCapacity>
-struct FusedOf {
+// The whole job but for where its results go. Strides are in elements.
+struct FusedInputs {
   Rows rows;
   Vector req_pool_indices;
   const int32_t* req_to_token;
@@ -108,7 +107,6 @@ struct FusedOf {
   int32_t real_page_size;
   Tail tail;
   int32_t num_backends;
-  Destination backends[kCapacity];
 
   JAXNSA_HOST_DEVICE int32_t pages() const { return (max_len - 1) / real_page_size + 1; }
 
@@ -119,7 +117,10 @@ struct FusedOf {
   }
 };
 
-using Fused = FusedOf<kMaxBackends>;
+// The whole job.
+struct Fused : FusedInputs {
+  Destination backends[kMaxBackends];
+};
 
 // One array of a copy: rows of `columns` elements, to every destination.
 struct CopiedArray {

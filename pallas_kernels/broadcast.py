@@ -55,7 +55,7 @@ def broadcast(
     tables = []
     for t, leaf in zip(tokens, sources, strict=True):
         rows, columns = leaf.shape
-        blocks = config or BlockConfig.heuristic(rows, columns)
+        blocks = config or BlockConfig.heuristic(rows, columns, num_backends)
         tail, width = "keep" if t else "copy", access_width(columns)
         tables.append(Table.of(rows, columns, t or 1, tail, width, blocks))
     counts = [t.blocks * len(s) for t, s in zip(tables, sources, strict=True)]

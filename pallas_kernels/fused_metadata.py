@@ -56,7 +56,7 @@ def fused_metadata(
     pool_rows, pool_cols = req_to_token.shape
     ragged = rows.tokens_per_request is None
     lanes = Lanes(bool(interpret))
-    config = config or BlockConfig.heuristic(rows.rows, max_len)
+    config = config or BlockConfig.heuristic(rows.rows, max_len, job.num_backends)
 
     wide = Table.of(rows.requests, max_len, 1, tail, access_width(pool_cols, max_len), config)
     # Page starts form a vector where the pool's rows are whole pages.

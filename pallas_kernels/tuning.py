@@ -22,11 +22,12 @@ class BlockConfig:
     blocks: int = 8192
 
     @classmethod
-    def heuristic(cls, rows: int, columns: int) -> "BlockConfig":
-        """Two windows, or one where that would leave multiprocessors without work.
+    def heuristic(cls, rows: int, columns: int, num_backends: int) -> "BlockConfig":
+        """Two windows, or one in small tables and where there are many backends.
 
-        More windows amortise the latency of looking up the request (two dependent loads), until
-        their registers leave room for fewer blocks; fewer spread a small table over the 132
-        multiprocessors of a Hopper GPU.
+        Two share one lookup of their request, which is two dependent loads. One spreads a small
+        table over the 132 multiprocessors of a Hopper GPU; and the stores to many backends hide the
+        lookup, so that more blocks do better than more windows.
         """
-        return cls(windows=2 if rows * columns >= 132 * 2048 * 4 else 1)
+        one = rows * columns < 132 * 2048 * 4 or num_backends >= 8
+        return cls(windows=1 if one else 2)
