@@ -76,7 +76,10 @@ def set_vector(field: direct.Vector, value: Checked) -> None:
 
 def stream_of(device: torch.device) -> int:
     """The handle of PyTorch's current stream; 0 on a CPU."""
-    return torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
+    if device.type == "cpu":
+        return 0
+    # torch.cuda.current_stream(device).cuda_stream, without an object in between
+    return torch._C._cuda_getCurrentRawStream(device.index)
 
 
 def on_device(device: torch.device, call) -> None:

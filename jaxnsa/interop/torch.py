@@ -1,5 +1,6 @@
 """PyTorch tensors: metadata handed over without copies, and an engine's static buffers filled."""
 
+import functools
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
@@ -189,6 +190,7 @@ class BackendBuffers:
         self._path.run(rows, lengths, indices, pool, extend)
 
 
+@functools.lru_cache(maxsize=4096, typed=True)  # the same few batches come again and again
 def _rows(
     forward_mode: ForwardMode,
     bs: int,
