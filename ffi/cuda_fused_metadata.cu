@@ -281,12 +281,17 @@ struct Request {
   int32_t cache_seqlen;
   int32_t q;
   int32_t max_len;
-  Tail tail;
+  Extent least;  // of any row
+
+  __device__ Request(int32_t cache_seqlen, int32_t q, int32_t max_len, Tail tail)
+      : cache_seqlen(cache_seqlen), q(q), max_len(max_len) {
+    least.live = tail == Tail::kCopy ? max_len : 0;
+    least.end = tail == Tail::kKeep ? 0 : max_len;
+  }
 
   __device__ Extent extent(int32_t j) const {
-    if (tail == Tail::kCopy) return {max_len, max_len};
-    const int32_t live = Min(Rows::kv_len(cache_seqlen, q, j), max_len);
-    return {live, tail == Tail::kZero ? max_len : live};
+    const int32_t live = Max(Min(Rows::kv_len(cache_seqlen, q, j), max_len), least.live);
+    return {live, Max(live, least.end)};
   }
 
   // What its rows take together: as much as the last one, unless its KV length has wrapped.
@@ -367,10 +372,10 @@ __device__ void WriteTables(const Parameters<kCapacity>& args, int32_t i, int32_
   // Without requests, one that does not exist clears the rows.
   const bool exists = !kRagged || i < rows.requests;
   // Both loads are under way before either is needed.
-  const int64_t index = exists ? job.req_pool_indices[i] : 0;
-  const int64_t seq_len = exists ? rows.seq_lens[i] : 0;
-  const int32_t q = exists ? rows.q(i) : 0;
-  const Request request{rows.cache_seqlen_of(seq_len), q, job.max_len, job.tail};
+  const int32_t index = exists ? job.req_pool_indices[i] : 0;
+  const int32_t seq_len = exists ? rows.seq_lens[i] : 0;
+  const int32_t q = !kRagged ? rows.tokens_per_request : exists ? rows.q(i) : 0;
+  const Request request(rows.cache_seqlen_of(seq_len), q, job.max_len, job.tail);
   const int32_t* const source = job.pool_row(index);
 
   // Rows from `total` on are cleared.
@@ -384,7 +389,7 @@ __device__ void WriteTables(const Parameters<kCapacity>& args, int32_t i, int32_
     count = room < q ? static_cast<int32_t>(room) : q;
   }
   const Extent none{0, clears ? job.max_len : 0};
-  const Extent longest = count > 0 ? request.longest() : none;
+  const Extent longest = !kRagged || count > 0 ? request.longest() : none;
   // Calls `write` with every row and what it gets.
   const auto for_rows = [&](auto write) {
 #pragma unroll 1

@@ -24,20 +24,18 @@ constexpr int64_t kMaxLen = int64_t{1} << 30;
 // What a table holds past a row's live columns: the pool's content, 0, or what was there.
 enum class Tail : int32_t { kCopy, kZero, kKeep };
 
-// int32 or int64 values.
+// int32 or int64 values; what exceeds int32 is taken as its end.
 struct Vector {
   const void* data;
   int64_t is_wide;
 
-  JAXNSA_HOST_DEVICE int64_t operator[](int64_t i) const {
-    return is_wide ? static_cast<const int64_t*>(data)[i] : static_cast<const int32_t*>(data)[i];
+  JAXNSA_HOST_DEVICE int32_t operator[](int64_t i) const {
+    if (!is_wide) return static_cast<const int32_t*>(data)[i];
+    const int64_t value = static_cast<const int64_t*>(data)[i];
+    return value < -kInt32Max - 1 ? -kInt32Max - 1
+                                  : static_cast<int32_t>(value > kInt32Max ? kInt32Max : value);
   }
 };
-
-// A value as a length: negative counts as 0, and nothing exceeds int32.
-JAXNSA_HOST_DEVICE int32_t Length(int64_t value) {
-  return value < 0 ? 0 : value > kInt32Max ? kInt32Max : static_cast<int32_t>(value);
-}
 
 // int32 arithmetic that wraps.
 JAXNSA_HOST_DEVICE int32_t Add(int32_t a, int32_t b) {
@@ -66,13 +64,13 @@ struct Rows {
   JAXNSA_HOST_DEVICE bool ragged() const { return tokens_per_request == 0; }
 
   JAXNSA_HOST_DEVICE int32_t q(int64_t i) const {
-    return ragged() ? Length(extend_seq_lens[i]) : tokens_per_request;
+    return ragged() ? Max(extend_seq_lens[i], 0) : tokens_per_request;
   }
 
   JAXNSA_HOST_DEVICE int32_t cache_seqlen(int64_t i) const { return cache_seqlen_of(seq_lens[i]); }
 
-  JAXNSA_HOST_DEVICE int32_t cache_seqlen_of(int64_t seq_len) const {
-    return Add(Length(seq_len), added_tokens);
+  JAXNSA_HOST_DEVICE int32_t cache_seqlen_of(int32_t seq_len) const {
+    return Add(Max(seq_len, 0), added_tokens);
   }
 
   // A wrapped cache_seqlen wraps back here.
@@ -111,9 +109,9 @@ struct FusedInputs {
   JAXNSA_HOST_DEVICE int32_t pages() const { return (max_len - 1) / real_page_size + 1; }
 
   // The pool row that an index names, which is clamped into the pool.
-  JAXNSA_HOST_DEVICE const int32_t* pool_row(int64_t index) const {
-    const int64_t inside = index < 0 ? 0 : index >= pool_rows ? pool_rows - 1 : index;
-    return req_to_token + inside * pool_stride;
+  JAXNSA_HOST_DEVICE const int32_t* pool_row(int32_t index) const {
+    const int32_t last = static_cast<int32_t>(pool_rows > kInt32Max ? kInt32Max : pool_rows - 1);
+    return req_to_token + Min(Max(index, 0), last) * pool_stride;
   }
 };
 
