@@ -87,6 +87,18 @@ def _eager(problem: Problem, tensors: Any) -> Callable[[], None]:
     return call
 
 
+def _triton(problem: Problem, tensors: Any) -> Callable[[], None]:
+    from benchmarks.suites.triton_decode import decode_metadata
+
+    seq_lens, indices, pool, backends = tensors
+
+    def call() -> None:
+        for backend in backends:
+            decode_metadata(seq_lens, indices, pool, backend, TOPK, PAGE_SIZE)
+
+    return call
+
+
 def _sglang(problem: Problem, tensors: Any) -> Callable[[], None]:
     module, name = SGLANG
     fused = getattr(importlib.import_module(module), name)
@@ -131,6 +143,8 @@ def jobs(quick: bool) -> list[Job]:
         "sgl_kernel names": _sgl_names,
         "torch eager x N": _eager,
     }
+    if on_gpu() and importlib.util.find_spec("triton") is not None:
+        makers["Triton x N"] = _triton
     if on_gpu() and importlib.util.find_spec("sglang") is not None:
         makers["SGLang's Triton x N"] = _sglang
     shapes = [(4, 1024, 1024)] if quick else [(32, 2048, 2048), (32, 65_536, 8192)]
@@ -146,8 +160,9 @@ SUITE = Suite(
     title="Host time to refresh a PyTorch engine's buffers",
     note="Until the call returns; on a CPU that is when the work is done. direct and DLPack are "
     "the paths of BackendBuffers, which write live columns; the sgl_kernel names write max_len "
-    "columns; torch eager gathers with PyTorch's own operations, for each backend again. On a CPU "
-    "JAX does not write the memory of others, so that DLPack copies whole tables.",
+    "columns; torch eager gathers with PyTorch's own operations, and Triton in one plain kernel "
+    "that writes live columns, both for each backend again. On a CPU JAX does not write the memory "
+    "of others, so that DLPack copies whole tables.",
     jobs=jobs,
     metric="issue_us",
 )
