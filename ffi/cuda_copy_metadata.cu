@@ -18,15 +18,14 @@ __global__ void __launch_bounds__(kThreads)
   int a = 0;
   while (blockIdx.x >= grid.first_block[a + 1]) ++a;
   const CopiedArray& array = args.arrays[a];
-  const int64_t chunks = (array.columns + kChunk - 1) / kChunk;
+  const int64_t chunks = CeilDiv(array.columns, kChunk);
   const int64_t block = blockIdx.x - grid.first_block[a];
   const int64_t row = block / chunks, begin = block % chunks * kChunk;
   const int64_t live = args.live(array, row);
   const int64_t from = row * array.columns, to = row * array.destination_stride;
-  bool vectors =
-      from % 4 == 0 && to % 4 == 0 && reinterpret_cast<uintptr_t>(array.source) % 16 == 0;
+  bool vectors = from % 4 == 0 && to % 4 == 0 && IsAligned(array.source);
   for (int b = 0; b < args.num_backends; ++b) {
-    vectors = vectors && reinterpret_cast<uintptr_t>(args.destinations[b][a]) % 16 == 0;
+    vectors = vectors && IsAligned(args.destinations[b][a]);
   }
 #pragma unroll
   for (int u = 0; u < kPerThread; ++u) {

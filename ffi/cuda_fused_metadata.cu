@@ -443,8 +443,6 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor)
   WriteTables<kWidth, kAccesses, kRagged>(args, i, block - i * args.blocks_per_request.value);
 }
 
-bool IsAligned(const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % 16 == 0; }
-
 bool AllowsVectors(const Fused& args) {
   bool allows = args.pool_stride % 4 == 0 && args.page_indices_stride % 4 == 0 &&
                 IsAligned(args.req_to_token) &&

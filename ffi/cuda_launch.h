@@ -1,4 +1,4 @@
-// How kernels are launched.
+// How kernels are launched, and what they share.
 #ifndef JAXNSA_CUDA_LAUNCH_H_
 #define JAXNSA_CUDA_LAUNCH_H_
 
@@ -9,7 +9,12 @@
 
 namespace jaxnsa {
 
-inline int64_t CeilDiv(int64_t a, int64_t b) { return (a + b - 1) / b; }
+JAXNSA_HOST_DEVICE int64_t CeilDiv(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// Whether four int32 can be moved at once from or to here.
+JAXNSA_HOST_DEVICE bool IsAligned(const void* pointer) {
+  return reinterpret_cast<uintptr_t>(pointer) % 16 == 0;
+}
 
 // What went wrong in a call about a kernel, or "".
 inline std::string ErrorOf(const char* kernel, cudaError_t error) {

@@ -29,7 +29,7 @@ __global__ void __launch_bounds__(kBlockThreads)
   }
   if (blockIdx.x > 0) {
     uint32_t sum = 0;
-    if (reinterpret_cast<uintptr_t>(x) % 16 == 0) {
+    if (IsAligned(x)) {
 #pragma unroll 8
       for (int64_t i = threadIdx.x; i < first / 4; i += kBlockThreads) {
         const int4 v = __ldg(reinterpret_cast<const int4*>(x) + i);

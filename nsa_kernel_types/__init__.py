@@ -5,7 +5,9 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-__all__ = ["ExpandedSeqlens", "FusedJob", "Metadata", "RowMap"]
+from nsa_kernel_types.in_place import in_place
+
+__all__ = ["ExpandedSeqlens", "FusedJob", "Metadata", "RowMap", "in_place"]
 
 
 class RowMap(NamedTuple):

@@ -9,6 +9,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from nsa_kernel_types import in_place
 from pallas_kernels.lanes import LANES
 
 
@@ -58,10 +59,7 @@ def launch(
         pl.run_scoped(scoped, plgpu.SMEM(shared, jnp.int32))
 
     def run(*arrays):
-        # The barrier keeps XLA from handing the kernel a slice of a larger array in place of the
-        # array that it is to write: the result would be another buffer, which nobody fills.
-        destinations = lax.optimization_barrier(arrays[split:])
-        held = [jax.new_ref(array, memory_space=plgpu.GMEM) for array in destinations]
+        held = [jax.new_ref(array, memory_space=plgpu.GMEM) for array in arrays[split:]]
         results = pl.kernel(
             body,
             out_type=() if held else flat_shapes,
@@ -73,23 +71,9 @@ def launch(
         )(*arrays[:split], *held)
         return [ref[...] for ref in held] if held else results
 
-    arrays = [*flat_inputs, *jax.tree.leaves(out)]
     if out is None:
-        results = jax.custom_batching.sequential_vmap(run)(*arrays)
+        results = jax.custom_batching.sequential_vmap(run)(*flat_inputs)
     else:
-        results = run(*_unbatched(arrays))
+        arrays, destinations = in_place(flat_inputs, jax.tree.leaves(out))
+        results = run(*arrays, *destinations)
     return jax.tree.unflatten(out_structure, results)
-
-
-@jax.custom_batching.custom_vmap
-def _unbatched(arrays: list[jax.Array]) -> list[jax.Array]:
-    """The same arrays, which `jax.vmap` may not batch."""
-    return arrays
-
-
-@_unbatched.def_vmap
-def _refuse_batch(axis_size, batched, arrays):
-    raise NotImplementedError(
-        "Pallas kernels that write in place cannot run under jax.vmap: call without out=, or take "
-        "another implementation"
-    )

@@ -156,7 +156,7 @@ def test_vmap_in_place_is_refused(lowers):
     arguments = inputs(3, pool_cols=200)
     out = jaxnsa.precompute_decode_metadata(*arguments)
     batch = jax.tree.map(lambda array: array[None], (arguments, out))
-    with pytest.raises(NotImplementedError, match=r"batching with jax.vmap"):
+    with pytest.raises(NotImplementedError, match="call without out="):
         jax.vmap(lambda a, out: jaxnsa.precompute_decode_metadata(*a, out=out, **NAME))(*batch)
 
 

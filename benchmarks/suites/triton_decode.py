@@ -5,6 +5,8 @@ from typing import Any
 import triton
 import triton.language as tl
 
+_TOKENS = 1024  # that one program copies
+
 
 def decode_metadata(
     seq_lens: Any,
@@ -14,9 +16,9 @@ def decode_metadata(
     topk: int,
     page_size: int,
 ) -> None:
-    """Fills the tensors of one backend, tables as far as they are live; page_size divides 1024."""
+    """Fills the tensors of one backend, tables as far as they are live; page_size divides 1,024."""
     bs, max_len = backend["page_indices"].shape
-    _decode_metadata[(bs, triton.cdiv(max_len, 1024))](
+    _decode_metadata[(bs, triton.cdiv(max_len, _TOKENS))](
         seq_lens,
         req_pool_indices,
         req_to_token,
@@ -27,7 +29,7 @@ def decode_metadata(
         topk,
         BS=triton.next_power_of_2(bs),
         PAGE=page_size,
-        TOKENS=1024,
+        TOKENS=_TOKENS,
     )
 
 

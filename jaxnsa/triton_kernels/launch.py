@@ -14,9 +14,10 @@ import jax
 import numpy as np
 import triton
 import triton.language as tl
-from jax import lax
 from jax.interpreters import partial_eval
 from jaxlib import gpu_triton
+
+from nsa_kernel_types import in_place
 
 INTERPRET = triton.knobs.runtime.interpret
 """Whether Triton's interpreter runs the kernels, on the CPU."""
@@ -76,9 +77,8 @@ def launch(
         constants=constants,
     )
     if held:
-        # The barrier keeps XLA from handing the kernel a slice of a larger array in place of the
-        # array that it is to write: the result would be another buffer, which nobody fills.
-        results = run(*inputs, *lax.optimization_barrier(held))
+        arrays, destinations = in_place(inputs, held)
+        results = run(*arrays, *destinations)
     else:
         results = jax.custom_batching.sequential_vmap(run)(*inputs)
     return jax.tree.unflatten(structure, results)
@@ -118,11 +118,12 @@ def import_jax_triton() -> ModuleType:
             os.environ["TRITON_CACHE_DIR"] = directory
     if not hasattr(gpu_triton, "TritonKernel"):
         raise ImportError("JAX's CUDA plugin is not installed")
-    call = importlib.import_module("jax_triton.triton_lib").triton_kernel_call_p
-    rules: dict[Any, Any] = partial_eval.dce_rules
-    rule = rules.get(call)
-    if jax.__version_info__ >= (0, 12) and rule and len(inspect.signature(rule).parameters) == 2:
-        rules[call] = lambda used, live, equation: rule(used, equation)
+    if jax.__version_info__ >= (0, 12):
+        call = importlib.import_module("jax_triton.triton_lib").triton_kernel_call_p
+        rules: dict[Any, Any] = partial_eval.dce_rules
+        rule = rules.get(call)
+        if rule and len(inspect.signature(rule).parameters) == 2:
+            rules[call] = lambda used, live, equation: rule(used, equation)
     return jax_triton
 
 
