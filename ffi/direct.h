@@ -21,9 +21,9 @@ inline const char* Message(std::string error) {
 }  // namespace jaxnsa
 
 #define JAXNSA_DEFINE_DIRECT(Platform)                                                            \
-  extern "C" size_t jaxnsa_direct_size_of_fused() { return sizeof(jaxnsa::Fused); }               \
-  extern "C" size_t jaxnsa_direct_size_of_copy() { return sizeof(jaxnsa::Copy); }                 \
-  extern "C" size_t jaxnsa_direct_size_of_draft_extend() { return sizeof(jaxnsa::DraftExtend); }  \
+  extern "C" size_t jaxnsa_size_of_fused() { return sizeof(jaxnsa::Fused); }                      \
+  extern "C" size_t jaxnsa_size_of_copy() { return sizeof(jaxnsa::Copy); }                        \
+  extern "C" size_t jaxnsa_size_of_draft_extend() { return sizeof(jaxnsa::DraftExtend); }         \
   extern "C" const char* jaxnsa_direct_load() { return jaxnsa::Message(Platform::Load()); }       \
   extern "C" const char* jaxnsa_direct_fused_metadata(void* stream, const jaxnsa::Fused* args) {  \
     return jaxnsa::Message(Platform::FusedMetadata(Platform::StreamOf(stream), *args));           \

@@ -1,11 +1,13 @@
 """The C interface of the FFI library: its computations on any memory and stream, without JAX.
 
-The structs mirror `ffi/metadata.h`, which documents their fields.
+The structs mirror `ffi/metadata.h` and `ffi/tensors.cc`, which document their fields.
 """
 
 import ctypes
 import dataclasses
 import functools
+from collections.abc import Sequence
+from typing import Any
 
 from jaxnsa import ffi
 from jaxnsa.metadata import NSAMetadata
@@ -14,6 +16,7 @@ MAX_BACKENDS = 64
 COPIED_ARRAYS = 7
 TAILS = ("copy", "zero", "keep")
 _pointer, _int32, _int64 = ctypes.c_void_p, ctypes.c_int32, ctypes.c_int64
+_address = ctypes.c_uint64
 
 
 class Vector(ctypes.Structure):
@@ -97,17 +100,71 @@ class DraftExtend(ctypes.Structure):
     )
 
 
+class Tensor(ctypes.Structure):
+    """What a tensor is, of up to two dimensions."""
+
+    _fields_ = (
+        ("start", _address),
+        ("device_type", _int32),
+        ("device_id", _int32),
+        ("int_bits", _int32),
+        ("dimensions", _int32),
+        ("shape", _int64 * 2),
+        ("strides", _int64 * 2),
+    )
+
+
+class Span(ctypes.Structure):
+    """Memory from one address to before another."""
+
+    _fields_ = (("begin", _address), ("end", _address))
+
+
+class Step(ctypes.Structure):
+    """What is the same in all steps of an engine, and where the arguments of a launch go."""
+
+    _fields_ = (
+        ("describe", _pointer),
+        ("num_tensors", _int64),
+        ("objects", _pointer),
+        ("expected", _pointer),
+        ("num_spans", _int64),
+        ("written", _pointer),
+        ("min_columns", _int64),
+        ("max_len", _int64),
+        ("fused", _pointer),
+    )
+
+
+_STRUCTS = {
+    "fused": Fused,
+    "copy": Copy,
+    "draft_extend": DraftExtend,
+    "tensor": Tensor,
+    "step": Step,
+}
+
+
 class Library:
     """The functions of one library; they raise RuntimeError where a launch fails."""
 
     def __init__(self, library: ctypes.CDLL):
-        for name, struct in (("fused", Fused), ("copy", Copy), ("draft_extend", DraftExtend)):
-            size = getattr(library, f"jaxnsa_direct_size_of_{name}")()
+        for name, struct in _STRUCTS.items():
+            size = getattr(library, f"jaxnsa_size_of_{name}", int)()
             if size != ctypes.sizeof(struct):
                 raise RuntimeError(
                     f"{library._name} was built from other sources: its {struct.__name__} has "
                     f"{size} bytes, expected {ctypes.sizeof(struct)}; reinstall jaxnsa"
                 )
+        # These call into Python's C API: they keep the GIL and raise what is raised there.
+        holding_gil = ctypes.PyDLL(library._name, handle=library._handle)
+        self._describe_tensors = holding_gil.jaxnsa_describe_tensors
+        self._describe_tensors.restype = ctypes.c_bool
+        self._describe_tensors.argtypes = (_pointer, _int64, _pointer, _pointer)
+        # Takes tensors, by id, as arguments of a launch; False where one is not as it should be.
+        self.take_step = holding_gil.jaxnsa_take_step
+        self.take_step.restype = ctypes.c_bool
+        self.take_step.argtypes = (ctypes.POINTER(Step), ctypes.POINTER(Rows), *[_pointer] * 4)
         self._load = library.jaxnsa_direct_load
         self._fused_metadata = library.jaxnsa_direct_fused_metadata
         self._copy_metadata = library.jaxnsa_direct_copy_metadata
@@ -122,6 +179,18 @@ class Library:
             self._fill_draft_extend,
         ):
             function.restype = ctypes.c_char_p
+
+    def describe_tensors(self, describe: int, tensors: Sequence[Any]) -> ctypes.Array[Tensor]:
+        """What the tensors are, by the function `describe` of DLPack's C exchange API.
+
+        Raises:
+          ValueError: one has more than two dimensions.
+          Exception: what the exchange API raises for what it cannot describe.
+        """
+        described = (Tensor * len(tensors))()
+        if not self._describe_tensors(describe, len(tensors), objects(tensors), described):
+            raise ValueError("got a tensor of more than two dimensions")
+        return described
 
     def load(self) -> None:
         """Loads every kernel on the current CUDA device, so that no later call does."""
@@ -139,6 +208,11 @@ class Library:
         """The lengths of a draft-extend step, queued on a CUDA stream; at once on the CPU."""
         number = list(ffi.VARIANTS["fill_draft_extend_metadata"]).index(variant)
         _raise(self._fill_draft_extend(stream, number, args))
+
+
+def objects(values: Sequence[Any]) -> ctypes.Array:
+    """Python objects as C functions take them; somebody else keeps them alive."""
+    return (_pointer * len(values))(*map(id, values))
 
 
 def unavailable(platform: str) -> str | None:

@@ -14,7 +14,8 @@ from jaxnsa import ForwardMode, NSAMetadata, direct, reference
 
 torch = pytest.importorskip("torch", reason="runs where PyTorch is, as .ci/run installs it")
 
-from jaxnsa.interop import sgl_kernel  # noqa: E402
+from jaxnsa.interop import broadcasts, sgl_kernel  # noqa: E402
+from jaxnsa.interop.tensors import describe_function  # noqa: E402
 
 ON_GPU = torch.cuda.is_available() and jax.default_backend() == "gpu"
 HELD = -7
@@ -27,6 +28,17 @@ def device(request):
     except RuntimeError as error:
         pytest.skip(f"runs where the FFI library was built: {error}")
     return torch.device(request.param)
+
+
+@pytest.fixture(params=(True, False), autouse=True)
+def exchange_api(request, monkeypatch):
+    """Whether PyTorch has DLPack's C exchange API, as from 2.10 on."""
+    if not request.param:
+        monkeypatch.setattr(broadcasts, "describe_function", lambda: None)
+    elif describe_function() is None:
+        pytest.skip("runs with PyTorch 2.10 or newer")
+    monkeypatch.setattr(sgl_kernel, "_BROADCASTS", broadcasts.Broadcasts())
+    return request.param
 
 
 def tensor(values, device):
@@ -137,6 +149,65 @@ def test_backends_whose_rows_are_apart_by_different_pitches(device):
         assert (table[:, 90:] == HELD).all()
         pages = backend.real_page_table.cpu().numpy()
         np.testing.assert_array_equal(pages[:, :9], expected.real_page_table)
+
+
+def test_a_broadcast_that_is_known_is_checked_all_the_same(device, exchange_api, monkeypatch):
+    bs, max_len, page, topk = 5, 130, 16, 64
+    backends = [static_buffers(device, bs, max_len, page) for _ in range(2)]
+    lists = [
+        [getattr(b, field) for b in backends]
+        for field in (
+            "cache_seqlens",
+            "cu_seqlens_k",
+            "page_indices",
+            "nsa_cache_seqlens",
+            "nsa_cu_seqlens_k",
+            "real_page_table",
+        )
+    ]
+
+    def broadcast(*given):
+        sgl_kernel.fused_metadata_precompute_and_broadcast_cuda(*given, *lists, max_len, topk, page)
+
+    looked = []
+    check = sgl_kernel.checked_vector
+    monkeypatch.setattr(
+        sgl_kernel, "checked_vector", lambda name, *rest: looked.append(name) or check(name, *rest)
+    )
+    for seed in range(3):
+        lengths, indices, pool = inputs(bs, pool_cols=140 + seed, seed=seed)
+        given = [tensor(array, device) for array in (lengths, indices, pool)]
+        if seed == 2:
+            given[:2] = given[0].long(), given[1].long()
+        looked.clear()
+        broadcast(*given)
+        assert bool(looked) == (seed == 0 or not exchange_api)
+        expected = reference.precompute_decode_metadata(
+            lengths, indices, pool, max_len=max_len, nsa_index_topk=topk, real_page_size=page
+        )
+        for b in backends:
+            for field, array in vars(b).items():
+                np.testing.assert_array_equal(array.cpu().numpy(), getattr(expected, field), field)
+
+    before = [[t.clone() for t in tensors] for tensors in lists]
+    seq_lens, rows, pool = given
+    for wrong, message in (
+        ((seq_lens.float(), rows, pool), "seq_lens: got torch.float32"),
+        ((seq_lens, rows[:3], pool), r"req_pool_indices: got shape \(3,\), expected \(5,\)"),
+        ((seq_lens, rows, pool[:, :129]), r"max_len: got 130, expected an int in \[1, 129\]"),
+        ((seq_lens, rows, pool.T), "req_to_token: got strides"),
+        ((lists[0][1], rows, pool), r"cache_seqlens_list\[1\]: got memory of seq_lens"),
+        ((seq_lens, rows, lists[2][0]), r"page_indices_list\[0\]: got memory of req_to_token"),
+    ):
+        with pytest.raises((ValueError, TypeError), match=message):
+            broadcast(*wrong)
+    lists[1][0].resize_(4)
+    with pytest.raises(ValueError, match=r"cu_seqlens_k_list\[0\]: got shape \(4,\), expected at"):
+        broadcast(*given)
+    lists[1][0].resize_(6)
+    for tensors, copies in zip(lists, before, strict=True):
+        for now, copy in zip(tensors, copies, strict=True):
+            assert torch.equal(now, copy)
 
 
 def test_page_size_one_takes_no_real_page_table(device):

@@ -1,6 +1,7 @@
 """The PyTorch hand-off: zero-copy conversions and an engine's static buffers, on CPU or GPU."""
 
 import dataclasses
+import re
 import types
 
 import jax
@@ -13,6 +14,9 @@ from jaxnsa import ForwardMode, NSAMetadata, direct, reference
 
 torch = pytest.importorskip("torch", reason="runs where PyTorch is, as .ci/run installs it")
 
+from jaxnsa.interop import direct_path  # noqa: E402
+from jaxnsa.interop.registration import Registered  # noqa: E402
+from jaxnsa.interop.tensors import describe_function  # noqa: E402
 from jaxnsa.interop.torch import BackendBuffers, DlpackOptions, from_torch, to_torch  # noqa: E402
 
 HELD = -7
@@ -30,15 +34,17 @@ def device(request):
     return torch.device(request.param)
 
 
-@pytest.fixture(params=("direct", "dlpack"))
-def path(request, device):
-    if request.param == "direct":
+@pytest.fixture(params=("direct", "direct before PyTorch 2.10", "dlpack"))
+def path(request, device, monkeypatch):
+    if request.param == "direct before PyTorch 2.10":
+        monkeypatch.setattr(direct_path, "describe_function", lambda: None)
+    if request.param != "dlpack":
         platform = "gpu" if device.type == "cuda" else "cpu"
         try:
             direct.library(platform)
         except RuntimeError as error:
             pytest.skip(f"runs where the FFI library was built: {error}")
-    return request.param
+    return request.param.split()[0]
 
 
 @dataclasses.dataclass
@@ -161,6 +167,112 @@ def test_update(mode, page, wide, wide_lengths, path, device):
         engine.expect(seq_lens, indices, page=page, mode=mode, capacity=24, **options)
         engine.check()
     assert pointers == [t.data_ptr() for b in engine.backends for t in b.values() if t is not None]
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_python_does_not_look_at_tensors_that_are_well(mode, path, device, monkeypatch):
+    def looked(*arguments):
+        raise AssertionError("Python looked at a tensor")
+
+    engine = Engine.of(device)
+    buffers = registered(engine, path, 16)
+    lengths, indices, _ = inputs(5, pool_cols=300, pool_rows=10)
+    given = [engine.tensor(lengths), engine.tensor(indices), engine.pool]
+    options, arguments = dict(MODES[mode]), dict(MODES[mode])
+    if mode is ForwardMode.DRAFT_EXTEND:
+        options["extend_seq_lens"] = mode_options(mode, 5)["extend_seq_lens"]
+        arguments["extend_seq_lens"] = engine.tensor(options["extend_seq_lens"])
+    monkeypatch.setattr(Registered, "check_unchanged", looked)
+    if path == "dlpack" or direct_path.describe_function() is None:
+        with pytest.raises(AssertionError, match="Python looked at a tensor"):
+            buffers.update(*given, forward_mode=mode, **arguments)
+        return
+    buffers.update(*given, forward_mode=mode, **arguments)
+    engine.expect(lengths, indices, page=16, mode=mode, capacity=24, **options)
+    engine.check()
+
+
+def vectors(engine):
+    lengths = engine.tensor(inputs(4, pool_cols=300)[0])
+    return {
+        "int32": lengths,
+        "int64": lengths.long(),
+        "int16": lengths.short(),
+        "float": lengths.float(),
+        "every other": engine.tensor(inputs(8, pool_cols=300)[0])[::2],
+        "one of every other": lengths[::4],
+        "one for all": lengths[:1].expand(4),
+        "offset": engine.tensor(inputs(8, pool_cols=300)[0])[3:7],
+        "fewer": lengths[:3],
+        "none": lengths[:0],
+        "scalar": lengths[0],
+        "matrix": lengths[None],
+        "registered": engine.backends[0]["seqlens_expanded"][:4],
+        "beside": engine.beside[-4:],
+        "partly registered": engine.beside[-5:-1],
+        "parameter": torch.nn.Parameter(lengths, requires_grad=False),
+        "sparse": lengths.to_sparse(),
+        "list": lengths.tolist(),
+        "nothing": None,
+    }
+
+
+def pools(engine):
+    pool = engine.pool
+    return {
+        "all": pool,
+        "narrow": pool[:, :100],
+        "offset": pool[2:, 5:],
+        "one row": pool[:1],
+        "one token": pool[:1, :1],
+        "one column": pool[:, ::7][:, :1],
+        "every other row": pool[::2],
+        "every other column": pool[:, ::2],
+        "one row for all": pool[:1].expand(5, -1),
+        "transposed": pool.T,
+        "wide": pool.long(),
+        "no rows": pool[:0],
+        "no columns": pool[:, :0],
+        "vector": pool[0],
+        "3-d": pool[None],
+        "registered": engine.backends[1]["page_indices"],
+        "array": pool.cpu().numpy(),
+    }
+
+
+def outcome(buffers, engine, given):
+    try:
+        buffers.update(*given)
+    except (TypeError, ValueError) as error:
+        return str(error)
+    return [t.tolist() for b in engine.backends for t in b.values()]
+
+
+def test_python_and_the_library_agree_about_tensors(device, monkeypatch):
+    """The library takes what Python takes; what it does not take, Python says."""
+    results = []
+    for available in (True, False):
+        if not available:
+            monkeypatch.setattr(direct_path, "describe_function", lambda: None)
+        engine = Engine.of(device)
+        # The memory before and after a registered tensor is not registered.
+        engine.beside = torch.full((32,), 5, dtype=torch.int32, device=device)
+        engine.backends[2]["cache_seqlens"] = engine.beside[20:28]
+        buffers = registered(engine, "direct", 16)
+        some, all_pools = vectors(engine), pools(engine)
+        steps = [(x, some["int32"], engine.pool) for x in some.values()]
+        steps += [(some["int32"], x, engine.pool) for x in some.values()]
+        steps += [(x, x, engine.pool) for x in some.values()]
+        steps += [(some["int64"], some["int32"], x) for x in all_pools.values()]
+        results.append([outcome(buffers, engine, step) for step in steps])
+    taken, said = results
+    assert sum(isinstance(result, list) for result in said) == 25
+    for number, (one, other) in enumerate(zip(taken, said, strict=True)):
+        assert _without_addresses(one) == _without_addresses(other), number
+
+
+def _without_addresses(result):
+    return re.sub("0x[0-9a-f]+", "0x", result) if isinstance(result, str) else result
 
 
 def test_lengths_past_int32_saturate(path, device):
@@ -492,6 +604,11 @@ def test_int64_lengths_cross(device):
     assert array.tolist() == [3, 2**20]
     with jax.enable_x64(True):
         assert from_torch(lengths).dtype == jnp.int64
+
+
+def test_pytorch_describes_tensors():
+    version = tuple(int(part) for part in torch.__version__.split(".")[:2])
+    assert (describe_function() is not None) == (version >= (2, 10))
 
 
 @pytest.mark.gpu

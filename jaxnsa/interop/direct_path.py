@@ -1,12 +1,15 @@
 """One kernel of the FFI library on PyTorch's current stream, without JAX."""
 
+import functools
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 
 from jaxnsa import direct
 from jaxnsa.interop.registration import Registered
-from jaxnsa.interop.tensors import Checked, platform_of
+from jaxnsa.interop.step import Step
+from jaxnsa.interop.tensors import Checked, describe_function, platform_of
 from jaxnsa.spec import Rows
 
 
@@ -18,17 +21,58 @@ class DirectPath:
         self._device = registered.device
         self._library = direct.library(platform_of(self._device))
         self._max_len = spec.max_len
+        self._topk = spec.nsa_index_topk
         on_device(self._device, self._library.load)
-        args = direct.Fused()
-        args.rows.nsa_index_topk = spec.nsa_index_topk
+        self._args = args = direct.Fused()
+        args.max_len = spec.max_len
         args.real_page_size = spec.real_page_size
         args.tail = direct.TAILS.index(spec.tail)
         set_backends(args, registered.backends)
-        self._args = args
-        self._rows = args.rows
-        self._seq_lens = args.rows.seq_lens
-        self._extend_seq_lens = args.rows.extend_seq_lens
-        self._req_pool_indices = args.req_pool_indices
+
+        describe = describe_function()
+        self._step = None
+        if describe is not None:
+            tensors = [tensor for _, tensor in registered.named()]
+            described = self._library.describe_tensors(describe, tensors)
+            self._step = Step(
+                self._library, describe, args, described, registered.spans, unchanged=tensors
+            )
+
+        # The same few batches come again and again.
+        @functools.lru_cache(maxsize=4096, typed=True)
+        def rows_of(bs: int, *mode: Any) -> direct.Rows:
+            return rows_struct(registered.rows(bs, *mode), self._topk)
+
+        self._rows_of = rows_of
+
+    def refresh(
+        self,
+        seq_lens: torch.Tensor,
+        req_pool_indices: torch.Tensor,
+        req_to_token: torch.Tensor,
+        extend_seq_lens: torch.Tensor | None,
+        *mode: Any,
+    ) -> bool:
+        """Queues the kernel if the library itself finds a step's arguments as they should be.
+
+        If not, nothing is queued: checks in Python then find what is wrong, and say so.
+
+        Args:
+          seq_lens, req_pool_indices, req_to_token, extend_seq_lens: unchecked.
+          *mode: the other arguments of `Registered.rows`, unchecked.
+        """
+        if self._step is None:
+            return False
+        try:
+            rows = self._rows_of(seq_lens.shape[0], *mode)
+            taken = self._step.takes(
+                rows, seq_lens, req_pool_indices, req_to_token, extend_seq_lens
+            )
+        except Exception:
+            return False
+        if taken:
+            self._launch()
+        return taken
 
     def run(
         self,
@@ -38,24 +82,24 @@ class DirectPath:
         req_to_token: Checked,
         extend_seq_lens: Checked | None,
     ) -> None:
-        """Queues the kernel."""
-        args, fields = self._args, self._rows
-        fields.requests = rows.requests
-        fields.count = rows.count
-        fields.tokens_per_request = rows.tokens_per_request or 0
-        fields.added_tokens = rows.added_tokens
-        set_vector(self._seq_lens, seq_lens)
-        set_vector(self._req_pool_indices, req_pool_indices)
+        """Takes a step's arguments and queues the kernel."""
+        args = self._args
+        args.rows = rows_struct(rows, self._topk)
+        set_inputs(args, seq_lens, req_pool_indices, req_to_token)
+        args.max_len = min(self._max_len, req_to_token.tensor.shape[1])
         if extend_seq_lens is not None:
-            set_vector(self._extend_seq_lens, extend_seq_lens)
-        args.req_to_token = req_to_token.start
-        args.pool_rows, pool_cols = req_to_token.tensor.shape
-        args.pool_stride = req_to_token.tensor.stride(0)
-        args.max_len = min(self._max_len, pool_cols)
-        on_device(self._device, self._launch)
+            set_vector(args.rows.extend_seq_lens, extend_seq_lens)
+        self._launch()
 
     def _launch(self) -> None:
-        self._library.fused_metadata(stream_of(self._device), self._args)
+        launch_fused(self._library, self._device, self._args)
+
+
+def rows_struct(rows: Rows, nsa_index_topk: int) -> direct.Rows:
+    """Rows as the library takes them, without lengths."""
+    return direct.Rows(
+        rows.requests, rows.count, rows.tokens_per_request or 0, rows.added_tokens, nsa_index_topk
+    )
 
 
 def set_backends(args: direct.Fused, backends: Sequence[dict[str, torch.Tensor]]) -> None:
@@ -68,10 +112,26 @@ def set_backends(args: direct.Fused, backends: Sequence[dict[str, torch.Tensor]]
                 setattr(args, f"{field}_stride", tensor.stride(0))
 
 
+def set_inputs(
+    args: direct.Fused, seq_lens: Checked, req_pool_indices: Checked, req_to_token: Checked
+) -> None:
+    """Lets a launch read these tensors."""
+    set_vector(args.rows.seq_lens, seq_lens)
+    set_vector(args.req_pool_indices, req_pool_indices)
+    args.req_to_token = req_to_token.start
+    args.pool_rows = req_to_token.tensor.shape[0]
+    args.pool_stride = req_to_token.tensor.stride(0)
+
+
 def set_vector(field: direct.Vector, value: Checked) -> None:
     """Lets a field of a struct be a vector of lengths or indices."""
     field.data = value.start
     field.is_wide = value.tensor.dtype is torch.int64
+
+
+def launch_fused(library: direct.Library, device: torch.device, args: direct.Fused) -> None:
+    """Queues the kernel on PyTorch's current stream of a device."""
+    on_device(device, lambda: library.fused_metadata(stream_of(device), args))
 
 
 def stream_of(device: torch.device) -> int:

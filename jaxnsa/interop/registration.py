@@ -2,14 +2,15 @@
 
 import bisect
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 
+from jaxnsa import checks
 from jaxnsa.direct import MAX_BACKENDS
 from jaxnsa.interop.tensors import Checked, check_rows, extent, platform_of
-from jaxnsa.metadata import NSAMetadata
+from jaxnsa.metadata import ForwardMode, NSAMetadata
 from jaxnsa.spec import MAX_LEN, Rows, Spec
 
 FIELDS = tuple(field.name for field in dataclasses.fields(NSAMetadata))
@@ -23,6 +24,7 @@ class Registered:
       backends: the tensors of each backend by field name, without the tables that there are not.
       device: where they all are.
       spec: the largest computation that they hold, in place with tail "keep".
+      spans: their memory, as addresses in order and apart.
     """
 
     def __init__(self, buffers: Sequence[Any], nsa_index_topk: int, real_page_size: int):
@@ -72,9 +74,8 @@ class Registered:
         for (_, name, tensor), (_, next_name, next_tensor) in _overlapping(ordered):
             if not _interleaved(tensor, next_tensor):
                 raise ValueError(f"{next_name}: got memory that {name} uses too, expected its own")
-        self._starts = [start for (start, _), _, _ in ordered]
-        # The furthest end of all that start no later.
-        self._ends = [max(end for (_, end), _, _ in ordered[: k + 1]) for k in range(len(ordered))]
+        self.spans = merged(extent for extent, _, _ in ordered)
+        self._ends = [end for _, end in self.spans]
 
     def named(self) -> list[tuple[str, torch.Tensor]]:
         """Every tensor and its name, backend by backend in the order of NSAMetadata's fields."""
@@ -97,12 +98,49 @@ class Registered:
 
     def check_apart(self, name: str, value: Checked) -> None:
         """Raises ValueError where an input shares memory with a registered tensor."""
-        k = bisect.bisect_left(self._starts, value.end) - 1
-        if k >= 0 and self._ends[k] > value.start and value.end > value.start:
+        k = bisect.bisect_right(self._ends, value.start)
+        if value.start < value.end and k < len(self.spans) and self.spans[k][0] < value.end:
             raise ValueError(
                 f"{name}: got memory within that of the registered tensors, which an update "
                 f"writes; expected its own"
             )
+
+    def rows(
+        self,
+        bs: int,
+        forward_mode: ForwardMode,
+        num_draft_tokens: int | None,
+        max_total_tokens: int | None,
+    ) -> Rows:
+        """The rows of a step of `bs` requests; raises where an argument does not fit."""
+        most = self.spec.rows
+        if bs > most.requests:
+            raise ValueError(f"seq_lens: got {bs} requests, expected at most {most.requests}")
+        if forward_mode is not ForwardMode.TARGET_VERIFY and num_draft_tokens is not None:
+            raise ValueError(
+                f"num_draft_tokens: got {num_draft_tokens!r}, expected None in {forward_mode}"
+            )
+        if forward_mode is not ForwardMode.DRAFT_EXTEND and max_total_tokens is not None:
+            raise ValueError(
+                f"max_total_tokens: got {max_total_tokens!r}, expected None in {forward_mode}"
+            )
+        if forward_mode is ForwardMode.TARGET_VERIFY:
+            num_draft_tokens = checks.integer("num_draft_tokens", num_draft_tokens, 1)
+        elif forward_mode is ForwardMode.DRAFT_EXTEND:
+            max_total_tokens = (
+                most.count
+                if max_total_tokens is None
+                else checks.integer("max_total_tokens", max_total_tokens, 0, most.count)
+            )
+        elif forward_mode is not ForwardMode.DECODE:
+            raise TypeError(f"forward_mode: got {forward_mode!r}, expected a ForwardMode")
+        rows = Rows.of(forward_mode, bs, num_draft_tokens, max_total_tokens)
+        if rows.count > most.count:
+            raise ValueError(
+                f"seq_lens: got {bs} requests of {rows.tokens_per_request} rows each, expected at "
+                f"most {most.count} rows"
+            )
+        return rows
 
     def _check_backend(self, name: str, backend: dict[str, torch.Tensor]) -> None:
         shapes = vars(self.spec.shapes())
@@ -136,6 +174,17 @@ def field_of(buffer: Any, field: str) -> Any:
     if isinstance(buffer, Mapping):
         return buffer.get(field)
     return getattr(buffer, field, None)
+
+
+def merged(extents: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
+    """The memory of extents, which come in the order of their starts, as extents that are apart."""
+    apart: list[tuple[int, int]] = []
+    for start, end in extents:
+        if apart and start <= apart[-1][1]:
+            apart[-1] = apart[-1][0], max(apart[-1][1], end)
+        else:
+            apart.append((start, end))
+    return apart
 
 
 def _tensors(name: str, buffer: Any, real_page_size: int) -> dict[str, torch.Tensor]:

@@ -13,7 +13,16 @@ import torch
 
 from jaxnsa import checks, direct
 from jaxnsa.ffi import VARIANTS
-from jaxnsa.interop.direct_path import on_device, set_backends, set_vector, stream_of
+from jaxnsa.interop.broadcasts import Broadcasts
+from jaxnsa.interop.direct_path import (
+    launch_fused,
+    on_device,
+    rows_struct,
+    set_backends,
+    set_inputs,
+    set_vector,
+    stream_of,
+)
 from jaxnsa.interop.registration import FIELDS, TABLES, field_of
 from jaxnsa.interop.tensors import (
     Checked,
@@ -25,6 +34,8 @@ from jaxnsa.interop.tensors import (
 )
 from jaxnsa.metadata import ForwardMode, NSAMetadata
 from jaxnsa.spec import MAX_LEN, Rows, Spec
+
+_BROADCASTS = Broadcasts()
 
 
 def fused_metadata_precompute_and_broadcast_cuda(
@@ -59,8 +70,8 @@ def fused_metadata_precompute_and_broadcast_cuda(
       nsa_index_topk: the indexer's top-k, in tokens.
       real_page_size: tokens in a physical page.
     """
-    read = _check_inputs(seq_lens, req_pool_indices, req_to_token)
-    args = _fused(read, max_len, nsa_index_topk, real_page_size)
+    numbers = _check_numbers(max_len, nsa_index_topk, real_page_size)
+    inputs = (seq_lens, req_pool_indices, req_to_token)
     lists: dict[str, Sequence[torch.Tensor | None]] = {
         "cache_seqlens": cache_seqlens_list,
         "cu_seqlens_k": cu_seqlens_k_list,
@@ -75,7 +86,13 @@ def fused_metadata_precompute_and_broadcast_cuda(
                 f"{real_page_size}"
             )
         lists["real_page_table"] = real_page_table_list
+    key = _BROADCASTS.key(seq_lens, lists.values(), numbers)
+    if _BROADCASTS.launch(key, inputs):
+        return
+    read = _check_inputs(*inputs)
+    args = _fused(read, *numbers)
     sizes = _sizes(args)
+    written = []
     for field, tensors in lists.items():
         if len(tensors) != len(cache_seqlens_list):
             raise ValueError(
@@ -83,14 +100,17 @@ def fused_metadata_precompute_and_broadcast_cuda(
                 f"in cache_seqlens_list"
             )
         for k, tensor in enumerate(tensors):
-            _check_written(f"{field}_list[{k}]", tensor, sizes[field], seq_lens.device, read)
+            name = f"{field}_list[{k}]"
+            written.append(_check_written(name, tensor, sizes[field], seq_lens.device, read))
     backends = [
         {field: tensors[k] for field, tensors in lists.items()}
         for k in range(len(cache_seqlens_list))
     ]
-    for group in _same_strides(backends):
-        for first in range(0, len(group), direct.MAX_BACKENDS):
-            _launch_fused(args, group[first : first + direct.MAX_BACKENDS], seq_lens.device)
+    groups = _groups(backends)
+    for group in groups:
+        _launch_fused(args, group, seq_lens.device)
+    if len(groups) == 1 and key is not None:
+        _BROADCASTS.add(key, args, seq_lens.device, written)
 
 
 def precompute_decode_metadata_cuda(
@@ -110,8 +130,8 @@ def precompute_decode_metadata_cuda(
     Returns:
       NSAMetadata of int32 tensors; its docstring gives the shapes.
     """
-    read = _check_inputs(seq_lens, req_pool_indices, req_to_token)
-    args = _fused(read, max_len, nsa_index_topk, real_page_size)
+    numbers = _check_numbers(max_len, nsa_index_topk, real_page_size)
+    args = _fused(_check_inputs(seq_lens, req_pool_indices, req_to_token), *numbers)
     backend = {
         field: torch.empty(size, dtype=torch.int32, device=seq_lens.device)
         for field, size in _sizes(args).items()
@@ -266,6 +286,14 @@ def get_kernel_info() -> dict[str, Any]:
     }
 
 
+def _check_numbers(max_len: int, nsa_index_topk: int, real_page_size: int) -> tuple[int, int, int]:
+    return (
+        checks.integer("max_len", max_len, 1, MAX_LEN),
+        checks.integer("nsa_index_topk", nsa_index_topk, 1),
+        checks.integer("real_page_size", real_page_size, 1),
+    )
+
+
 def _check_inputs(
     seq_lens: torch.Tensor, req_pool_indices: torch.Tensor, req_to_token: torch.Tensor
 ) -> dict[str, Checked]:
@@ -289,18 +317,13 @@ def _fused(
     """Everything but the destinations."""
     pool = read["req_to_token"]
     args = direct.Fused()
-    args.max_len = checks.integer("max_len", max_len, 1, min(pool.tensor.shape[1], MAX_LEN))
-    args.real_page_size = checks.integer("real_page_size", real_page_size, 1)
+    args.max_len = checks.integer("max_len", max_len, 1, pool.tensor.shape[1])
+    args.real_page_size = real_page_size
     args.tail = direct.TAILS.index("copy")
-    rows = args.rows
-    rows.requests = rows.count = len(read["seq_lens"].tensor)
-    rows.tokens_per_request = 1
-    rows.nsa_index_topk = checks.integer("nsa_index_topk", nsa_index_topk, 1)
-    set_vector(rows.seq_lens, read["seq_lens"])
-    set_vector(args.req_pool_indices, read["req_pool_indices"])
-    args.req_to_token = pool.start
-    args.pool_rows = pool.tensor.shape[0]
-    args.pool_stride = pool.tensor.stride(0)
+    args.rows = rows_struct(
+        Rows.of(ForwardMode.DECODE, len(read["seq_lens"].tensor)), nsa_index_topk
+    )
+    set_inputs(args, read["seq_lens"], read["req_pool_indices"], pool)
     return args
 
 
@@ -323,8 +346,8 @@ def _check_written(
     size: tuple[int, ...],
     device: torch.device,
     read: dict[str, Checked],
-) -> None:
-    """`value` must be an int32 tensor that holds `size`, in memory that is not read."""
+) -> tuple[int, int]:
+    """The memory of `value`, which must be an int32 tensor that holds `size` and is not read."""
     if not isinstance(value, torch.Tensor) or value.dtype is not torch.int32:
         raise TypeError(f"{name}: got {_described(value)}, expected an int32 torch.Tensor")
     if value.device != device:
@@ -344,15 +367,20 @@ def _check_written(
     for other, (_, first, last) in read.items():
         if first < end and start < last:
             raise ValueError(f"{name}: got memory of {other}, which is read; expected its own")
+    return start, end
 
 
-def _same_strides(backends: list[dict[str, Any]]) -> list[list[dict[str, Any]]]:
-    """Backends in groups whose tables have rows equally far apart, as a launch takes them."""
-    groups: dict[tuple[int, ...], list[dict[str, Any]]] = {}
+def _groups(backends: list[dict[str, Any]]) -> list[list[dict[str, Any]]]:
+    """Backends as launches take them: so many, whose tables have rows equally far apart."""
+    alike: dict[tuple[int, ...], list[dict[str, Any]]] = {}
     for backend in backends:
         strides = tuple(backend[table].stride(0) for table in TABLES if table in backend)
-        groups.setdefault(strides, []).append(backend)
-    return list(groups.values())
+        alike.setdefault(strides, []).append(backend)
+    return [
+        group[first : first + direct.MAX_BACKENDS]
+        for group in alike.values()
+        for first in range(0, len(group), direct.MAX_BACKENDS)
+    ]
 
 
 def _launch_fused(
@@ -361,8 +389,7 @@ def _launch_fused(
     # In decode seqlens_expanded is cache_seqlens, and not every caller has both.
     complete = [{"seqlens_expanded": backend["cache_seqlens"]} | backend for backend in backends]
     set_backends(args, complete)
-    library = direct.library(platform_of(device))
-    on_device(device, lambda: library.fused_metadata(stream_of(device), args))
+    launch_fused(direct.library(platform_of(device)), device, args)
 
 
 def _fill(

@@ -1,6 +1,5 @@
 """PyTorch tensors: metadata handed over without copies, and an engine's static buffers filled."""
 
-import functools
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
@@ -13,7 +12,6 @@ from jaxnsa.interop.dlpack_path import DlpackOptions, DlpackPath
 from jaxnsa.interop.registration import Registered
 from jaxnsa.interop.tensors import checked_pool, checked_vector, platform_of
 from jaxnsa.metadata import ForwardMode
-from jaxnsa.spec import Rows
 
 __all__ = ["BackendBuffers", "DlpackOptions", "from_torch", "to_torch"]
 
@@ -165,18 +163,19 @@ class BackendBuffers:
           ValueError, TypeError: an argument is wrong, or a registered tensor has been freed or
             resized; nothing has been written then.
         """
+        given = (seq_lens, req_pool_indices, req_to_token, extend_seq_lens)
+        mode = (forward_mode, num_draft_tokens, max_total_tokens)
+        if isinstance(self._path, DirectPath) and self._path.refresh(*given, *mode):
+            return
         registered = self._registered
         registered.check_unchanged()
         device = registered.device
         lengths = checked_vector("seq_lens", seq_lens, device, None)
         bs = seq_lens.shape[0]
-        most = registered.spec.rows
-        if bs > most.requests:
-            raise ValueError(f"seq_lens: got {bs} requests, expected at most {most.requests}")
+        rows = registered.rows(bs, *mode)
         indices = checked_vector("req_pool_indices", req_pool_indices, device, bs)
         pool = checked_pool(req_to_token, device)
         extend = None
-        rows = _rows(forward_mode, bs, num_draft_tokens, max_total_tokens, most.count)
         if rows.tokens_per_request is None:
             if extend_seq_lens is None:
                 raise ValueError(f"extend_seq_lens: got None, expected a tensor in {forward_mode}")
@@ -188,38 +187,3 @@ class BackendBuffers:
         registered.check_apart("req_pool_indices", indices)
         registered.check_apart("req_to_token", pool)
         self._path.run(rows, lengths, indices, pool, extend)
-
-
-@functools.lru_cache(maxsize=4096, typed=True)  # the same few batches come again and again
-def _rows(
-    forward_mode: ForwardMode,
-    bs: int,
-    num_draft_tokens: int | None,
-    max_total_tokens: int | None,
-    most: int,
-) -> Rows:
-    if forward_mode is not ForwardMode.TARGET_VERIFY and num_draft_tokens is not None:
-        raise ValueError(
-            f"num_draft_tokens: got {num_draft_tokens!r}, expected None in {forward_mode}"
-        )
-    if forward_mode is not ForwardMode.DRAFT_EXTEND and max_total_tokens is not None:
-        raise ValueError(
-            f"max_total_tokens: got {max_total_tokens!r}, expected None in {forward_mode}"
-        )
-    if forward_mode is ForwardMode.TARGET_VERIFY:
-        num_draft_tokens = checks.integer("num_draft_tokens", num_draft_tokens, 1)
-    elif forward_mode is ForwardMode.DRAFT_EXTEND:
-        max_total_tokens = (
-            most
-            if max_total_tokens is None
-            else checks.integer("max_total_tokens", max_total_tokens, 0, most)
-        )
-    elif forward_mode is not ForwardMode.DECODE:
-        raise TypeError(f"forward_mode: got {forward_mode!r}, expected a ForwardMode")
-    rows = Rows.of(forward_mode, bs, num_draft_tokens, max_total_tokens)
-    if rows.count > most:
-        raise ValueError(
-            f"seq_lens: got {bs} requests of {rows.tokens_per_request} rows each, expected at "
-            f"most {most} rows"
-        )
-    return rows
