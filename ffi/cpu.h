@@ -14,6 +14,7 @@ struct Cpu {
   struct Stream {};  // calls run to completion
 
   static Stream StreamOf(void*) { return {}; }
+  static bool IsCurrentDevice(int) { return true; }
 
   static std::string Load() { return ""; }
 

@@ -17,6 +17,11 @@ struct Cuda {
 
   static Stream StreamOf(void* stream) { return static_cast<Stream>(stream); }
 
+  static bool IsCurrentDevice(int device) {
+    int current;
+    return cudaGetDevice(&current) == cudaSuccess && current == device;
+  }
+
   static std::string PrefixSum(Stream stream, PrefixSumVariant variant, const int32_t* x, int64_t n,
                                int32_t* out);
   static std::string FillDraftExtend(Stream stream, DraftExtendVariant variant,

@@ -1,11 +1,12 @@
 """The C interface of the FFI library: its computations on any memory and stream, without JAX.
 
-The structs mirror `ffi/metadata.h` and `ffi/tensors.cc`, which document their fields.
+The structs mirror `ffi/metadata.h` and `ffi/tensors.h`, which document their fields.
 """
 
 import ctypes
 import dataclasses
 import functools
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -100,6 +101,21 @@ class DraftExtend(ctypes.Structure):
     )
 
 
+class ExchangeApi(ctypes.Structure):
+    """DLPackExchangeAPI of DLPack 1.3: functions of a framework that has tensors."""
+
+    _fields_ = (
+        ("major", ctypes.c_uint32),
+        ("minor", ctypes.c_uint32),
+        ("older", _pointer),
+        ("allocate", _pointer),
+        ("managed_from_object", _pointer),
+        ("object_from_managed", _pointer),
+        ("describe", _pointer),
+        ("current_stream", _pointer),
+    )
+
+
 class Tensor(ctypes.Structure):
     """What a tensor is, of up to two dimensions."""
 
@@ -125,6 +141,7 @@ class Step(ctypes.Structure):
 
     _fields_ = (
         ("describe", _pointer),
+        ("current_stream", _pointer),
         ("num_tensors", _int64),
         ("objects", _pointer),
         ("expected", _pointer),
@@ -134,6 +151,45 @@ class Step(ctypes.Structure):
         ("max_len", _int64),
         ("fused", _pointer),
     )
+
+    @classmethod
+    def of(
+        cls,
+        args: Fused,
+        described: ctypes.Array[Tensor],
+        written: Sequence[tuple[int, int]],
+        api: ExchangeApi,
+        *,
+        unchanged: Sequence[Any] = (),
+        min_columns: int = 1,
+    ) -> "Step":
+        """Prepares a step.
+
+        Args:
+          args: its launch, complete but for rows and inputs; `max_len` is the most columns of a
+            table.
+          described: its destinations.
+          written: their memory, as addresses in order and apart.
+          api: of the framework whose tensors they are.
+          unchanged: the tensors of `described`, if each step is to see that they still are.
+          min_columns: of `req_to_token`.
+        """
+        held = objects(unchanged)
+        spans = (Span * len(written))(*itertools.starmap(Span, written))
+        step = cls(
+            describe=api.describe,
+            current_stream=api.current_stream,
+            num_tensors=len(unchanged),
+            objects=ctypes.addressof(held),
+            expected=ctypes.addressof(described),
+            num_spans=len(written),
+            written=ctypes.addressof(spans),
+            min_columns=min_columns,
+            max_len=args.max_len,
+            fused=ctypes.addressof(args),
+        )
+        step._alive = (unchanged, held, described, spans, args)
+        return step
 
 
 _STRUCTS = {
@@ -161,10 +217,9 @@ class Library:
         self._describe_tensors = holding_gil.jaxnsa_describe_tensors
         self._describe_tensors.restype = ctypes.c_bool
         self._describe_tensors.argtypes = (_pointer, _int64, _pointer, _pointer)
-        # Takes tensors, by id, as arguments of a launch; False where one is not as it should be.
-        self.take_step = holding_gil.jaxnsa_take_step
-        self.take_step.restype = ctypes.c_bool
-        self.take_step.argtypes = (ctypes.POINTER(Step), ctypes.POINTER(Rows), *[_pointer] * 4)
+        self._step = holding_gil.jaxnsa_direct_step
+        self._step.restype = ctypes.c_char_p
+        self._step.argtypes = (ctypes.POINTER(Step), ctypes.POINTER(Rows), *[_pointer] * 4)
         self._load = library.jaxnsa_direct_load
         self._fused_metadata = library.jaxnsa_direct_fused_metadata
         self._copy_metadata = library.jaxnsa_direct_copy_metadata
@@ -180,17 +235,45 @@ class Library:
         ):
             function.restype = ctypes.c_char_p
 
-    def describe_tensors(self, describe: int, tensors: Sequence[Any]) -> ctypes.Array[Tensor]:
-        """What the tensors are, by the function `describe` of DLPack's C exchange API.
-
-        Raises:
-          ValueError: one has more than two dimensions.
-          Exception: what the exchange API raises for what it cannot describe.
-        """
+    def describe_tensors(
+        self, api: ExchangeApi, tensors: Sequence[Any]
+    ) -> ctypes.Array[Tensor] | None:
+        """What the tensors are; None where one has more than two dimensions, or is no tensor."""
         described = (Tensor * len(tensors))()
-        if not self._describe_tensors(describe, len(tensors), objects(tensors), described):
-            raise ValueError("got a tensor of more than two dimensions")
-        return described
+        try:
+            known = self._describe_tensors(api.describe, len(tensors), objects(tensors), described)
+        except Exception:  # of the framework, about what it cannot describe
+            return None
+        return described if known else None
+
+    def launch_step(
+        self,
+        step: Step,
+        rows: Rows,
+        seq_lens: Any,
+        req_pool_indices: Any,
+        req_to_token: Any,
+        extend_seq_lens: Any | None,
+    ) -> bool:
+        """Takes tensors, and queues a step on their producer's current stream; at once on the CPU.
+
+        Returns:
+          Whether it did; False, with nothing done, where something is not as it should be.
+        """
+        try:
+            error = self._step(
+                step,
+                rows,
+                id(seq_lens),
+                id(req_pool_indices),
+                id(req_to_token),
+                None if extend_seq_lens is None else id(extend_seq_lens),
+            )
+        except Exception:  # of the framework, about what it cannot describe
+            return False
+        if error:
+            _raise(error)
+        return error is None
 
     def load(self) -> None:
         """Loads every kernel on the current CUDA device, so that no later call does."""

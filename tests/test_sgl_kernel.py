@@ -15,7 +15,7 @@ from jaxnsa import ForwardMode, NSAMetadata, direct, reference
 torch = pytest.importorskip("torch", reason="runs where PyTorch is, as .ci/run installs it")
 
 from jaxnsa.interop import broadcasts, sgl_kernel  # noqa: E402
-from jaxnsa.interop.tensors import describe_function  # noqa: E402
+from jaxnsa.interop.tensors import exchange_api  # noqa: E402
 
 ON_GPU = torch.cuda.is_available() and jax.default_backend() == "gpu"
 HELD = -7
@@ -31,11 +31,11 @@ def device(request):
 
 
 @pytest.fixture(params=(True, False), autouse=True)
-def exchange_api(request, monkeypatch):
+def has_exchange_api(request, monkeypatch):
     """Whether PyTorch has DLPack's C exchange API, as from 2.10 on."""
     if not request.param:
-        monkeypatch.setattr(broadcasts, "describe_function", lambda: None)
-    elif describe_function() is None:
+        monkeypatch.setattr(broadcasts, "exchange_api", lambda: None)
+    elif exchange_api() is None:
         pytest.skip("runs with PyTorch 2.10 or newer")
     monkeypatch.setattr(sgl_kernel, "_BROADCASTS", broadcasts.Broadcasts())
     return request.param
@@ -151,7 +151,7 @@ def test_backends_whose_rows_are_apart_by_different_pitches(device):
         np.testing.assert_array_equal(pages[:, :9], expected.real_page_table)
 
 
-def test_a_broadcast_that_is_known_is_checked_all_the_same(device, exchange_api, monkeypatch):
+def test_a_broadcast_that_is_known_is_checked_all_the_same(device, has_exchange_api, monkeypatch):
     bs, max_len, page, topk = 5, 130, 16, 64
     backends = [static_buffers(device, bs, max_len, page) for _ in range(2)]
     lists = [
@@ -181,7 +181,7 @@ def test_a_broadcast_that_is_known_is_checked_all_the_same(device, exchange_api,
             given[:2] = given[0].long(), given[1].long()
         looked.clear()
         broadcast(*given)
-        assert bool(looked) == (seed == 0 or not exchange_api)
+        assert bool(looked) == (seed == 0 or not has_exchange_api)
         expected = reference.precompute_decode_metadata(
             lengths, indices, pool, max_len=max_len, nsa_index_topk=topk, real_page_size=page
         )

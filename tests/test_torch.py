@@ -16,7 +16,7 @@ torch = pytest.importorskip("torch", reason="runs where PyTorch is, as .ci/run i
 
 from jaxnsa.interop import direct_path  # noqa: E402
 from jaxnsa.interop.registration import Registered  # noqa: E402
-from jaxnsa.interop.tensors import describe_function  # noqa: E402
+from jaxnsa.interop.tensors import exchange_api  # noqa: E402
 from jaxnsa.interop.torch import BackendBuffers, DlpackOptions, from_torch, to_torch  # noqa: E402
 
 HELD = -7
@@ -37,7 +37,7 @@ def device(request):
 @pytest.fixture(params=("direct", "direct before PyTorch 2.10", "dlpack"))
 def path(request, device, monkeypatch):
     if request.param == "direct before PyTorch 2.10":
-        monkeypatch.setattr(direct_path, "describe_function", lambda: None)
+        monkeypatch.setattr(direct_path, "exchange_api", lambda: None)
     if request.param != "dlpack":
         platform = "gpu" if device.type == "cuda" else "cpu"
         try:
@@ -183,7 +183,7 @@ def test_python_does_not_look_at_tensors_that_are_well(mode, path, device, monke
         options["extend_seq_lens"] = mode_options(mode, 5)["extend_seq_lens"]
         arguments["extend_seq_lens"] = engine.tensor(options["extend_seq_lens"])
     monkeypatch.setattr(Registered, "check_unchanged", looked)
-    if path == "dlpack" or direct_path.describe_function() is None:
+    if path == "dlpack" or direct_path.exchange_api() is None:
         with pytest.raises(AssertionError, match="Python looked at a tensor"):
             buffers.update(*given, forward_mode=mode, **arguments)
         return
@@ -253,7 +253,7 @@ def test_python_and_the_library_agree_about_tensors(device, monkeypatch):
     results = []
     for available in (True, False):
         if not available:
-            monkeypatch.setattr(direct_path, "describe_function", lambda: None)
+            monkeypatch.setattr(direct_path, "exchange_api", lambda: None)
         engine = Engine.of(device)
         # The memory before and after a registered tensor is not registered.
         engine.beside = torch.full((32,), 5, dtype=torch.int32, device=device)
@@ -608,7 +608,7 @@ def test_int64_lengths_cross(device):
 
 def test_pytorch_describes_tensors():
     version = tuple(int(part) for part in torch.__version__.split(".")[:2])
-    assert (describe_function() is not None) == (version >= (2, 10))
+    assert (exchange_api() is not None) == (version >= (2, 10))
 
 
 @pytest.mark.gpu

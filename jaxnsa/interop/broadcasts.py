@@ -3,16 +3,14 @@
 import ctypes
 import itertools
 import threading
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import torch
 
 from jaxnsa import direct
-from jaxnsa.interop.direct_path import launch_fused
 from jaxnsa.interop.registration import merged
-from jaxnsa.interop.step import Step
-from jaxnsa.interop.tensors import describe_function, platform_of
+from jaxnsa.interop.tensors import exchange_api, platform_of
 
 _MOST = 256
 """Broadcasts that are remembered."""
@@ -39,7 +37,7 @@ class Broadcasts:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()  # on the arguments of the launches
-        self._known: dict[Hashable, tuple[Step, direct.Fused, torch.device]] = {}
+        self._known: dict[Key | None, tuple[direct.Library, direct.Step, direct.Fused]] = {}
 
     def key(
         self,
@@ -48,15 +46,13 @@ class Broadcasts:
         numbers: tuple[int, ...],
     ) -> Key | None:
         """The key of a broadcast; None where it takes checks to tell."""
-        describe = describe_function()
-        if describe is None:
+        if not (api := exchange_api()) or not isinstance(seq_lens, torch.Tensor):
             return None
-        try:
-            library = direct.library(platform_of(seq_lens.device))
-            destinations = library.describe_tensors(describe, [*itertools.chain(*lists)])
-            return Key(bytes(destinations), tuple(map(len, lists)), seq_lens.shape[0], numbers)
-        except Exception:
+        library = direct.library(platform_of(seq_lens.device))
+        destinations = library.describe_tensors(api, [*itertools.chain(*lists)])
+        if destinations is None or seq_lens.dim() != 1:
             return None
+        return Key(bytes(destinations), tuple(map(len, lists)), seq_lens.shape[0], numbers)
 
     def launch(
         self, key: Key | None, inputs: tuple[torch.Tensor, torch.Tensor, torch.Tensor]
@@ -66,43 +62,33 @@ class Broadcasts:
             known = self._known.get(key)
             if known is None:
                 return False
-            step, args, device = known
-            try:
-                taken = step.takes(args.rows, *inputs)
-            except Exception:
-                return False
-            if taken:
-                launch_fused(direct.library(platform_of(device)), device, args)
-            return taken
+            library, step, args = known
+            return library.launch_step(step, args.rows, *inputs, None)
 
     def add(
         self,
         key: Key,
-        args: direct.Fused,
         device: torch.device,
+        args: direct.Fused,
         written: Iterable[tuple[int, int]],
     ) -> None:
         """Remembers a broadcast that was checked and launched.
 
         Args:
           key: its key.
-          args: its launch, whose tables have `max_len` columns whatever the pool has.
           device: where it runs.
+          args: its launch; `max_len` is what the tables have whatever the pool has.
           written: the memory that it writes, as addresses.
         """
-        describe = describe_function()
-        assert describe is not None  # as there is a key
+        api = exchange_api()
+        assert api  # as there is a key
         size = len(key.destinations) // ctypes.sizeof(direct.Tensor)
         described = (direct.Tensor * size).from_buffer_copy(key.destinations)
-        step = Step(
-            direct.library(platform_of(device)),
-            describe,
-            args,
-            described,
-            merged(sorted(written)),
-            min_columns=args.max_len,
+        step = direct.Step.of(
+            args, described, merged(sorted(written)), api, min_columns=args.max_len
         )
+        library = direct.library(platform_of(device))
         with self._lock:
             if len(self._known) >= _MOST:
                 del self._known[next(iter(self._known))]
-            self._known[key] = step, args, device
+            self._known[key] = library, step, args

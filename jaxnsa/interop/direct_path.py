@@ -8,8 +8,7 @@ import torch
 
 from jaxnsa import direct
 from jaxnsa.interop.registration import Registered
-from jaxnsa.interop.step import Step
-from jaxnsa.interop.tensors import Checked, describe_function, platform_of
+from jaxnsa.interop.tensors import Checked, exchange_api, platform_of
 from jaxnsa.spec import Rows
 
 
@@ -29,14 +28,13 @@ class DirectPath:
         args.tail = direct.TAILS.index(spec.tail)
         set_backends(args, registered.backends)
 
-        describe = describe_function()
         self._step = None
-        if describe is not None:
+        if api := exchange_api():
             tensors = [tensor for _, tensor in registered.named()]
-            described = self._library.describe_tensors(describe, tensors)
-            self._step = Step(
-                self._library, describe, args, described, registered.spans, unchanged=tensors
-            )
+            if described := self._library.describe_tensors(api, tensors):
+                self._step = direct.Step.of(
+                    args, described, registered.spans, api, unchanged=tensors
+                )
 
         # The same few batches come again and again.
         @functools.lru_cache(maxsize=4096, typed=True)
@@ -65,14 +63,11 @@ class DirectPath:
             return False
         try:
             rows = self._rows_of(seq_lens.shape[0], *mode)
-            taken = self._step.takes(
-                rows, seq_lens, req_pool_indices, req_to_token, extend_seq_lens
-            )
         except Exception:
             return False
-        if taken:
-            self._launch()
-        return taken
+        return self._library.launch_step(
+            self._step, rows, seq_lens, req_pool_indices, req_to_token, extend_seq_lens
+        )
 
     def run(
         self,
@@ -89,10 +84,10 @@ class DirectPath:
         args.max_len = min(self._max_len, req_to_token.tensor.shape[1])
         if extend_seq_lens is not None:
             set_vector(args.rows.extend_seq_lens, extend_seq_lens)
-        self._launch()
+        on_device(self._device, self._launch)
 
     def _launch(self) -> None:
-        launch_fused(self._library, self._device, self._args)
+        self._library.fused_metadata(stream_of(self._device), self._args)
 
 
 def rows_struct(rows: Rows, nsa_index_topk: int) -> direct.Rows:
@@ -129,17 +124,11 @@ def set_vector(field: direct.Vector, value: Checked) -> None:
     field.is_wide = value.tensor.dtype is torch.int64
 
 
-def launch_fused(library: direct.Library, device: torch.device, args: direct.Fused) -> None:
-    """Queues the kernel on PyTorch's current stream of a device."""
-    on_device(device, lambda: library.fused_metadata(stream_of(device), args))
-
-
 def stream_of(device: torch.device) -> int:
     """The handle of PyTorch's current stream; 0 on a CPU."""
     if device.type == "cpu":
         return 0
-    # torch.cuda.current_stream(device).cuda_stream, without an object in between
-    return torch._C._cuda_getCurrentRawStream(device.index)
+    return torch.cuda.current_stream(device).cuda_stream
 
 
 def on_device(device: torch.device, call) -> None:

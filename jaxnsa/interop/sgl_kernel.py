@@ -15,7 +15,6 @@ from jaxnsa import checks, direct
 from jaxnsa.ffi import VARIANTS
 from jaxnsa.interop.broadcasts import Broadcasts
 from jaxnsa.interop.direct_path import (
-    launch_fused,
     on_device,
     rows_struct,
     set_backends,
@@ -110,7 +109,7 @@ def fused_metadata_precompute_and_broadcast_cuda(
     for group in groups:
         _launch_fused(args, group, seq_lens.device)
     if len(groups) == 1 and key is not None:
-        _BROADCASTS.add(key, args, seq_lens.device, written)
+        _BROADCASTS.add(key, seq_lens.device, args, written)
 
 
 def precompute_decode_metadata_cuda(
@@ -389,7 +388,8 @@ def _launch_fused(
     # In decode seqlens_expanded is cache_seqlens, and not every caller has both.
     complete = [{"seqlens_expanded": backend["cache_seqlens"]} | backend for backend in backends]
     set_backends(args, complete)
-    launch_fused(direct.library(platform_of(device)), device, args)
+    library = direct.library(platform_of(device))
+    on_device(device, lambda: library.fused_metadata(stream_of(device), args))
 
 
 def _fill(

@@ -6,6 +6,8 @@ from typing import NamedTuple
 
 import torch
 
+from jaxnsa import direct
+
 
 def platform_of(device: torch.device) -> str:
     """The FFI library that a device takes: "cpu" or "gpu".
@@ -94,30 +96,13 @@ def _check_tensor(name: str, value: torch.Tensor, device: torch.device) -> None:
         raise ValueError(f"{name}: got a tensor on {value.device}, expected {device}")
 
 
-class _ExchangeApi(ctypes.Structure):
-    """DLPackExchangeAPI of DLPack 1.3."""
-
-    _fields_ = (
-        ("major", ctypes.c_uint32),
-        ("minor", ctypes.c_uint32),
-        ("older", ctypes.c_void_p),
-        ("allocate", ctypes.c_void_p),
-        ("managed_from_object", ctypes.c_void_p),
-        ("object_from_managed", ctypes.c_void_p),
-        ("describe", ctypes.c_void_p),
-    )
-
-
 @functools.cache
-def describe_function() -> int | None:
-    """The C function of PyTorch that describes a tensor; None before PyTorch 2.10.
-
-    It is `dltensor_from_py_object_no_sync` of DLPack's C exchange API.
-    """
+def exchange_api() -> direct.ExchangeApi | None:
+    """Functions of PyTorch for callers in C; None before PyTorch 2.10."""
     capsule = getattr(torch.Tensor, "__dlpack_c_exchange_api__", None)
     if capsule is None:
         return None
     get_pointer = ctypes.pythonapi.PyCapsule_GetPointer
     get_pointer.restype, get_pointer.argtypes = ctypes.c_void_p, (ctypes.py_object, ctypes.c_char_p)
-    api = _ExchangeApi.from_address(get_pointer(capsule, b"dlpack_exchange_api"))
-    return api.describe if api.major == 1 else None
+    api = direct.ExchangeApi.from_address(get_pointer(capsule, b"dlpack_exchange_api"))
+    return api if api.major == 1 else None
