@@ -153,7 +153,7 @@ std::string Cpu::FusedMetadata(Stream, const Fused& args) {
       ForEachBackend(args, &Destination::nsa_cu_seqlens_k, row + j + 1, nsa_sum);
     }
     WriteTables(
-        args, args.pool_row(args.req_pool_indices[i]), row, count,
+        args, args.pool().row(args.req_pool_indices[i]), row, count,
         [&](int64_t j) -> int64_t { return Rows::kv_len(cache, q, static_cast<int32_t>(j)); },
         args.tail, pages);
     row += count;

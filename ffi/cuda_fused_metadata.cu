@@ -1,9 +1,9 @@
-// The whole job in one launch, of blocks that do not wait for each other: the first ones write the
-// lengths and prefix sums of 128 requests each, the others a share of one request's tables.
+// The whole job in one launch, of blocks that do not wait for each other: the first ones write a
+// backend's lengths and prefix sums of 128 requests each, the others a share of one request's tables.
 #include <algorithm>
+#include <cstddef>
 #include <cub/block/block_reduce.cuh>
 #include <cub/block/block_scan.cuh>
-#include <utility>
 
 #include "cuda.h"
 #include "cuda_launch.h"
@@ -17,12 +17,11 @@ constexpr int kThreads = 128;
 constexpr int kBlocksPerMultiprocessor = 10;
 // So many backends or fewer have a kernel of their own.
 constexpr int kFewBackends = 8;
-// Tables of fewer elements are cut into small pieces, so that every multiprocessor of a Hopper GPU
-// has work.
-constexpr int64_t kSmallTable = 132 * 2048 * 4;
-// Blocks that share the tables. Where there would be more, a block takes several turns, as many as
-// its request's live columns need.
-constexpr int64_t kTableBlocks = 8192;
+// Columns of a page table that a block moves in one turn.
+constexpr int kColumns = 4 * kThreads;
+// Blocks that share the tables: half as many as there are turns, within these bounds. Each costs
+// half a nanosecond, whether its columns are live or not.
+constexpr int64_t kFewestBlocks = 1024, kMostBlocks = 8192;
 
 // Division without a division: T. Granlund and P. Montgomery, "Division by invariant integers using
 // multiplication" (1994), for dividends below 2^31.
@@ -60,35 +59,52 @@ struct Lengths {
   int32_t* nsa_cu_seqlens_k;
 };
 
-// The parameters of the kernel. What tables need comes first and, for up to four backends, within
-// 240 bytes: a multiprocessor fetches parameters 256 bytes at once, 16 of which are not ours, and
-// waits for each fetch.
+// What a row of a table gets: columns below `live` from the pool, then 0 below `end`; in tokens.
+struct Extent {
+  int32_t live;
+  int32_t end;
+};
+
+// The parameters of the kernel, in the order in which tables need them. A multiprocessor fetches
+// parameters 64 bytes at once and waits for each fetch; 16 of the first 64 are not ours.
 template <int kCapacity>
 struct Parameters {
-  FusedInputs job;
-  // Blocks for the lengths come first, then so many for the tables of each request, which take
-  // turns of one piece of its rows.
-  int32_t length_blocks;
-  Divisor blocks_per_request;
-  int32_t pieces;
+  Vector seq_lens;
+  Vector req_pool_indices;
+  int32_t length_rows;
   int32_t requests;  // at least one where rows past the total are to be cleared
+  int32_t tokens_per_request;
+  int32_t added_tokens;
+
+  Pool pool;
+  int64_t page_indices_stride;
+  int64_t real_page_table_stride;
+  Extent least;  // of any row
+  int32_t max_len;
   Divisor page_size;
+
+  int32_t num_backends;
   Tables tables[kCapacity];
+
+  Rows rows;
+  bool clears;  // rows past the total
+  int32_t length_blocks;  // of a backend
   Lengths lengths[kCapacity];
 };
 
+static_assert(offsetof(Parameters<kFewBackends>, pool) == 64 - 16);
+static_assert(offsetof(Parameters<kFewBackends>, num_backends) == 128 - 16);
+
 // Calls `body` with every backend's part. A few are taken one by one rather than in a loop: then
 // their pointers are operands of the instructions, and no indexed load comes first.
-template <typename Part, typename Body, int... kFirst>
-__device__ __forceinline__ void ForFew(const Part* backends, int count, Body body,
-                                       std::integer_sequence<int, kFirst...>) {
-  ((kFirst < count && (body(backends[kFirst]), true)) && ...);
-}
-
 template <int kCapacity, typename Part, typename Body>
 __device__ __forceinline__ void ForEach(const Part (&backends)[kCapacity], int count, Body body) {
   if constexpr (kCapacity == kFewBackends) {
-    ForFew(backends, count, body, std::make_integer_sequence<int, kCapacity>());
+#pragma unroll
+    for (int b = 0; b < kCapacity; ++b) {
+      if (b >= count) return;
+      body(backends[b]);
+    }
   } else {
 #pragma unroll 2
     for (int b = 0; b < count; ++b) body(backends[b]);
@@ -149,9 +165,9 @@ struct LengthSums {
   }
 };
 
-// The lengths and prefix sums of 128 requests, one for each thread, and of their rows.
-template <bool kRagged, int kCapacity>
-__device__ void WriteLengths(const Parameters<kCapacity>& args, int64_t block) {
+// A backend's lengths and prefix sums of 128 requests, one for each thread, and of their rows.
+template <bool kRagged>
+__device__ void WriteLengths(const Rows& rows, int32_t blocks, int32_t block, const Lengths& to) {
   struct Request {
     int32_t cache_seqlen;
     int32_t q;
@@ -159,16 +175,12 @@ __device__ void WriteLengths(const Parameters<kCapacity>& args, int64_t block) {
     uint32_t nsa_before;
   };
   __shared__ Request requests[kThreads];
-  const Rows& rows = args.job.rows;
-  const auto for_backends = [&](auto write) {
-    ForEach(args.lengths, args.job.num_backends, write);
-  };
   const auto q = [&](int64_t i) -> int64_t { return rows.q(i); };
   const auto sums_of = [&](int32_t cache_seqlen, int32_t tokens) -> LengthSums {
     return {static_cast<uint32_t>(cache_seqlen), NsaSum(rows, cache_seqlen, tokens, tokens - 1)};
   };
   const auto sums = [&](int64_t i) { return sums_of(rows.cache_seqlen(i), rows.q(i)); };
-  const int64_t first = block * kThreads, i = first + threadIdx.x;
+  const int64_t first = int64_t{block} * kThreads, i = first + threadIdx.x;
   const int64_t end = first + kThreads < rows.requests ? first + kThreads : rows.requests;
   const bool exists = i < end;
 
@@ -186,17 +198,12 @@ __device__ void WriteLengths(const Parameters<kCapacity>& args, int64_t block) {
   };
   requests[threadIdx.x] = {cache_seqlen, tokens, at_most_all(first_row), before.nsa_cache_seqlens};
   if (i == 0) {
-    for_backends([&](const Lengths& to) {
-      to.cu_seqlens_k[0] = 0;
-      to.nsa_cu_seqlens_k[0] = 0;
-    });
+    to.cu_seqlens_k[0] = 0;
+    to.nsa_cu_seqlens_k[0] = 0;
   }
   if (exists) {
-    const auto sum = static_cast<int32_t>(before.cache_seqlens + cache_seqlen);
-    for_backends([&](const Lengths& to) {
-      to.cache_seqlens[i] = cache_seqlen;
-      to.cu_seqlens_k[i + 1] = sum;
-    });
+    to.cache_seqlens[i] = cache_seqlen;
+    to.cu_seqlens_k[i + 1] = static_cast<int32_t>(before.cache_seqlens + cache_seqlen);
   }
   __syncthreads();
 
@@ -219,14 +226,10 @@ __device__ void WriteLengths(const Parameters<kCapacity>& args, int64_t block) {
     const Request request = requests[low];
     const auto j = static_cast<int32_t>(row - request.first_row);
     const int32_t kv_len = Rows::kv_len(request.cache_seqlen, request.q, j);
-    const int32_t nsa_len = rows.nsa_len(kv_len);
-    const auto sum = static_cast<int32_t>(request.nsa_before +
-                                          NsaSum(rows, request.cache_seqlen, request.q, j));
-    for_backends([&](const Lengths& to) {
-      to.seqlens_expanded[row] = kv_len;
-      to.nsa_cache_seqlens[row] = nsa_len;
-      to.nsa_cu_seqlens_k[row + 1] = sum;
-    });
+    to.seqlens_expanded[row] = kv_len;
+    to.nsa_cache_seqlens[row] = rows.nsa_len(kv_len);
+    to.nsa_cu_seqlens_k[row + 1] = static_cast<int32_t>(
+        request.nsa_before + NsaSum(rows, request.cache_seqlen, request.q, j));
   }
   if (!kRagged) return;
 
@@ -235,12 +238,10 @@ __device__ void WriteLengths(const Parameters<kCapacity>& args, int64_t block) {
   if (total >= rows.count) return;
   const auto nsa_total =
       static_cast<int32_t>(BlockSum<LengthSums>(0, rows.requests, sums).nsa_cache_seqlens);
-  for (int64_t row = total + i; row < rows.count; row += args.length_blocks * kThreads) {
-    for_backends([&](const Lengths& to) {
-      to.seqlens_expanded[row] = 0;
-      to.nsa_cache_seqlens[row] = 0;
-      to.nsa_cu_seqlens_k[row + 1] = nsa_total;
-    });
+  for (int64_t row = total + i; row < rows.count; row += int64_t{blocks} * kThreads) {
+    to.seqlens_expanded[row] = 0;
+    to.nsa_cache_seqlens[row] = 0;
+    to.nsa_cu_seqlens_k[row + 1] = nsa_total;
   }
 }
 
@@ -270,24 +271,12 @@ struct Access<1> {
   }
 };
 
-// What a row of a table gets: columns below `live` from the pool, then 0 below `end`; in tokens.
-struct Extent {
-  int32_t live;
-  int32_t end;
-};
-
 // One request's rows in a table.
 struct Request {
   int32_t cache_seqlen;
   int32_t q;
   int32_t max_len;
-  Extent least;  // of any row
-
-  __device__ Request(int32_t cache_seqlen, int32_t q, int32_t max_len, Tail tail)
-      : cache_seqlen(cache_seqlen), q(q), max_len(max_len) {
-    least.live = tail == Tail::kCopy ? max_len : 0;
-    least.end = tail == Tail::kKeep ? 0 : max_len;
-  }
+  Extent least;
 
   __device__ Extent extent(int32_t j) const {
     const int32_t live = Max(Min(Rows::kv_len(cache_seqlen, q, j), max_len), least.live);
@@ -301,9 +290,9 @@ struct Request {
 };
 
 // A piece of a row of the page table: what a thread moves of it, in registers.
-template <int kWidth, int kAccesses>
+template <int kWidth>
 struct Piece {
-  static constexpr int kColumns = kThreads * kWidth * kAccesses;
+  static constexpr int kAccesses = kColumns / kThreads / kWidth;
 
   int32_t value[kAccesses][kWidth];
 
@@ -330,11 +319,11 @@ struct Piece {
   template <int kCapacity>
   __device__ void Store(const Parameters<kCapacity>& args, int32_t start, int64_t row,
                         Extent extent) const {
-    const int32_t backends = args.job.num_backends;
+    const int32_t backends = args.num_backends;
 #pragma unroll
     for (int u = 0; u < kAccesses; ++u) {
       const int32_t column = Column(start, u);
-      const int64_t offset = row * args.job.page_indices_stride + column;
+      const int64_t offset = row * args.page_indices_stride + column;
       int32_t live[kWidth];
 #pragma unroll
       for (int e = 0; e < kWidth; ++e) live[e] = column + e < extent.live ? value[u][e] : 0;
@@ -343,19 +332,19 @@ struct Piece {
           Access<kWidth>::Store(to.page_indices + offset, live);
         });
       } else {
+        ForEach(args.tables, backends, [&](const Tables& to) {
 #pragma unroll
-        for (int e = 0; e < kWidth; ++e) {
-          if (column + e >= extent.end) break;
-#pragma unroll 1
-          for (int b = 0; b < backends; ++b) args.tables[b].page_indices[offset + e] = live[e];
-        }
+          for (int e = 0; e < kWidth; ++e) {
+            if (column + e < extent.end) to.page_indices[offset + e] = live[e];
+          }
+        });
       }
       const int32_t page = args.page_size.Divide(column);
       if (args.tables[0].real_page_table == nullptr || page * args.page_size.value != column ||
           column >= extent.end) {
         continue;
       }
-      const int64_t page_offset = row * args.job.real_page_table_stride + page;
+      const int64_t page_offset = row * args.real_page_table_stride + page;
       const int32_t number = args.page_size.Divide(live[0]);
       ForEach(args.tables, backends,
               [&](const Tables& to) { to.real_page_table[page_offset] = number; });
@@ -363,32 +352,30 @@ struct Piece {
   }
 };
 
-// One block's share of a request's rows in both tables, and of the rows past the total.
-template <int kWidth, int kAccesses, bool kRagged, int kCapacity>
-__device__ void WriteTables(const Parameters<kCapacity>& args, int32_t i, int32_t block) {
-  const FusedInputs& job = args.job;
-  const Rows& rows = job.rows;
-  const bool clears = kRagged && job.tail != Tail::kKeep;
+// A block's share of request i's rows in both tables, and of the rows past the total: every
+// gridDim.x-th piece.
+template <int kWidth, bool kRagged, int kCapacity>
+__device__ void WriteTables(const Parameters<kCapacity>& args, int32_t i) {
   // Without requests, one that does not exist clears the rows.
-  const bool exists = !kRagged || i < rows.requests;
+  const bool exists = !kRagged || i < args.rows.requests;
   // Both loads are under way before either is needed.
-  const int32_t index = exists ? job.req_pool_indices[i] : 0;
-  const int32_t seq_len = exists ? rows.seq_lens[i] : 0;
-  const int32_t q = !kRagged ? rows.tokens_per_request : exists ? rows.q(i) : 0;
-  const Request request(rows.cache_seqlen_of(seq_len), q, job.max_len, job.tail);
-  const int32_t* const source = job.pool_row(index);
+  const int32_t index = exists ? args.req_pool_indices[i] : 0;
+  const int32_t seq_len = exists ? args.seq_lens[i] : 0;
+  const int32_t q = !kRagged ? args.tokens_per_request : exists ? args.rows.q(i) : 0;
+  const Request request{Add(Max(seq_len, 0), args.added_tokens), q, args.max_len, args.least};
+  const int32_t* const source = args.pool.row(index);
 
   // Rows from `total` on are cleared.
-  int64_t first_row = static_cast<int64_t>(i) * q, total = rows.count;
+  int64_t first_row = static_cast<int64_t>(i) * q, total = args.rows.count;
   int32_t count = q;
   if (kRagged) {
-    const auto tokens = [&](int64_t k) -> int64_t { return rows.q(k); };
+    const auto tokens = [&](int64_t k) -> int64_t { return args.rows.q(k); };
     first_row = BlockSum<int64_t>(0, i, tokens);
-    if (clears) total = first_row + q + BlockSum<int64_t>(i + 1, rows.requests, tokens);
-    const int64_t room = first_row < rows.count ? rows.count - first_row : 0;
+    if (args.clears) total = first_row + q + BlockSum<int64_t>(i + 1, args.rows.requests, tokens);
+    const int64_t room = first_row < args.rows.count ? args.rows.count - first_row : 0;
     count = room < q ? static_cast<int32_t>(room) : q;
   }
-  const Extent none{0, clears ? job.max_len : 0};
+  const Extent none{0, kRagged && args.clears ? args.max_len : 0};
   const Extent longest = !kRagged || count > 0 ? request.longest() : none;
   // Calls `write` with every row and what it gets.
   const auto for_rows = [&](auto write) {
@@ -396,17 +383,16 @@ __device__ void WriteTables(const Parameters<kCapacity>& args, int32_t i, int32_
     for (int32_t j = 0; j < count; ++j) write(first_row + j, request.extent(j));
     if constexpr (kRagged) {
 #pragma unroll 1
-      for (int64_t row = total + i; row < rows.count; row += args.requests) write(row, none);
+      for (int64_t row = total + i; row < args.rows.count; row += args.requests) write(row, none);
     }
   };
 
+  const auto block = static_cast<int32_t>(blockIdx.x), blocks = static_cast<int32_t>(gridDim.x);
   if (args.tables[0].page_indices != nullptr) {
-    using Piece = Piece<kWidth, kAccesses>;
 #pragma unroll 1
-    for (int32_t turn = block; turn < args.pieces; turn += args.blocks_per_request.value) {
-      const int32_t start = turn * Piece::kColumns;
-      if (start >= longest.end) return;
-      Piece piece;
+    for (int32_t start = block * kColumns; start < longest.end;
+         start += blocks * kColumns) {
+      Piece<kWidth> piece;
       piece.Load(source, start, longest.live);
       for_rows([&](int64_t row, Extent extent) { piece.Store(args, start, row, extent); });
     }
@@ -414,33 +400,41 @@ __device__ void WriteTables(const Parameters<kCapacity>& args, int32_t i, int32_
   }
   // Only the first token of each page is read.
 #pragma unroll 1
-  for (int32_t turn = block; turn < args.pieces; turn += args.blocks_per_request.value) {
-    const int32_t page = turn * kThreads + static_cast<int32_t>(threadIdx.x);
+  for (int32_t page = block * kThreads + static_cast<int32_t>(threadIdx.x);;
+       page += blocks * kThreads) {
     const int64_t token = int64_t{page} * args.page_size.value;
     if (token >= longest.end) return;
     const int32_t number =
         token < longest.live ? args.page_size.Divide(__ldg(source + token)) : 0;
     for_rows([&](int64_t row, Extent extent) {
       if (token >= extent.end) return;
-      const int64_t offset = row * job.real_page_table_stride + page;
+      const int64_t offset = row * args.real_page_table_stride + page;
       const int32_t live = token < extent.live ? number : 0;
-      ForEach(args.tables, job.num_backends,
+      ForEach(args.tables, args.num_backends,
               [&](const Tables& to) { to.real_page_table[offset] = live; });
     });
   }
 }
 
-template <int kWidth, int kAccesses, bool kRagged, int kCapacity>
+// The grid has a row of blocks for each request after those for the lengths, so that neighbouring
+// blocks write neighbouring memory; more than kGridRows lie in layers.
+constexpr int kGridRows = 32768;
+
+template <int kWidth, bool kRagged, int kCapacity>
 __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor)
     FusedMetadataKernel(const __grid_constant__ Parameters<kCapacity> args) {
-  const auto block = static_cast<int32_t>(blockIdx.x) - args.length_blocks;
-  if (block < 0) {
-    WriteLengths<kRagged>(args, blockIdx.x);
+  const auto row = static_cast<int32_t>(blockIdx.z * kGridRows + blockIdx.y);
+  const int32_t i = row - args.length_rows;
+  if (i >= args.requests) return;
+  if (__builtin_expect(i < 0, 0)) {
+    const uint32_t block = row * gridDim.x + blockIdx.x, blocks = args.length_blocks;
+    const uint32_t b = blocks == 1 ? block : block / blocks;
+    if (b < static_cast<uint32_t>(args.num_backends)) {
+      WriteLengths<kRagged>(args.rows, blocks, block - b * blocks, args.lengths[b]);
+    }
     return;
   }
-  // Neighbouring blocks write neighbouring memory.
-  const int32_t i = args.blocks_per_request.Divide(block);
-  WriteTables<kWidth, kAccesses, kRagged>(args, i, block - i * args.blocks_per_request.value);
+  WriteTables<kWidth, kRagged>(args, i);
 }
 
 bool AllowsVectors(const Fused& args) {
@@ -453,50 +447,58 @@ bool AllowsVectors(const Fused& args) {
   return allows;
 }
 
-template <int kWidth, int kAccesses, int kCapacity>
+template <int kWidth, int kCapacity>
 std::string LaunchFusedMetadata(cudaStream_t stream, const Fused& all) {
   const Rows& rows = all.rows;
   Parameters<kCapacity> args{};
-  args.job = all;
-  args.length_blocks = static_cast<int32_t>(std::max<int64_t>(1, CeilDiv(rows.requests, kThreads)));
+  args.seq_lens = rows.seq_lens;
+  args.req_pool_indices = all.req_pool_indices;
   args.requests = rows.ragged() ? std::max(rows.requests, 1) : rows.requests;
+  args.tokens_per_request = rows.tokens_per_request;
+  args.added_tokens = rows.added_tokens;
+  args.pool = all.pool();
+  args.page_indices_stride = all.page_indices_stride;
+  args.real_page_table_stride = all.real_page_table_stride;
+  args.least.live = all.tail == Tail::kCopy ? all.max_len : 0;
+  args.least.end = all.tail == Tail::kKeep ? 0 : all.max_len;
+  args.max_len = all.max_len;
   args.page_size = Divisor::Of(all.real_page_size);
-  const bool wide = all.backends[0].page_indices != nullptr;
-  args.pieces = static_cast<int32_t>(wide ? CeilDiv(all.max_len, Piece<kWidth, kAccesses>::kColumns)
-                                          : CeilDiv(all.pages(), kThreads));
-  const int64_t blocks_per_request =
-      std::clamp<int64_t>(kTableBlocks / std::max(args.requests, 1), 1, args.pieces);
-  args.blocks_per_request = Divisor::Of(static_cast<int32_t>(blocks_per_request));
+  args.num_backends = all.num_backends;
+  args.rows = rows;
+  args.clears = all.tail != Tail::kKeep;
   for (int b = 0; b < all.num_backends; ++b) {
     const Destination& to = all.backends[b];
     args.tables[b] = {to.page_indices, to.real_page_table};
     args.lengths[b] = {to.cache_seqlens, to.cu_seqlens_k, to.seqlens_expanded,
                        to.nsa_cache_seqlens, to.nsa_cu_seqlens_k};
   }
-  const auto kernel = rows.ragged() ? FusedMetadataKernel<kWidth, kAccesses, true, kCapacity>
-                                    : FusedMetadataKernel<kWidth, kAccesses, false, kCapacity>;
-  const int64_t blocks = args.length_blocks + args.requests * blocks_per_request;
-  return Launch(kName, stream, kernel, blocks, kThreads, args);
+  const bool wide = all.backends[0].page_indices != nullptr;
+  const int64_t turns = CeilDiv(wide ? all.max_len : all.pages(), wide ? kColumns : kThreads);
+  const int64_t blocks = std::clamp(args.requests * turns / 2, kFewestBlocks, kMostBlocks);
+  dim3 grid;
+  grid.x = std::clamp<int64_t>(blocks / std::max(args.requests, 1), 1, turns);
+  args.length_blocks = std::max<int64_t>(1, CeilDiv(rows.requests, kThreads));
+  args.length_rows = CeilDiv(int64_t{args.length_blocks} * all.num_backends, grid.x);
+  const int64_t grid_rows = int64_t{args.length_rows} + args.requests;
+  grid.y = std::min<int64_t>(grid_rows, kGridRows);
+  grid.z = CeilDiv(grid_rows, kGridRows);
+  const auto kernel = rows.ragged() ? FusedMetadataKernel<kWidth, true, kCapacity>
+                                    : FusedMetadataKernel<kWidth, false, kCapacity>;
+  return Launch(kName, stream, kernel, grid, kThreads, args);
 }
 
 template <int kCapacity>
 std::string LaunchForBackends(cudaStream_t stream, const Fused& args) {
-  if (!AllowsVectors(args)) return LaunchFusedMetadata<1, 4, kCapacity>(stream, args);
-  if (int64_t{args.rows.count} * args.max_len < kSmallTable) {
-    return LaunchFusedMetadata<4, 1, kCapacity>(stream, args);
-  }
-  return LaunchFusedMetadata<4, 2, kCapacity>(stream, args);
+  return AllowsVectors(args) ? LaunchFusedMetadata<4, kCapacity>(stream, args)
+                             : LaunchFusedMetadata<1, kCapacity>(stream, args);
 }
 
 template <int kCapacity>
 std::string LoadForBackends() {
-  return LoadKernels(kName,  //
-                     FusedMetadataKernel<4, 1, false, kCapacity>,
-                     FusedMetadataKernel<4, 1, true, kCapacity>,
-                     FusedMetadataKernel<4, 2, false, kCapacity>,
-                     FusedMetadataKernel<4, 2, true, kCapacity>,
-                     FusedMetadataKernel<1, 4, false, kCapacity>,
-                     FusedMetadataKernel<1, 4, true, kCapacity>);
+  return LoadKernels(kName, FusedMetadataKernel<4, false, kCapacity>,
+                     FusedMetadataKernel<4, true, kCapacity>,
+                     FusedMetadataKernel<1, false, kCapacity>,
+                     FusedMetadataKernel<1, true, kCapacity>);
 }
 
 }  // namespace

@@ -23,12 +23,12 @@ inline std::string ErrorOf(const char* kernel, cudaError_t error) {
   return std::string("kernel ") + kernel + ": " + cudaGetErrorString(error);
 }
 
-// Launches a kernel on a row of blocks.
+// Launches a kernel.
 template <typename... Parameters>
 std::string Launch(const char* name, cudaStream_t stream, void (*kernel)(Parameters...),
-                   int64_t blocks, int threads, const Parameters&... parameters) {
+                   dim3 grid, int threads, const Parameters&... parameters) {
   cudaLaunchConfig_t config{};
-  config.gridDim = dim3(static_cast<unsigned>(blocks));
+  config.gridDim = grid;
   config.blockDim = dim3(threads);
   config.stream = stream;
   return ErrorOf(name, cudaLaunchKernelEx(&config, kernel, parameters...));

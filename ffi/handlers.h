@@ -56,7 +56,7 @@ class Checker {
 };
 
 inline Vector VectorOf(const ffi::AnyBuffer& buffer) {
-  return {buffer.untyped_data(), buffer.element_type() == ffi::DataType::S64};
+  return {buffer.untyped_data(), buffer.element_type() == ffi::DataType::S64 ? 8 : 4};
 }
 
 inline int32_t* Data(const ffi::AnyBuffer& buffer) {

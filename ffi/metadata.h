@@ -24,16 +24,18 @@ constexpr int64_t kMaxLen = int64_t{1} << 30;
 // What a table holds past a row's live columns: the pool's content, 0, or what was there.
 enum class Tail : int32_t { kCopy, kZero, kKeep };
 
-// int32 or int64 values; what exceeds int32 is taken as its end.
+// int32 or int64 values, low word first; what exceeds int32 is taken as its end.
 struct Vector {
   const void* data;
-  int64_t is_wide;
+  int32_t itemsize;  // bytes
 
   JAXNSA_HOST_DEVICE int32_t operator[](int64_t i) const {
-    if (!is_wide) return static_cast<const int32_t*>(data)[i];
-    const int64_t value = static_cast<const int64_t*>(data)[i];
-    return value < -kInt32Max - 1 ? -kInt32Max - 1
-                                  : static_cast<int32_t>(value > kInt32Max ? kInt32Max : value);
+    const auto* const words =
+        reinterpret_cast<const int32_t*>(static_cast<const char*>(data) + i * itemsize);
+    const int32_t low = words[0];
+    if (itemsize == 4) return low;
+    const int32_t high = words[1];
+    return high == low >> 31 ? low : high >> 31 ^ kInt32Max;
   }
 };
 
@@ -67,10 +69,8 @@ struct Rows {
     return ragged() ? Max(extend_seq_lens[i], 0) : tokens_per_request;
   }
 
-  JAXNSA_HOST_DEVICE int32_t cache_seqlen(int64_t i) const { return cache_seqlen_of(seq_lens[i]); }
-
-  JAXNSA_HOST_DEVICE int32_t cache_seqlen_of(int32_t seq_len) const {
-    return Add(Max(seq_len, 0), added_tokens);
+  JAXNSA_HOST_DEVICE int32_t cache_seqlen(int64_t i) const {
+    return Add(Max(seq_lens[i], 0), added_tokens);
   }
 
   // A wrapped cache_seqlen wraps back here.
@@ -92,8 +92,19 @@ struct Destination {
   int32_t* real_page_table;   // [rows, pages]
 };
 
-// The whole job but for where its results go. Strides are in elements.
-struct FusedInputs {
+struct Pool {
+  const int32_t* req_to_token;
+  int64_t stride;  // elements from row to row
+  int32_t last_row;
+
+  // The row that an index names, which is clamped into the pool.
+  JAXNSA_HOST_DEVICE const int32_t* row(int32_t index) const {
+    return req_to_token + Min(Max(index, 0), last_row) * stride;
+  }
+};
+
+// The whole job. Strides are in elements.
+struct Fused {
   Rows rows;
   Vector req_pool_indices;
   const int32_t* req_to_token;
@@ -108,15 +119,11 @@ struct FusedInputs {
 
   JAXNSA_HOST_DEVICE int32_t pages() const { return (max_len - 1) / real_page_size + 1; }
 
-  // The pool row that an index names, which is clamped into the pool.
-  JAXNSA_HOST_DEVICE const int32_t* pool_row(int32_t index) const {
-    const int32_t last = static_cast<int32_t>(pool_rows > kInt32Max ? kInt32Max : pool_rows - 1);
-    return req_to_token + Min(Max(index, 0), last) * pool_stride;
+  Pool pool() const {
+    const int64_t last = pool_rows > kInt32Max ? kInt32Max : pool_rows - 1;
+    return {req_to_token, pool_stride, static_cast<int32_t>(last)};
   }
-};
 
-// The whole job.
-struct Fused : FusedInputs {
   Destination backends[kMaxBackends];
 };
 

@@ -24,13 +24,12 @@ bool IsApart(const Step& step, uint64_t begin, uint64_t end) {
 bool TakeVector(const Step& step, void* object, int64_t size, Vector* out) {
   Tensor tensor;
   if (!DescribeThere(step, object, 1, &tensor)) return false;
-  const bool wide = tensor.int_bits == 64;
-  if ((!wide && tensor.int_bits != 32) || tensor.shape[0] != size) return false;
+  if ((tensor.int_bits != 32 && tensor.int_bits != 64) || tensor.shape[0] != size) return false;
   if (size > 1 && tensor.strides[0] != 1) return false;
   if (size > 0 && tensor.start == 0) return false;
   out->data = reinterpret_cast<const void*>(tensor.start);
-  out->is_wide = wide;
-  return IsApart(step, tensor.start, tensor.start + size * (wide ? 8 : 4));
+  out->itemsize = tensor.int_bits / 8;
+  return IsApart(step, tensor.start, tensor.start + size * out->itemsize);
 }
 
 bool TakePool(const Step& step, void* object) {

@@ -23,7 +23,7 @@ _address = ctypes.c_uint64
 class Vector(ctypes.Structure):
     """int32 or int64 values."""
 
-    _fields_ = (("data", _pointer), ("is_wide", _int64))
+    _fields_ = (("data", _pointer), ("itemsize", _int32))
 
 
 class Rows(ctypes.Structure):

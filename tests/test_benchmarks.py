@@ -85,9 +85,9 @@ def test_inputs_take_turns():
     order = []
     calls = [lambda k=k: order.append(k) for k in range(3)]
     metrics = timing(calls, count=6, wait=lambda result: result)
-    assert order[:4] == [0, 1, 2, 0]  # to warm up
-    if jax.default_backend() == "cpu":
-        assert order[4:] == [0, 1, 2, 0, 1, 2]
+    if jax.default_backend() == "cpu":  # on a GPU the first is repeated under the profiler
+        assert order == [k % 3 for k in range(len(order))]
+    assert len(order) > 9
     assert 0 <= metrics["latency_us_p10"] <= metrics["latency_us"] <= metrics["latency_us_p90"]
     assert rotations(2**40, 2**20) == 1
     assert rotations(2**20, 2**20) == 64

@@ -62,6 +62,18 @@ def test_numbers_of_backends(num_backends, mode, name):
     )
 
 
+@pytest.mark.parametrize("name", [pytest.param("ffi", marks=[pytest.mark.gpu] if ON_GPU else [])])
+def test_more_requests_than_rows_of_a_grid(name):
+    check_broadcast(
+        inputs(32_800, pool_cols=12),
+        implementation=name,
+        num_backends=2,
+        max_len=9,
+        real_page_size=3,
+        nsa_index_topk=4,
+    )
+
+
 def test_unknown_variant():
     with pytest.raises(
         Exception, match="prefix_sum: variant: got fast, expected one of block_scan"

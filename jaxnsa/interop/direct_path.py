@@ -121,7 +121,7 @@ def set_inputs(
 def set_vector(field: direct.Vector, value: Checked) -> None:
     """Lets a field of a struct be a vector of lengths or indices."""
     field.data = value.start
-    field.is_wide = value.tensor.dtype is torch.int64
+    field.itemsize = value.tensor.itemsize
 
 
 def stream_of(device: torch.device) -> int:

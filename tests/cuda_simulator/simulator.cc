@@ -65,14 +65,19 @@ void RunBlock(Multiprocessor& here) {
 }  // namespace
 
 bool Run(dim3 grid, dim3 block, const std::function<void()>& kernel) {
-  if (grid.x == 0 || grid.x > 0x7fffffff || block.x == 0 || block.x > kMaxThreads) {
+  if (grid.x == 0 || grid.x > 0x7fffffff || grid.y == 0 || grid.y > 65535 || grid.z == 0 ||
+      grid.z > 65535 || block.x == 0 || block.x > kMaxThreads) {
     return false;
   }
   Multiprocessor& here = Here();
   here.kernel = &kernel;
   gridDim = grid;
   blockDim = block;
-  for (blockIdx.x = 0; blockIdx.x < gridDim.x; ++blockIdx.x) RunBlock(here);
+  for (blockIdx.z = 0; blockIdx.z < gridDim.z; ++blockIdx.z) {
+    for (blockIdx.y = 0; blockIdx.y < gridDim.y; ++blockIdx.y) {
+      for (blockIdx.x = 0; blockIdx.x < gridDim.x; ++blockIdx.x) RunBlock(here);
+    }
+  }
   return true;
 }
 
