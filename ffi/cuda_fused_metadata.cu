@@ -20,7 +20,7 @@ constexpr int kFewBackends = 8;
 // Columns of a page table that a block moves in one turn.
 constexpr int kColumns = 4 * kThreads;
 // Blocks that share the tables: half as many as there are turns, within these bounds. Each costs
-// half a nanosecond, whether its columns are live or not.
+// 0.6 nanoseconds of a Hopper GPU, whether its columns are live or not.
 constexpr int64_t kFewestBlocks = 1024, kMostBlocks = 8192;
 
 // Division without a division: T. Granlund and P. Montgomery, "Division by invariant integers using

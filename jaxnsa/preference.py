@@ -60,8 +60,8 @@ RULES = (
         (),
         0,
         ("pallas", "triton", "ffi", "xla"),
-        "where a launch is short pallas is ahead of triton by up to a sixth and of ffi by up to a "
-        "third; where memory decides it is within 3% of the fastest",
+        "where a launch is short pallas is ahead of triton and ffi by up to a sixth; where memory "
+        "decides it is within 3% of the fastest",
     ),
     Rule(
         "cpu",

@@ -688,12 +688,17 @@ def test_a_captured_update_follows_changed_inputs(mode):
 
 
 @pytest.mark.gpu
-def test_update_on_another_device_than_the_current_one():
+@pytest.mark.parametrize("current", (0, 1))
+@pytest.mark.parametrize("number", (0, 1))
+def test_devices_other_than_the_first_and_than_the_current(number, current):
     if torch.cuda.device_count() < 2:
         pytest.skip("runs on a machine with two GPUs")
-    engine = Engine.of(torch.device("cuda:1"))
-    buffers = registered(engine, "direct", 16)
+    engine = Engine.of(torch.device("cuda", number))
     lengths, indices, _ = inputs(5, pool_cols=300, pool_rows=10)
-    buffers.update(engine.tensor(lengths), engine.tensor(indices), engine.pool)
+    given = engine.tensor(lengths), engine.tensor(indices), engine.pool
+    with torch.cuda.device(current):
+        buffers = registered(engine, "direct", 16)
+        buffers.update(*given)
+        assert torch.cuda.current_device() == current
     engine.expect(lengths, indices, page=16)
     engine.check()
