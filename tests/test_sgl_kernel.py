@@ -311,6 +311,14 @@ def test_wrong_arguments_are_refused_before_anything_is_written(device):
         ({"real_page_size": 0}, "real_page_size: got 0"),
         ({"cu_seqlens_k_list": []}, "cu_seqlens_k_list: got 0 tensors, expected 1"),
         (
+            {"cu_seqlens_k_list": None},
+            "cu_seqlens_k_list: got NoneType, expected a list of tensors",
+        ),
+        (
+            {"cache_seqlens_list": b.cache_seqlens},
+            r"cache_seqlens_list: got a torch.int32 tensor of shape \(5,\), expected a list of",
+        ),
+        (
             {"nsa_cu_seqlens_k_list": [b.cu_seqlens_k[:5]]},
             r"nsa_cu_seqlens_k_list\[0\]: got shape \(5,\), expected at least \(6,\)",
         ),

@@ -85,6 +85,9 @@ def fused_metadata_precompute_and_broadcast_cuda(
                 f"{real_page_size}"
             )
         lists["real_page_table"] = real_page_table_list
+    for field, tensors in lists.items():
+        if not isinstance(tensors, list | tuple):
+            raise TypeError(f"{field}_list: got {_described(tensors)}, expected a list of tensors")
     key = _BROADCASTS.key(seq_lens, lists.values(), numbers)
     if _BROADCASTS.launch(key, inputs):
         return
