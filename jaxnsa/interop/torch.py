@@ -84,9 +84,9 @@ class BackendBuffers:
     There are two paths. "direct" launches one kernel of the FFI library on PyTorch's current
     stream, without JAX; `torch.cuda.graph` captures it. The library itself looks at the tensors of
     a step, and Python only at those that are not as they should be, or at all of them before
-    PyTorch 2.10, at some microseconds more. "dlpack" runs any implementation through
-    JAX on a stream of JAX's own, which waits for PyTorch's current one and that one for it. It is
-    compiled for the registered sizes, pads smaller batches, and cannot be captured.
+    PyTorch 2.10, at some microseconds more. "dlpack" runs any implementation through JAX on a
+    stream of JAX's own, which waits for PyTorch's current one and that one for it. It is compiled
+    for the registered sizes, pads smaller batches, and cannot be captured.
     """
 
     def __init__(
