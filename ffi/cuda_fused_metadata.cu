@@ -362,7 +362,8 @@ __device__ void WriteTables(const Parameters<kCapacity>& args, int32_t i) {
   const int32_t index = exists ? args.req_pool_indices[i] : 0;
   const int32_t seq_len = exists ? args.seq_lens[i] : 0;
   const int32_t q = !kRagged ? args.tokens_per_request : exists ? args.rows.q(i) : 0;
-  const Request request{Add(Max(seq_len, 0), args.added_tokens), q, args.max_len, args.least};
+  const Request request{Rows::cache_seqlen_of(seq_len, args.added_tokens), q, args.max_len,
+                        args.least};
   const int32_t* const source = args.pool.row(index);
 
   // Rows from `total` on are cleared.

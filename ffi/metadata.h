@@ -70,7 +70,11 @@ struct Rows {
   }
 
   JAXNSA_HOST_DEVICE int32_t cache_seqlen(int64_t i) const {
-    return Add(Max(seq_lens[i], 0), added_tokens);
+    return cache_seqlen_of(seq_lens[i], added_tokens);
+  }
+
+  static JAXNSA_HOST_DEVICE int32_t cache_seqlen_of(int32_t seq_len, int32_t added_tokens) {
+    return Add(Max(seq_len, 0), added_tokens);
   }
 
   // A wrapped cache_seqlen wraps back here.
@@ -92,6 +96,7 @@ struct Destination {
   int32_t* real_page_table;   // [rows, pages]
 };
 
+// KV slots of each request's tokens, a row for each request.
 struct Pool {
   const int32_t* req_to_token;
   int64_t stride;  // elements from row to row
@@ -116,6 +121,7 @@ struct Fused {
   int32_t real_page_size;
   Tail tail;
   int32_t num_backends;
+  Destination backends[kMaxBackends];
 
   JAXNSA_HOST_DEVICE int32_t pages() const { return (max_len - 1) / real_page_size + 1; }
 
@@ -123,8 +129,6 @@ struct Fused {
     const int64_t last = pool_rows > kInt32Max ? kInt32Max : pool_rows - 1;
     return {req_to_token, pool_stride, static_cast<int32_t>(last)};
   }
-
-  Destination backends[kMaxBackends];
 };
 
 // One array of a copy: rows of `columns` elements, to every destination.

@@ -271,9 +271,10 @@ class Library:
             )
         except Exception:  # of the framework, about what it cannot describe
             return False
-        if error:
-            _raise(error)
-        return error is None
+        if error == b"":  # kDeclined
+            return False
+        _raise(error)
+        return True
 
     def load(self) -> None:
         """Loads every kernel on the current CUDA device, so that no later call does."""

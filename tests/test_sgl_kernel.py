@@ -154,17 +154,7 @@ def test_backends_whose_rows_are_apart_by_different_pitches(device):
 def test_a_broadcast_that_is_known_is_checked_all_the_same(device, has_exchange_api, monkeypatch):
     bs, max_len, page, topk = 5, 130, 16, 64
     backends = [static_buffers(device, bs, max_len, page) for _ in range(2)]
-    lists = [
-        [getattr(b, field) for b in backends]
-        for field in (
-            "cache_seqlens",
-            "cu_seqlens_k",
-            "page_indices",
-            "nsa_cache_seqlens",
-            "nsa_cu_seqlens_k",
-            "real_page_table",
-        )
-    ]
+    lists = [[getattr(b, field) for b in backends] for field in vars(backends[0])]
 
     def broadcast(*given):
         sgl_kernel.fused_metadata_precompute_and_broadcast_cuda(*given, *lists, max_len, topk, page)

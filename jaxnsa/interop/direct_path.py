@@ -126,9 +126,7 @@ def set_vector(field: direct.Vector, value: Checked) -> None:
 
 def stream_of(device: torch.device) -> int:
     """The handle of PyTorch's current stream; 0 on a CPU."""
-    if device.type == "cpu":
-        return 0
-    return torch.cuda.current_stream(device).cuda_stream
+    return torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
 
 
 def on_device(device: torch.device, call) -> None:

@@ -2,6 +2,7 @@
 
 import bisect
 import dataclasses
+import operator
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -75,7 +76,6 @@ class Registered:
             if not _interleaved(tensor, next_tensor):
                 raise ValueError(f"{next_name}: got memory that {name} uses too, expected its own")
         self.spans = merged(extent for extent, _, _ in ordered)
-        self._ends = [end for _, end in self.spans]
 
     def named(self) -> list[tuple[str, torch.Tensor]]:
         """Every tensor and its name, backend by backend in the order of NSAMetadata's fields."""
@@ -98,7 +98,7 @@ class Registered:
 
     def check_apart(self, name: str, value: Checked) -> None:
         """Raises ValueError where an input shares memory with a registered tensor."""
-        k = bisect.bisect_right(self._ends, value.start)
+        k = bisect.bisect_right(self.spans, value.start, key=operator.itemgetter(1))
         if value.start < value.end and k < len(self.spans) and self.spans[k][0] < value.end:
             raise ValueError(
                 f"{name}: got memory within that of the registered tensors, which an update "
