@@ -3,7 +3,7 @@
 from importlib.metadata import version
 
 from jaxnsa.config import override
-from jaxnsa.implementations import ImplementationUnavailableError, get_kernel_info
+from jaxnsa.implementations.choice import ImplementationUnavailableError, get_kernel_info
 from jaxnsa.metadata import DraftExtendSeqlens, ForwardMode, NSAMetadata
 from jaxnsa.operations import (
     fill_draft_extend_metadata,
@@ -14,7 +14,7 @@ from jaxnsa.operations import (
     precompute_target_verify_metadata,
     prefix_sum,
 )
-from jaxnsa.validation import validate_inputs
+from jaxnsa.value_checks import validate_inputs
 
 __version__ = version("jaxnsa")
 

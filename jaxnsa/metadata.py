@@ -1,12 +1,15 @@
-"""The types that cross the public API: all of them pytrees, every array int32."""
+"""What a computation returns. Every array of `NSAMetadata` is described here, and only here."""
 
 import dataclasses
 import enum
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, Literal
 
 import jax
+import numpy as np
 
-Array = Any  # a jax.Array, a tracer, a numpy.ndarray or a jax.ShapeDtypeStruct
+Array = jax.Array | np.ndarray
+"""An array of the device, of the host, or a tracer of either."""
 
 
 @jax.tree_util.register_static
@@ -21,13 +24,55 @@ class ForwardMode(enum.Enum):
     DRAFT_EXTEND = "draft_extend"
 
 
+class Extent(enum.Enum):
+    """What an array has an element for, and a table a row."""
+
+    REQUESTS = "requests"
+    REQUESTS_PLUS_1 = "requests + 1"
+    ROWS = "rows"
+    ROWS_PLUS_1 = "rows + 1"
+    TABLE = "table"
+
+
+@dataclasses.dataclass(frozen=True)
+class Field:
+    """The description of one array of `NSAMetadata`.
+
+    Shapes, checks, operands and structs derive from it, in Python and, through the header that
+    `ffi/generate_fields.py` writes when the library is built, in C++ and CUDA.
+
+    Attributes:
+      name: of the array.
+      extent: REQUESTS [requests]; REQUESTS_PLUS_1 [requests + 1], 0 and the inclusive prefix sum of
+        `sum_of`; ROWS [rows]; ROWS_PLUS_1 [rows + 1], likewise; TABLE [rows, columns].
+      sum_of: the array whose prefix sum this is.
+      tokens_per_column: of a table, the tokens that a column stands for: a number, or the attribute
+        of `Spec` that holds it. Column c stands for the tokens from c * tokens_per_column on and is
+        live where the first of them is.
+      wanted: the attribute of `Spec` that tells whether the array is asked for; None: always.
+    """
+
+    name: str
+    extent: Extent
+    sum_of: str | None
+    tokens_per_column: Literal[1, "real_page_size"] | None
+    wanted: str | None
+
+
+def _described(extent: Extent, **description: Any) -> Any:
+    described = {"sum_of": None, "tokens_per_column": None, "wanted": None} | description
+    optional = {} if described["wanted"] is None else {"default": None}
+    return dataclasses.field(metadata={"extent": extent} | described, **optional)
+
+
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class NSAMetadata:
-    """What the attention kernels of one step read, for one backend.
+    """What the attention kernels of one step read, for one backend: int32 arrays.
 
     `rows` is bs in decode, bs * num_draft_tokens in target verify and max_total_tokens in draft
-    extend. With `stacked=True` every array has one more leading axis, [num_backends].
+    extend. With `stacked=True` every array has one more leading axis, [num_backends]. An array that
+    was not asked for is None.
 
     Attributes:
       cache_seqlens: int32 [bs], KV length of each request after the step.
@@ -40,13 +85,25 @@ class NSAMetadata:
         tokens; None when real_page_size is 1.
     """
 
-    cache_seqlens: Array
-    cu_seqlens_k: Array
-    seqlens_expanded: Array
-    nsa_cache_seqlens: Array
-    nsa_cu_seqlens_k: Array
-    page_indices: Array | None
-    real_page_table: Array | None
+    cache_seqlens: Array = _described(Extent.REQUESTS)
+    cu_seqlens_k: Array = _described(Extent.REQUESTS_PLUS_1, sum_of="cache_seqlens")
+    seqlens_expanded: Array = _described(Extent.ROWS)
+    nsa_cache_seqlens: Array = _described(Extent.ROWS)
+    nsa_cu_seqlens_k: Array = _described(Extent.ROWS_PLUS_1, sum_of="nsa_cache_seqlens")
+    page_indices: Array | None = _described(Extent.TABLE, tokens_per_column=1, wanted="wide_table")
+    real_page_table: Array | None = _described(
+        Extent.TABLE, tokens_per_column="real_page_size", wanted="real_table"
+    )
+
+    def arrays(self) -> dict[str, Array]:
+        """The arrays that there are, by name."""
+        return {name: array for name, array in vars(self).items() if array is not None}
+
+
+FIELDS: Mapping[str, Field] = {
+    field.name: Field(field.name, **field.metadata) for field in dataclasses.fields(NSAMetadata)
+}
+"""The description of every array of `NSAMetadata`, in its order."""
 
 
 @jax.tree_util.register_dataclass

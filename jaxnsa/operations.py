@@ -9,15 +9,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxnsa import checks, strategies
-from jaxnsa.checks import Inputs
+from jaxnsa import argument_checks as checks
+from jaxnsa import strategies
+from jaxnsa.argument_checks import Arguments
 from jaxnsa.config import Strategy, settings
-from jaxnsa.implementations import FUSED, IMPLEMENTATIONS, choose
+from jaxnsa.implementations import FUSED, IMPLEMENTATIONS
+from jaxnsa.implementations.choice import choose
 from jaxnsa.metadata import Array, DraftExtendSeqlens, ForwardMode, NSAMetadata
-from jaxnsa.spec import Rows, Spec, Tail
-from jaxnsa.validation import check_values
+from jaxnsa.spec import Rows, Tail, saturated
+from jaxnsa.value_checks import check_inputs, check_values
 
-_INT32 = np.iinfo(np.int32)
 _logger = logging.getLogger("jaxnsa")
 
 
@@ -58,7 +59,7 @@ def precompute_decode_metadata(
       ValueError, TypeError: an argument has the wrong shape, dtype or value.
       ImplementationUnavailableError: no implementation that was asked for can run here.
     """
-    return _precompute(
+    arguments = Arguments(
         ForwardMode.DECODE,
         seq_lens,
         req_pool_indices,
@@ -68,9 +69,8 @@ def precompute_decode_metadata(
         real_page_size=real_page_size,
         wide_table=wide_table,
         tail=tail,
-        out=out,
-        implementation=implementation,
     )
+    return _fused_metadata(arguments, out, implementation)[0]
 
 
 def precompute_target_verify_metadata(
@@ -107,7 +107,7 @@ def precompute_target_verify_metadata(
       ValueError, TypeError: an argument has the wrong shape, dtype or value.
       ImplementationUnavailableError: no implementation that was asked for can run here.
     """
-    return _precompute(
+    arguments = Arguments(
         ForwardMode.TARGET_VERIFY,
         seq_lens,
         req_pool_indices,
@@ -118,9 +118,8 @@ def precompute_target_verify_metadata(
         real_page_size=real_page_size,
         wide_table=wide_table,
         tail=tail,
-        out=out,
-        implementation=implementation,
     )
+    return _fused_metadata(arguments, out, implementation)[0]
 
 
 def precompute_draft_extend_metadata(
@@ -159,7 +158,7 @@ def precompute_draft_extend_metadata(
       ValueError, TypeError: an argument has the wrong shape, dtype or value.
       ImplementationUnavailableError: no implementation that was asked for can run here.
     """
-    return _precompute(
+    arguments = Arguments(
         ForwardMode.DRAFT_EXTEND,
         seq_lens,
         req_pool_indices,
@@ -171,9 +170,8 @@ def precompute_draft_extend_metadata(
         real_page_size=real_page_size,
         wide_table=wide_table,
         tail=tail,
-        out=out,
-        implementation=implementation,
     )
+    return _fused_metadata(arguments, out, implementation)[0]
 
 
 def fused_metadata_precompute_and_broadcast(
@@ -224,7 +222,7 @@ def fused_metadata_precompute_and_broadcast(
       ValueError, TypeError: an argument has the wrong shape, dtype or value.
       ImplementationUnavailableError: no implementation that was asked for can run here.
     """
-    backends = _compute(
+    arguments = Arguments(
         forward_mode,
         seq_lens,
         req_pool_indices,
@@ -232,10 +230,6 @@ def fused_metadata_precompute_and_broadcast(
         num_draft_tokens=num_draft_tokens,
         extend_seq_lens=extend_seq_lens,
         max_total_tokens=max_total_tokens,
-        out=out,
-        several=not stacked,
-        strategy=strategy,
-        implementation=implementation,
         max_len=max_len,
         nsa_index_topk=nsa_index_topk,
         real_page_size=real_page_size,
@@ -244,7 +238,10 @@ def fused_metadata_precompute_and_broadcast(
         num_backends=num_backends,
         stacked=stacked,
     )
-    return backends[0] if stacked else backends
+    if strategy is None:
+        strategy = settings().strategy
+    backends = _fused_metadata(arguments, out, implementation, strategy, several=stacked is False)
+    return backends if stacked is False else backends[0]
 
 
 def fused_metadata_copy(
@@ -276,8 +273,9 @@ def fused_metadata_copy(
         num_backends = len(out)
     num_backends = checks.integer("num_backends", num_backends, 1)
     if out is not None:
-        shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), src)
-        read = {f"src.{field}": array for field, array in vars(src).items()}
+        arrays = src.arrays()
+        shapes = {name: jax.ShapeDtypeStruct(a.shape, a.dtype) for name, a in arrays.items()}
+        read = {f"src.{name}": array for name, array in arrays.items()}
         out = checks.destinations(out, shapes, num_backends, read)
     name = choose(
         implementation,
@@ -286,6 +284,7 @@ def fused_metadata_copy(
         "fused_metadata_copy",
         len(src.cache_seqlens),
     )
+    name = _computing(name, all(array.size for array in src.arrays().values()))
     return _run_copy(src, out, num_backends=num_backends, implementation=name)
 
 
@@ -327,23 +326,22 @@ def fill_draft_extend_metadata(
             )
         max_total_tokens = int(np.maximum(np.asarray(extend_seq_lens, np.int64), 0).sum())
     capacity = checks.integer("max_total_tokens", max_total_tokens, 0)
-    inputs = Inputs(seq_lens, None, None, extend_seq_lens)
+    inputs = (seq_lens, extend_seq_lens)
     here = settings()
     if here.validate:
         rows = Rows.of(ForwardMode.DRAFT_EXTEND, len(seq_lens), max_total_tokens=capacity)
-        check_values(inputs, rows, None, topk, debug=True)
-    return _run_fill(
+        check_values(
+            rows, seq_lens, extend_seq_lens=extend_seq_lens, nsa_index_topk=topk, debug=True
+        )
+    name = choose(
+        implementation, here, _platform(inputs), "fill_draft_extend_metadata", len(seq_lens)
+    )
+    return _run_fill_draft_extend_metadata(
         extend_seq_lens,
         seq_lens,
         nsa_index_topk=topk,
         max_total_tokens=capacity,
-        implementation=choose(
-            implementation,
-            here,
-            _platform(inputs),
-            "fill_draft_extend_metadata",
-            len(seq_lens),
-        ),
+        implementation=_computing(name, len(seq_lens) > 0 and capacity > 0),
     )
 
 
@@ -363,60 +361,40 @@ def prefix_sum(x: Array, *, implementation: str | Sequence[str] | None = None) -
     """
     x = checks.array("x", x, 1, checks.INTEGERS)
     name = choose(implementation, settings(), _platform(x), "prefix_sum", len(x))
-    return _run_prefix_sum(x, implementation=name)
+    return _run_prefix_sum(x, implementation=_computing(name, len(x) > 0))
 
 
-def _precompute(mode: ForwardMode, *inputs: Array, **options: Any) -> NSAMetadata:
-    (metadata,) = _compute(
-        mode,
-        *inputs,
-        several=False,
-        strategy="ultra_fast",
-        num_backends=1,
-        stacked=False,
-        **options,
-    )
-    return metadata
-
-
-def _compute(
-    mode: ForwardMode,
-    seq_lens: Array,
-    req_pool_indices: Array,
-    req_to_token: Array,
-    *,
-    num_draft_tokens: int | None = None,
-    extend_seq_lens: Array | None = None,
-    max_total_tokens: int | None = None,
+def _fused_metadata(
+    arguments: Arguments,
     out: Any,
-    several: bool,
-    strategy: Strategy | None,
     implementation: str | Sequence[str] | None,
-    **options: Any,
+    strategy: Strategy = "ultra_fast",
+    several: bool = False,
 ) -> tuple[NSAMetadata, ...]:
     """Checks everything, then runs; `several` says whether `out` is a tuple."""
-    inputs, rows = checks.inputs(
-        seq_lens,
-        req_pool_indices,
-        req_to_token,
-        mode,
-        num_draft_tokens,
-        extend_seq_lens,
-        max_total_tokens,
-    )
-    spec = checks.spec(rows, inputs.req_to_token.shape[1], fresh=out is None, **options)
+    inputs, rows = checks.inputs(arguments)
+    spec = checks.spec(arguments, rows, inputs.req_to_token.shape[1], fresh=out is None)
     if out is not None:
         count = spec.num_backends if several else None
         out = checks.destinations(out, spec.shapes(), count, inputs._asdict())
+    strategy = checks.one_of("strategy", strategy, ("ultra_fast", "fast", "fallback"))
     here = settings()
-    strategy = checks.one_of(
-        "strategy", strategy or here.strategy, ("ultra_fast", "fast", "fallback")
-    )
     if here.validate:
-        check_values(inputs, rows, spec.max_len, spec.nsa_index_topk, debug=True)
+        check_inputs(inputs, rows, spec.max_len, spec.nsa_index_topk, debug=True)
     name = choose(implementation, here, _platform(inputs), requests=rows.requests)
     _log_path(name, strategy, spec.num_backends)
-    return _run_broadcast(inputs, out, spec=spec, strategy=strategy, implementation=name)
+    return _run_fused_metadata(
+        inputs,
+        out,
+        spec=spec,
+        strategy=strategy,
+        implementation=_computing(name, not spec.is_empty),
+    )
+
+
+def _computing(implementation: str, something: bool) -> str:
+    """What computes: XLA where there is nothing to launch a kernel for."""
+    return implementation if something else "xla"
 
 
 @functools.cache  # once for each path, not for each call
@@ -442,31 +420,13 @@ def _platform(arrays: Any) -> str | None:
     return jax.default_backend()
 
 
-def _int32(x: Array) -> Array:
-    """A wider vector brought into int32's range; int32 itself untouched."""
-    if x.dtype == jnp.int32:
-        return x
-    return jnp.clip(x, _INT32.min, _INT32.max).astype(jnp.int32)
-
-
 # keep_unused: destinations that are only written stay arguments, so that donation reuses them.
-@functools.partial(
-    jax.jit,
+_run_fused_metadata = jax.jit(
+    strategies.fused_metadata,
     static_argnames=("spec", "strategy", "implementation"),
     donate_argnames=("out",),
     keep_unused=True,
 )
-def _run_broadcast(
-    inputs: Inputs,
-    out: tuple[NSAMetadata, ...] | None,
-    *,
-    spec: Spec,
-    strategy: Strategy,
-    implementation: str,
-) -> tuple[NSAMetadata, ...]:
-    return strategies.broadcast(
-        jax.tree.map(_int32, inputs), out, spec, strategy=strategy, implementation=implementation
-    )
 
 
 @functools.partial(
@@ -488,7 +448,7 @@ def _run_copy(
 @functools.partial(
     jax.jit, static_argnames=("nsa_index_topk", "max_total_tokens", "implementation")
 )
-def _run_fill(
+def _run_fill_draft_extend_metadata(
     extend_seq_lens: Array,
     seq_lens: Array,
     *,
@@ -497,8 +457,8 @@ def _run_fill(
     implementation: str,
 ) -> DraftExtendSeqlens:
     return IMPLEMENTATIONS[implementation].fill_draft_extend_metadata(
-        _int32(extend_seq_lens),
-        _int32(seq_lens),
+        saturated(extend_seq_lens),
+        saturated(seq_lens),
         nsa_index_topk=nsa_index_topk,
         max_total_tokens=max_total_tokens,
     )

@@ -3,7 +3,8 @@
 Same names, arguments and results as the public functions, with NumPy arrays in and out. Nothing
 here calls JAX. `out` takes writable NumPy arrays and fills them in place.
 
-Lengths are int32 and wrap as int32 does: wider inputs are first brought into int32's range.
+Lengths are int32: what is below 0 counts as 0, and a KV length past 2^31 - 1 as 2^31 - 1. Prefix sums
+wrap as int32 does.
 """
 
 import numpy as np
@@ -29,8 +30,8 @@ def fill_draft_extend_metadata(
     total = sum(extend_seq_lens)
     capacity = total if max_total_tokens is None else max_total_tokens
     expanded = np.zeros(capacity, np.int32)
-    for row, (i, j) in enumerate(_draft_extend_rows(extend_seq_lens, capacity)):
-        expanded[row] = max(seq_lens[i] - extend_seq_lens[i] + 1 + j, 0)
+    for row, (_, kv_len) in enumerate(_draft_extend_rows(seq_lens, extend_seq_lens, capacity)):
+        expanded[row] = kv_len
     return DraftExtendSeqlens(
         expanded, np.minimum(expanded, np.int32(nsa_index_topk)), _wrap(total)
     )
@@ -80,66 +81,56 @@ def fused_metadata_precompute_and_broadcast(
     req_to_token = np.asarray(req_to_token)
     max_len = req_to_token.shape[1] if max_len is None else max_len
     tail = tail or ("copy" if out is None else "keep")
-    bs = len(seq_lens)
 
-    # Which request and which of its tokens each row stands for, and what the row sees.
+    # The KV length of each request; then, of each row, its request and the tokens that it sees.
     if forward_mode is ForwardMode.DECODE:
         cache_seqlens = seq_lens
-        rows = [(i, seq_lens[i]) for i in range(bs)]
+        rows = list(enumerate(cache_seqlens))
     elif forward_mode is ForwardMode.TARGET_VERIFY:
-        cache_seqlens = [_wrapped(n + num_draft_tokens) for n in seq_lens]
-        rows = [
-            (i, max(_wrapped(seq_lens[i] + j + 1), 0))
-            for i in range(bs)
-            for j in range(num_draft_tokens)
-        ]
+        d = num_draft_tokens
+        cache_seqlens = [min(n, _INT32.max - d) + d for n in seq_lens]
+        rows = [(i, kv - d + 1 + j) for i, kv in enumerate(cache_seqlens) for j in range(d)]
     else:
         cache_seqlens = seq_lens
-        q = _lengths(extend_seq_lens)
-        rows = [
-            (i, max(seq_lens[i] - q[i] + 1 + j, 0))
-            for i, j in _draft_extend_rows(q, max_total_tokens)
-        ]
+        rows = _draft_extend_rows(seq_lens, _lengths(extend_seq_lens), max_total_tokens)
     count = max_total_tokens if forward_mode is ForwardMode.DRAFT_EXTEND else len(rows)
 
-    expanded = np.zeros(count, np.int32)
+    seqlens_expanded = np.zeros(count, np.int32)
     for r, (_, kv_len) in enumerate(rows):
-        expanded[r] = kv_len
-    nsa_cache_seqlens = np.minimum(expanded, np.int32(nsa_index_topk))
+        seqlens_expanded[r] = kv_len
+    nsa_cache_seqlens = np.minimum(seqlens_expanded, np.int32(nsa_index_topk))
     lengths = {
-        "cache_seqlens": _wrap(cache_seqlens),
+        "cache_seqlens": np.array(cache_seqlens, np.int32),
         "cu_seqlens_k": prefix_sum(cache_seqlens),
-        "seqlens_expanded": expanded,
+        "seqlens_expanded": seqlens_expanded,
         "nsa_cache_seqlens": nsa_cache_seqlens,
         "nsa_cu_seqlens_k": prefix_sum(nsa_cache_seqlens),
     }
-
-    pages = -(-max_len // real_page_size)
+    tokens_per_column = {}
+    if wide_table:
+        tokens_per_column["page_indices"] = 1
+    if real_page_size > 1:
+        tokens_per_column["real_page_table"] = real_page_size
 
     def fresh() -> NSAMetadata:
-        return NSAMetadata(
-            **{name: np.zeros(value.shape, np.int32) for name, value in lengths.items()},
-            page_indices=np.zeros((count, max_len), np.int32) if wide_table else None,
-            real_page_table=np.zeros((count, pages), np.int32) if real_page_size > 1 else None,
-        )
+        tables = {
+            name: np.zeros((count, -(-max_len // tokens)), np.int32)
+            for name, tokens in tokens_per_column.items()
+        }
+        return NSAMetadata(**{name: value.copy() for name, value in lengths.items()}, **tables)
 
     def fill(metadata: NSAMetadata) -> NSAMetadata:
         for name, value in lengths.items():
             getattr(metadata, name)[:] = value
-        wide, real = metadata.page_indices, metadata.real_page_table
-        if tail != "keep":
-            for table in (wide, real):
-                if table is not None:
-                    table[:] = 0
-        for r, (i, kv_len) in enumerate(rows):
-            columns = max_len if tail == "copy" else min(kv_len, max_len)
-            slot = min(max(int(np.asarray(req_pool_indices)[i]), 0), len(req_to_token) - 1)
-            tokens = req_to_token[slot, :columns]
-            if wide is not None:
-                wide[r, :columns] = tokens
-            if real is not None:
-                first_tokens = tokens[::real_page_size]
-                real[r, : len(first_tokens)] = first_tokens // real_page_size
+        for name, tokens in tokens_per_column.items():
+            table = getattr(metadata, name)
+            if tail != "keep":
+                table[:] = 0
+            for r, (i, kv_len) in enumerate(rows):
+                live = max_len if tail == "copy" else min(kv_len, max_len)
+                pool_row = min(max(int(np.asarray(req_pool_indices)[i]), 0), len(req_to_token) - 1)
+                first_tokens = req_to_token[pool_row, :live:tokens]
+                table[r, : len(first_tokens)] = first_tokens // tokens
         return metadata
 
     if stacked and out is not None:
@@ -174,22 +165,17 @@ def _one(seq_lens, req_pool_indices, req_to_token, mode, options) -> NSAMetadata
     return backends[0]
 
 
-def _draft_extend_rows(extend_seq_lens, capacity):
-    """(request, token of the request) of each row, as far as the capacity reaches."""
-    row = 0
-    for i, q in enumerate(extend_seq_lens):
-        for j in range(min(q, capacity - row)):
-            yield i, j
-            row += 1
+def _draft_extend_rows(seq_lens, extend_seq_lens, capacity) -> list[tuple[int, int]]:
+    """Of each row, its request and the tokens that it sees, as far as the capacity reaches."""
+    rows: list[tuple[int, int]] = []
+    for i, (kv, q) in enumerate(zip(seq_lens, extend_seq_lens, strict=True)):
+        rows += [(i, max(kv - q + 1 + j, 0)) for j in range(min(q, capacity - len(rows)))]
+    return rows
 
 
 def _lengths(lengths) -> list[int]:
-    """Negative lengths count as 0; what exceeds int32 is its largest value."""
+    """Lengths in int32's range: negative ones count as 0."""
     return [min(max(int(n), 0), _INT32.max) for n in np.asarray(lengths)]
-
-
-def _wrapped(value: int) -> int:
-    return (value - _INT32.min) % 2**32 + _INT32.min
 
 
 def _wrap(values):
@@ -197,8 +183,6 @@ def _wrap(values):
 
 
 def _map(function, *metadata: NSAMetadata) -> NSAMetadata:
-    fields = {}
-    for name in NSAMetadata.__dataclass_fields__:
-        arrays = [getattr(m, name) for m in metadata]
-        fields[name] = None if arrays[0] is None else function(*arrays)
-    return NSAMetadata(**fields)
+    return NSAMetadata(
+        **{name: function(*(getattr(m, name) for m in metadata)) for name in metadata[0].arrays()}
+    )

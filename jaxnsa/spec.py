@@ -1,18 +1,43 @@
-"""The static description of one computation: how rows map to requests, and what to write."""
+"""What a computation is: its inputs, and the static description of rows and results."""
 
 import dataclasses
 import functools
-from typing import Literal
+from collections.abc import Mapping
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from jaxnsa.metadata import ForwardMode, NSAMetadata
+from jaxnsa.metadata import FIELDS, Array, Extent, Field, ForwardMode, NSAMetadata
 
 Tail = Literal["copy", "zero", "keep"]
 
+INT32_MIN, INT32_MAX = -(2**31), 2**31 - 1
 MAX_LEN = 2**30
 """The widest page table, in tokens: kernels count the columns of a row in 32 bits."""
+
+
+class Inputs(NamedTuple):
+    """The arrays that a computation reads.
+
+    Attributes:
+      seq_lens: int32 or int64 [bs].
+      req_pool_indices: int32 or int64 [bs].
+      req_to_token: int32 [pool_rows, pool_cols].
+      extend_seq_lens: int32 or int64 [bs] in draft extend, otherwise None.
+    """
+
+    seq_lens: Array
+    req_pool_indices: Array
+    req_to_token: Array
+    extend_seq_lens: Array | None
+
+
+def saturated(x: jax.Array) -> jax.Array:
+    """A wider vector as int32, its values brought into int32's range; int32 itself untouched."""
+    if x.dtype == jnp.int32:
+        return x
+    return jnp.clip(x, INT32_MIN, INT32_MAX).astype(jnp.int32)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -20,25 +45,28 @@ class Rows:
     """How table rows map to requests. The three forward modes are three values of this.
 
     Request i owns q[i] consecutive rows and has KV length
-    `cache_seqlens[i] = max(seq_lens[i], 0) + added_tokens`. Its row j, 0 <= j < q[i], sees
-    `seqlens_expanded = max(cache_seqlens[i] - q[i] + 1 + j, 0)` tokens.
+    `cache_seqlens[i] = clip(seq_lens[i], 0, 2^31 - 1 - added_tokens) + added_tokens`. Its row j,
+    0 <= j < q[i], sees `seqlens_expanded = max(cache_seqlens[i] - q[i] + 1 + j, 0)` tokens. No KV
+    length leaves int32, so that nothing computed from one has to expect a negative one.
 
-    | mode          | q[i]               | added_tokens     |
-    | ---           | ---                | ---              |
-    | decode        | 1                  | 0                |
-    | target verify | num_draft_tokens   | num_draft_tokens |
-    | draft extend  | extend_seq_lens[i] | 0                |
+    | mode          | q[i]                       | added_tokens     |
+    | ---           | ---                        | ---              |
+    | decode        | 1                          | 0                |
+    | target verify | num_draft_tokens           | num_draft_tokens |
+    | draft extend  | max(extend_seq_lens[i], 0) | 0                |
+
+    Rows past the last request's are padding rows. Their lengths are 0.
 
     Attributes:
       requests: number of requests, bs.
       count: number of rows; in draft extend the capacity, max_total_tokens.
-      tokens_per_request: q where it is one number for all, None where extend_seq_lens says.
+      rows_per_request: q where it is one number for all, None where extend_seq_lens says.
       added_tokens: tokens that the step itself appends to every request.
     """
 
     requests: int
     count: int
-    tokens_per_request: int | None
+    rows_per_request: int | None
     added_tokens: int
 
     @classmethod
@@ -57,6 +85,11 @@ class Rows:
             return cls(requests, requests * num_draft_tokens, num_draft_tokens, num_draft_tokens)
         assert max_total_tokens is not None
         return cls(requests, max_total_tokens, None, 0)
+
+    @property
+    def longest_seq_len(self) -> int:
+        """Where `seq_lens` saturate, so that KV lengths fit int32."""
+        return INT32_MAX - self.added_tokens
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,9 +118,9 @@ class Spec:
     stacked: bool = False
 
     @property
-    def pages(self) -> int:
-        """Columns of the real page table."""
-        return -(-self.max_len // self.real_page_size)
+    def real_table(self) -> bool:
+        """Whether `real_page_table` is wanted."""
+        return self.real_page_size > 1
 
     @property
     def destinations(self) -> int:
@@ -99,28 +132,63 @@ class Spec:
         """Leading axes of every array of a destination."""
         return (self.num_backends,) if self.stacked else ()
 
-    def column_tokens(self, metadata: NSAMetadata) -> list[int]:
-        """For each array of `metadata`, tokens that a column stands for; 0 if it is no table."""
-        tables = {"page_indices": 1, "real_page_table": self.real_page_size}
+    @property
+    def is_empty(self) -> bool:
+        """Whether there is no request or no row: nothing that a kernel could be launched for."""
+        return not self.rows.requests or not self.rows.count
+
+    def fields(self, *extents: Extent) -> list[Field]:
+        """The arrays that are wanted, of the given extents if there are any, in their order."""
         return [
-            tables.get(field, 0) for field, array in vars(metadata).items() if array is not None
+            field
+            for field in FIELDS.values()
+            if (field.wanted is None or getattr(self, field.wanted))
+            and (not extents or field.extent in extents)
         ]
+
+    def tokens_per_column(self, field: Field) -> int:
+        """Tokens that a column of a table stands for."""
+        tokens = field.tokens_per_column
+        assert tokens is not None
+        return tokens if isinstance(tokens, int) else getattr(self, tokens)
+
+    def columns(self, field: Field) -> int:
+        """Columns of a table: those that stand for the first max_len tokens."""
+        return -(-self.max_len // self.tokens_per_column(field))
 
     # A Spec is small, and each eager call asks.
     @functools.lru_cache(maxsize=256)  # noqa: B019
-    def shapes(self) -> NSAMetadata:
-        """Shape and dtype of every array of one destination."""
-        rows = self.rows.count
+    def shapes(self) -> Mapping[str, jax.ShapeDtypeStruct]:
+        """Shape and dtype of every array of one destination, by name, of those that are wanted."""
+        rows = self.rows
+        sizes = {
+            Extent.REQUESTS: rows.requests,
+            Extent.REQUESTS_PLUS_1: rows.requests + 1,
+            Extent.ROWS: rows.count,
+            Extent.ROWS_PLUS_1: rows.count + 1,
+            Extent.TABLE: rows.count,
+        }
+        return {
+            field.name: jax.ShapeDtypeStruct(
+                (
+                    *self.lead,
+                    sizes[field.extent],
+                    *([self.columns(field)] if field.extent is Extent.TABLE else []),
+                ),
+                jnp.int32,
+            )
+            for field in self.fields()
+        }
 
-        def array(*shape: int) -> jax.ShapeDtypeStruct:
-            return jax.ShapeDtypeStruct((*self.lead, *shape), jnp.int32)
+    def metadata(self, arrays: Mapping[str, Array]) -> NSAMetadata:
+        """The arrays of one destination as NSAMetadata; KeyError where one is missing or too many.
 
-        return NSAMetadata(
-            cache_seqlens=array(self.rows.requests),
-            cu_seqlens_k=array(self.rows.requests + 1),
-            seqlens_expanded=array(rows),
-            nsa_cache_seqlens=array(rows),
-            nsa_cu_seqlens_k=array(rows + 1),
-            page_indices=array(rows, self.max_len) if self.wide_table else None,
-            real_page_table=array(rows, self.pages) if self.real_page_size > 1 else None,
-        )
+        Every implementation returns its results through this, so that an array that it forgot is
+        an error while it is traced.
+        """
+        wanted = self.shapes().keys()
+        if arrays.keys() != wanted:
+            raise KeyError(
+                f"an implementation computed {sorted(arrays)}, expected {sorted(wanted)}"
+            )
+        return NSAMetadata(**arrays)

@@ -10,14 +10,13 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxnsa.checks import Inputs
 from jaxnsa.config import Strategy
 from jaxnsa.implementations import IMPLEMENTATIONS
 from jaxnsa.metadata import NSAMetadata
-from jaxnsa.spec import Spec
+from jaxnsa.spec import Inputs, Spec, saturated
 
 
-def broadcast(
+def fused_metadata(
     inputs: Inputs,
     out: tuple[NSAMetadata, ...] | None,
     spec: Spec,
@@ -27,21 +26,22 @@ def broadcast(
 ) -> tuple[NSAMetadata, ...]:
     """The metadata of `spec` in each of its destinations."""
     module = IMPLEMENTATIONS[implementation]
+    inputs = jax.tree.map(saturated, inputs)
     if strategy == "ultra_fast":
-        return module.broadcast(*inputs, out, spec)
+        return module.fused_metadata(inputs, out, spec)
 
     one = dataclasses.replace(spec, num_backends=1, stacked=False)
+    source: Inputs | NSAMetadata = inputs
     if strategy == "fast":
-        (source,) = module.broadcast(*inputs, None, one)
-        live = one if spec.tail == "keep" else None
+        (source,) = module.fused_metadata(inputs, None, one)
+    live = one if spec.tail == "keep" else None
 
-        def step(source, destination):
+    def step(
+        source: Inputs | NSAMetadata, destination: tuple[NSAMetadata] | None
+    ) -> tuple[NSAMetadata, ...]:
+        if isinstance(source, NSAMetadata):
             return module.copy(source, destination, num_backends=1, live=live)
-    else:
-        source = inputs
-
-        def step(source, destination):
-            return module.broadcast(*source, destination, one)
+        return module.fused_metadata(source, destination, one)
 
     backends = []
     for k in range(spec.num_backends):

@@ -1,154 +1,166 @@
-"""The whole job in one launch: lengths, prefix sums and page tables, for every destination.
+"""The whole computation in one launch: lengths, prefix sums and page tables, for every destination.
 
-A grid of independent warpgroups. Block 0 of each request writes its lengths and prefix sums, which
-it adds up by itself; every other block copies a few windows of the request's page tables to all of
-its rows in all destinations. No block waits for another.
+Purpose: `NSAMetadata` of all backends of a step.
+Grid: for each request one block that writes its lengths, then those that share its tables.
+Block: a warpgroup. It waits for no other: sums over earlier requests it takes by itself.
+Inputs: seq_lens, req_pool_indices, extend_seq_lens where rows are ragged, req_to_token, and a view
+of req_to_token as whole pages where its rows consist of such.
+Outputs: the arrays of `Spec.shapes` of every destination.
 """
 
+import dataclasses
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
-from nsa_kernel_types import FusedJob, Metadata, RowMap
-from pallas_kernels.lanes import Lanes, access_width, floor_div
+from jaxnsa.metadata import NSAMetadata
+from jaxnsa.spec import Inputs, Spec
+from pallas_kernels.destinations import Destinations
+from pallas_kernels.lanes import Lanes, access_width
 from pallas_kernels.launch import launch
-from pallas_kernels.rows import (
-    for_spare_rows,
-    load_request,
-    locate,
-    prefix_sums,
-    write_row_lengths,
-)
-from pallas_kernels.tables import Destination, Table, Targets
+from pallas_kernels.rows import Lengths, Request, row_values
+from pallas_kernels.tables import Source, Table, Targets
 from pallas_kernels.tuning import BlockConfig
 
 
+@dataclasses.dataclass(frozen=True)
+class _TablePlan:
+    """How the blocks of a request share its tables; block 0 writes its lengths.
+
+    Attributes:
+      wide: the tiles of `page_indices`, if it is wanted.
+      real: the tiles of `real_page_table`, if it is wanted and not written with the wide table.
+      pages_with_wide: whether the blocks of the wide table write both.
+      reads_pages: whether the page starts of a pool row form a vector.
+    """
+
+    wide: Table | None
+    real: Table | None
+    pages_with_wide: bool
+    reads_pages: bool
+
+    @classmethod
+    def of(cls, spec: Spec, pool_shape: tuple[int, ...], config: BlockConfig) -> "_TablePlan":
+        """The plan for a pool [pool_rows, pool_cols]."""
+        requests, max_len, page_size = spec.rows.requests, spec.max_len, spec.real_page_size
+        pool_cols = pool_shape[1]
+        wide = real = None
+        if spec.wide_table:
+            width = access_width(pool_cols, max_len)
+            wide = Table.of(requests, max_len, 1, spec.tail, width, config)
+        together = spec.real_table and wide is not None and wide.yields_pages(page_size)
+        whole_pages = pool_cols % page_size == 0
+        if spec.real_table and not together:
+            real = Table.of(requests, max_len, page_size, spec.tail, int(whole_pages), config)
+        return cls(wide, real, together, real is not None and whole_pages)
+
+    @property
+    def first_real_block(self) -> int:
+        """The first block that writes `real_page_table` alone."""
+        return 1 + (self.wide.blocks if self.wide else 0)
+
+    @property
+    def blocks(self) -> int:
+        """Blocks of a request."""
+        return self.first_real_block + (self.real.blocks if self.real else 0)
+
+
 def fused_metadata(
-    seq_lens: jax.Array,
-    req_pool_indices: jax.Array,
-    req_to_token: jax.Array,
-    extend_seq_lens: jax.Array | None,
-    out: tuple[Metadata, ...] | None,
-    job: FusedJob,
+    inputs: Inputs,
+    out: tuple[NSAMetadata, ...] | None,
+    spec: Spec,
     *,
     config: BlockConfig | None = None,
     interpret: Any = False,
-) -> tuple[Metadata, ...]:
+) -> tuple[NSAMetadata, ...]:
     """Computes the metadata of a step for all backends in one kernel launch.
 
     Args:
-      seq_lens: int32 [requests].
-      req_pool_indices: int32 [requests].
-      req_to_token: int32 [pool_rows, pool_cols].
-      extend_seq_lens: int32 [requests] where rows are ragged, otherwise None.
+      inputs: int32 arrays, of at least one request.
       out: destinations to fill in place, or None for fresh ones.
-      job: what to compute. tail "keep" without `out` leaves the columns unspecified.
+      spec: what to compute, at least one row. Tail "keep" without `out` leaves the columns
+        unspecified.
       config: block sizes; None: `BlockConfig.heuristic`.
       interpret: `InterpretGPUParams` to run without a GPU.
 
     Returns:
-      As many Metadata as `job` has destinations.
+      As many NSAMetadata as `spec` has destinations.
     """
-    rows, max_len, real_page_size, tail = job.rows, job.max_len, job.real_page_size, job.tail
-    pool_rows, pool_cols = req_to_token.shape
-    ragged = rows.tokens_per_request is None
+    config = config or BlockConfig.heuristic(spec.rows.count, spec.max_len, spec.num_backends)
+    plan = _TablePlan.of(spec, inputs.req_to_token.shape, config)
+    pool_rows = inputs.req_to_token.shape[0]
     lanes = Lanes(bool(interpret))
-    config = config or BlockConfig.heuristic(rows.rows, max_len, job.num_backends)
+    read = {"inputs": inputs}
+    if plan.reads_pages:
+        read["pages"] = inputs.req_to_token.reshape(pool_rows, -1, spec.real_page_size)
 
-    wide = Table.of(rows.requests, max_len, 1, tail, access_width(pool_cols, max_len), config)
-    # Page starts form a vector where the pool's rows are whole pages.
-    paged = pool_cols % real_page_size == 0
-    real = Table.of(rows.requests, job.pages, real_page_size, tail, int(paged), config)
-    together = job.wide_table and real_page_size > 1 and wide.yields_pages(real_page_size)
-    wide_blocks = wide.blocks if job.wide_table else 0
-    real_blocks = real.blocks if real_page_size > 1 and not together else 0
-    blocks = 1 + wide_blocks + real_blocks
-
-    inputs: dict[str, Any] = {
-        "seq_lens": seq_lens,
-        "indices": req_pool_indices,
-        "pool": req_to_token,
-    }
-    if ragged:
-        inputs["extend"] = extend_seq_lens
-    if real_blocks and paged:
-        inputs["pages"] = req_to_token.reshape(pool_rows, -1, real_page_size)
-
-    def kernel(index, inputs, results, scratch):
+    def kernel(index, read, results, scratch):
         # Neighbouring blocks write neighbouring memory.
-        i, block = lax.div(index, jnp.int32(blocks)), lax.rem(index, jnp.int32(blocks))
-        seq_lens, extend = inputs["seq_lens"], inputs.get("extend")
-
-        def destinations(field: str) -> list[Destination]:
-            refs = [getattr(result, field) for result in results]
-            return (
-                [(refs[0], (k,)) for k in range(job.num_backends)]
-                if job.stacked
-                else [(ref, ()) for ref in refs]
-            )
+        i = lax.div(index, jnp.int32(plan.blocks))
+        block = lax.rem(index, jnp.int32(plan.blocks))
+        inputs = read["inputs"]
+        lengths = Lengths(inputs.seq_lens, inputs.extend_seq_lens)
+        destinations = Destinations(spec, results)
 
         @pl.when(block == 0)
         def _():
-            _write_lengths(lanes, rows, seq_lens, extend, scratch, i, destinations)
+            request = Request.load(lanes, spec.rows, lengths, scratch, i)
+            _write_lengths(request, spec.nsa_index_topk, destinations)
 
-        def write(table: Table, first_block: int, read, targets: Targets) -> None:
+        def write(table: Table, first_block: int, ref: Any, page_size: int, targets: Targets):
             @pl.when((block >= first_block) & (block < first_block + table.blocks))
             def _():
-                slot = jnp.clip(inputs["indices"][i], 0, pool_rows - 1)
-                lanes.issue(slot)
-                request = load_request(rows, seq_lens, extend, i)
-                table.write(
-                    lanes,
-                    block - first_block,
-                    lambda columns: read(slot, columns),
-                    request,
-                    lambda: locate(lanes, rows, request, extend, scratch, i),
-                    lambda location, body: for_spare_rows(rows, location, i, body),
-                    targets,
-                )
+                pool_row = jnp.clip(inputs.req_pool_indices[i], 0, pool_rows - 1)
+                lanes.start_load(pool_row)
+                request = Request.load(lanes, spec.rows, lengths, scratch, i)
+                source = Source(ref, pool_row, page_size)
+                table.write(lanes, block - first_block, source, request, targets)
 
-        if wide_blocks:
-            targets = Targets(destinations("page_indices"))
-            if together:
-                targets = Targets(targets.tables, destinations("real_page_table"), real_page_size)
-            write(wide, 1, lambda slot, columns: inputs["pool"][slot, columns], targets)
-        if real_blocks:
+        if plan.wide:
+            tables, pages = destinations.of("page_indices"), []
+            if plan.pages_with_wide:
+                pages = destinations.of("real_page_table")
+            targets = Targets(tables, pages, spec.real_page_size)
+            write(plan.wide, 1, inputs.req_to_token, 1, targets)
+        if plan.real:
+            targets = Targets(destinations.of("real_page_table"))
+            ref = read["pages"] if plan.reads_pages else inputs.req_to_token
+            write(plan.real, plan.first_real_block, ref, spec.real_page_size, targets)
+        destinations.check_all_written()
 
-            def read_pages(slot, columns):
-                if real.width:
-                    return floor_div(
-                        lanes.laid_out(inputs["pages"][slot, columns, 0]), real_page_size
-                    )
-                return floor_div(inputs["pool"][slot, columns * real_page_size], real_page_size)
-
-            write(real, 1 + wide_blocks, read_pages, Targets(destinations("real_page_table")))
-
-    return launch(
+    results = launch(
         kernel,
-        inputs,
-        out,
-        (job.shapes(),) * job.destinations,
-        blocks=rows.requests * blocks,
+        read,
+        None if out is None else [o.arrays() for o in out],
+        [dict(spec.shapes())] * spec.destinations,
+        blocks=spec.rows.requests * plan.blocks,
         name="fused_metadata",
         interpret=interpret,
     )
+    return tuple(spec.metadata(arrays) for arrays in results)
 
 
-def _write_lengths(lanes, rows: RowMap, seq_lens, extend, scratch, i, destinations) -> None:
-    """All arrays but the tables, as far as request i goes."""
-    request = load_request(rows, seq_lens, extend, i)
-    location = locate(lanes, rows, request, extend, scratch, i)
-    sums = prefix_sums(lanes, rows, seq_lens, extend, scratch, i)
+def _write_lengths(request: Request, topk: int, destinations: Destinations) -> None:
+    """All arrays but the tables, as far as a request goes."""
+    store, i = destinations.store, request.i
+    location = request.locate()
+    sums = request.sums_before(topk)
+    store(i, cache_seqlens=request.cache_seqlen)
+    store(i + 1, cu_seqlens_k=sums.cache_seqlens + request.cache_seqlen)
+    pl.when(i == 0)(lambda: store(0, cu_seqlens_k=jnp.int32(0), nsa_cu_seqlens_k=jnp.int32(0)))
 
-    def store(field: str, index, value) -> None:
-        for ref, lead in destinations(field):
-            ref[(*lead, index)] = value
+    def write_row(j, nsa_sum):
+        row, values = location.first_row + j, row_values(request.kv_len(j), topk)
+        nsa_sum = nsa_sum + values["nsa_cache_seqlens"]
+        store(row, **values)
+        store(row + 1, nsa_cu_seqlens_k=nsa_sum)
+        return nsa_sum
 
-    store("cache_seqlens", i, request.cache_seqlen)
-    store("cu_seqlens_k", i + 1, sums.cache_seqlens + request.cache_seqlen)
+    def write_padding_row(row):
+        store(row, **row_values(jnp.int32(0), topk))
+        store(row + 1, nsa_cu_seqlens_k=sums.nsa_total)
 
-    pl.when(i == 0)(lambda: store("cu_seqlens_k", 0, jnp.int32(0)))
-    write_row_lengths(rows, request, location, sums, i, store)
+    lax.fori_loop(0, location.rows, write_row, sums.nsa_cache_seqlens)
+    request.for_padding_rows(location, write_padding_row)

@@ -19,9 +19,9 @@ LANES = 128
 _UNROLL = 8  # vectors in flight while summing over requests
 
 
-def access_width(*pitches: int) -> int:
-    """Elements of int32 that one thread may move at once in rows of these pitches: 4, 2 or 1."""
-    return math.gcd(4, *pitches)
+def access_width(*strides: int) -> int:
+    """Elements of int32 that one thread may move at once in rows of these strides: 4, 2 or 1."""
+    return math.gcd(4, *strides)
 
 
 class Lanes:
@@ -88,11 +88,12 @@ class Lanes:
 
         return add_up(scratch, *vectors)
 
-    def issue(self, scalar: jax.Array) -> None:
-        """Has the load of a scalar under way from here on.
+    def start_load(self, scalar: jax.Array) -> None:
+        """Starts the load of a scalar here, and not in the branch that needs it.
 
-        A load that only a branch needs is moved into it by LLVM, where it starts when the condition
-        is known: two latencies in a row instead of one.
+        LLVM moves a load that only one branch needs into that branch, where it starts when the
+        condition is known: two latencies in a row instead of one. An empty instruction that takes
+        the scalar as its operand keeps the load where it is.
         """
         if self._interpret:
             return
@@ -110,13 +111,26 @@ class Lanes:
         else:
             self._inline(ptx.store, width, vector)(ref.at[index], vector)
 
-    def store_some(self, ref, index, vector: jax.Array, count: jax.Array, width: int = 1) -> None:
-        """Stores the first elements of a vector, `count` of them, and touches nothing else."""
-        left = count - self.iota(vector.size, width)
+    def store_live(
+        self,
+        ref,
+        index,
+        vector: jax.Array,
+        start: jax.Array,
+        live: jax.Array,
+        tokens_per_column: int,
+        width: int = 1,
+    ) -> None:
+        """Stores the live columns of a vector that begins at column `start`, and nothing else.
+
+        Column c is live where token c * tokens_per_column is one of the first `live`.
+        """
+        left = live - (start + self.iota(vector.size, width)) * tokens_per_column
         if self._interpret:
             ref[index] = jnp.where(left > 0, vector, ref[index])
         else:
-            self._inline(ptx.store_some, width, vector, left)(ref.at[index], vector, left)
+            store = self._inline(ptx.store_live, width, vector, left, step=tokens_per_column)
+            store(ref.at[index], vector, left)
 
     def store_pages(
         self, ref, index, columns: jax.Array, start, end, page: int, width: int = 1
@@ -143,12 +157,14 @@ class Lanes:
             def _(k=k, here=here):
                 ref[(*index, first + k)] = jnp.sum(jnp.where(here, pages, 0))
 
-    def _inline(self, store: Callable, width: int, *vectors: jax.Array) -> Callable:
+    def _inline(
+        self, store: Callable, width: int, *vectors: jax.Array, **options: int
+    ) -> Callable:
         layouts = [plgpu.Layout.WG_STRIDED(v.shape, vec_size=width) for v in vectors]
 
         @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), *layouts))
         def inlined(_, memory, *registers):
-            store(memory, *registers, width)
+            store(memory, *registers, width, **options)
 
         return inlined
 

@@ -9,7 +9,6 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from nsa_kernel_types import in_place
 from pallas_kernels.lanes import LANES
 
 
@@ -40,8 +39,7 @@ def launch(
     Returns:
       The results; those of `out` in its memory where it is donated.
 
-    Under `jax.vmap`, fresh results take a launch for each element of the batch; with `out` it
-    raises NotImplementedError.
+    Under `jax.vmap`, fresh results take a launch for each element of the batch.
     """
     flat_inputs, structure = jax.tree.flatten(inputs)
     flat_shapes, out_structure = jax.tree.flatten(shapes)
@@ -59,21 +57,22 @@ def launch(
         pl.run_scoped(scoped, plgpu.SMEM(shared, jnp.int32))
 
     def run(*arrays):
-        held = [jax.new_ref(array, memory_space=plgpu.GMEM) for array in arrays[split:]]
+        destinations = [jax.new_ref(array, memory_space=plgpu.GMEM) for array in arrays[split:]]
         results = pl.kernel(
             body,
-            out_type=() if held else flat_shapes,
+            out_type=() if destinations else flat_shapes,
             mesh=plgpu.Mesh(grid=(blocks,), grid_names=("block",)),
             # A kernel whose threads read what others have written says where they must wait.
             compiler_params=plgpu.CompilerParams(unsafe_no_auto_barriers=True),
             interpret=interpret,
             name=name,
-        )(*arrays[:split], *held)
-        return [ref[...] for ref in held] if held else results
+        )(*arrays[:split], *destinations)
+        return [ref[...] for ref in destinations] if destinations else results
 
     if out is None:
         results = jax.custom_batching.sequential_vmap(run)(*flat_inputs)
     else:
-        arrays, destinations = in_place(flat_inputs, jax.tree.leaves(out))
-        results = run(*arrays, *destinations)
+        # The barrier keeps XLA from handing the kernel a slice of a larger array in place of the
+        # array that it is to write: the result would be another buffer, which nobody fills.
+        results = run(*flat_inputs, *lax.optimization_barrier(jax.tree.leaves(out)))
     return jax.tree.unflatten(out_structure, results)

@@ -10,9 +10,8 @@ from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
-from jax.experimental.mosaic import gpu as mgpu
-from jaxlib.mlir import ir
-from jaxlib.mlir.dialects import arith, llvm, vector
+
+from pallas_kernels.jax_internals import arith, ir, llvm, mgpu, vector
 
 _WARPS = 4  # of a warpgroup
 
@@ -29,28 +28,30 @@ def store(memory: ir.Value, registers: mgpu.FragmentedArray, width: int) -> None
         _assembly(_instruction(width), pointer, *values)
 
 
-def store_some(
+def store_live(
     memory: ir.Value,
     registers: mgpu.FragmentedArray,
     left: mgpu.FragmentedArray,
     width: int,
+    step: int,
 ) -> None:
-    """Stores a part of an int32 array to global memory, and touches nothing else.
+    """Stores the live elements of an int32 array to global memory, and touches nothing else.
 
     Args:
       memory: memref of the shape of the array.
       registers: the array, with `width` neighbouring elements in each access.
-      left: int32, how many elements are to be stored from this one on; not above 0: none.
+      left: int32, live tokens from the one on that the element stands for; not above 0: none.
       width: 1, 2 or 4.
+      step: tokens from one element to the next.
     """
     lines = [
         ".reg .pred whole, part;",
-        f"setp.ge.s32 whole, ${width + 1}, {width};",
+        f"setp.gt.s32 whole, ${width + 1}, {(width - 1) * step};",
         f"@whole {_instruction(width)}",
     ]
     if width > 1:
         for k in range(width):
-            lines.append(f"setp.gt.and.s32 part, ${width + 1}, {k}, !whole;")
+            lines.append(f"setp.gt.and.s32 part, ${width + 1}, {k * step}, !whole;")
             lines.append(f"@part st.global.cs.b32 [$0+{4 * k}], ${k + 1};")
     counts = [values[0] for _, values in _accesses(memory, left, width)]
     accesses = _accesses(memory, registers, width)
@@ -154,7 +155,7 @@ def sums(memory: ir.Value, *addends: mgpu.FragmentedArray) -> list[mgpu.Fragment
 
 
 def use(scalar: mgpu.FragmentedArray) -> None:
-    """An instruction that is none, but needs a scalar."""
+    """An empty instruction with a scalar as its operand, which must be computed before it."""
     _assembly("", scalar.registers.item())
 
 

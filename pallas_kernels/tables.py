@@ -1,7 +1,7 @@
-"""Writing a page table: cut into blocks, each element loaded once and stored everywhere it goes."""
+"""Writing a page table: cut into tiles, each element loaded once and stored everywhere it goes."""
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -9,12 +9,35 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
-from pallas_kernels.lanes import LANES, Lanes
-from pallas_kernels.rows import Location, Request, for_rows
+from jaxnsa.spec import MAX_LEN, Tail
+from pallas_kernels.lanes import LANES, Lanes, floor_div
+from pallas_kernels.rows import Location, Request
 from pallas_kernels.tuning import BlockConfig
 
 Destination = tuple[Any, tuple[int, ...]]
 """A ref [..., rows, columns] and the index of its leading axes."""
+
+
+class Source(NamedTuple):
+    """The row that the rows of a request are copied from.
+
+    Attributes:
+      ref: [rows, columns], or [rows, columns, page_size] where columns are pages.
+      row: which row, a scalar.
+      page_size: tokens from one column to the next, and what their slots are divided by.
+    """
+
+    ref: Any
+    row: jax.Array
+    page_size: int = 1
+
+    def columns(self, lanes: Lanes, index: Any) -> jax.Array:
+        """The columns at an index, a scalar or a `pl.ds`."""
+        if self.page_size == 1:
+            return self.ref[self.row, index]
+        if len(self.ref.shape) == 3:
+            return floor_div(lanes.laid_out(self.ref[self.row, index, 0]), self.page_size)
+        return floor_div(self.ref[self.row, index * self.page_size], self.page_size)
 
 
 class Targets(NamedTuple):
@@ -36,200 +59,243 @@ class Table:
     """The static part of a table.
 
     Attributes:
-      columns: columns of the table.
-      tokens: tokens that a column stands for; it is live where the first of them is.
+      max_len: tokens that a row has columns for.
+      tokens_per_column: tokens that a column stands for; it is live where the first of them is.
       tail: what lies past the live columns: "copy", "zero" or "keep".
       width: elements of one access; 0 where the table has to be copied one by one, because it is
-        narrower than a window or its source has no vectors.
+        narrower than a vector or its source has no vectors.
       blocks: blocks that share a request's rows.
       config: block sizes.
     """
 
-    columns: int
-    tokens: int
-    tail: str
+    max_len: int
+    tokens_per_column: int
+    tail: Tail
     width: int
     blocks: int
     config: BlockConfig
 
     @classmethod
     def of(
-        cls, requests: int, columns: int, tokens: int, tail: str, width: int, config: BlockConfig
+        cls,
+        requests: int,
+        max_len: int,
+        tokens_per_column: int,
+        tail: Tail,
+        width: int,
+        config: BlockConfig,
     ) -> "Table":
-        """A table whose accesses are as wide as pitches (`width`) and columns allow."""
+        """A table whose accesses are as wide as strides (`width`) and columns allow."""
+        columns = -(-max_len // tokens_per_column)
         while width and LANES * width > columns:
             width //= 2
-        if not width:
-            return cls(columns, tokens, tail, 0, -(-columns // config.scalars), config)
-        chunks = -(-(columns // (LANES * width)) // config.windows)
-        blocks = min(chunks, max(1, config.blocks // requests))
-        return cls(columns, tokens, tail, width, blocks, config)
+        table = cls(max_len, tokens_per_column, tail, width, 0, config)
+        blocks = min(table.tiles, max(1, config.blocks // requests)) if width else table.tiles
+        return dataclasses.replace(table, blocks=blocks)
 
     @property
-    def window(self) -> int:
-        """Columns of one vector."""
+    def columns(self) -> int:
+        """Columns of a row."""
+        return -(-self.max_len // self.tokens_per_column)
+
+    @property
+    def vector(self) -> int:
+        """Columns of a vector."""
         return LANES * self.width
 
-    def yields_pages(self, page: int) -> bool:
+    @property
+    def tile(self) -> int:
+        """Columns of a tile."""
+        return self.config.vectors * self.vector if self.width else self.config.scalars
+
+    @property
+    def tiles(self) -> int:
+        """Tiles of a row. Columns that fill no vector belong to the last one."""
+        if not self.width:
+            return -(-self.columns // self.tile)
+        return -(-(self.columns // self.vector) // self.config.vectors)
+
+    def yields_pages(self, page_size: int) -> bool:
         """Whether a page table can be written out of this table's columns while they are moved."""
-        return self.tokens == 1 and self.width > 0 and page % self.width == 0
+        return self.tokens_per_column == 1 and self.width > 0 and page_size % self.width == 0
 
     def write(
-        self,
-        lanes: Lanes,
-        block: jax.Array,
-        read: Callable,
-        request: Request,
-        locate: Callable[[], Location],
-        for_spare_rows: Callable[[Location, Callable], None],
-        targets: Targets,
+        self, lanes: Lanes, block: jax.Array, source: Source, request: Request, targets: Targets
     ) -> None:
         """Writes the share of one block in all rows of a request.
 
         Args:
           lanes: vector operations.
           block: which of the request's blocks.
-          read: gives the columns at an index, a scalar or a `pl.ds`, of the source row.
+          source: where the columns come from.
           request: whose rows.
-          locate: tells which they are. That may take its time: where a block has one turn, its
-            loads are under way by then.
-          for_spare_rows: calls a function for each of the rows past the total to fill with 0.
-          targets: where to.
+          targets: where they go.
         """
+        writer = _Writer(self, lanes, source, request, targets)
         if not self.width:
-            first = block * self.config.scalars
-            columns = [first + k for k in range(self.config.scalars)]
-            self._write_scalars(columns, read, request, locate(), for_spare_rows, targets.tables)
+            writer.write_scalars(block, request.locate())
+        elif self.blocks == self.tiles:
+            self._write_tile(writer, block, None)
+        else:
+            location = request.locate()
+            tiles = jnp.int32(self.tiles)
+            if self.tail == "keep":
+                tile_tokens = min(self.tile * self.tokens_per_column, MAX_LEN)
+                live = self.live_tokens(request.cache_seqlen)
+                tiles = jnp.minimum(tiles, lax.div(live + (tile_tokens - 1), jnp.int32(tile_tokens)))
+            strides = lax.div(tiles - block + (self.blocks - 1), jnp.int32(self.blocks))
+            lax.fori_loop(
+                0,
+                strides,
+                lambda k, _: self._write_tile(writer, block + k * self.blocks, location),
+                None,
+            )
+
+    def live_tokens(self, kv_len: jax.Array) -> jax.Array:
+        """Tokens of a row that columns stand for: column c is live if c * tokens_per_column is."""
+        return jnp.minimum(kv_len, self.max_len)
+
+    def _write_tile(
+        self, writer: "_Writer", index: jax.Array, location: Location | None
+    ) -> None:
+        in_last = self.columns // self.vector - (self.tiles - 1) * self.config.vectors
+        # The columns that fill no vector are covered by one that overlaps its neighbour.
+        rest = [self.columns - self.vector] if self.columns % self.vector else []
+
+        def write(vectors: int, more: Sequence[int] = ()) -> None:
+            starts = [index * self.tile + k * self.vector for k in range(vectors)]
+            writer.write_vectors([*starts, *more], location)
+
+        if in_last == self.config.vectors and not rest:
+            write(in_last)
             return
-        chunk_columns = self.config.windows * self.window
-        windows = self.columns // self.window
-        chunks = -(-windows // self.config.windows)
-        in_last = windows - (chunks - 1) * self.config.windows
-        # The columns that fill no window are covered by one that overlaps its neighbour.
-        rest = [self.columns - self.window] if self.columns % self.window else []
+        pl.when(index == self.tiles - 1)(lambda: write(in_last, rest))
+        if self.tiles > 1:
+            pl.when(index < self.tiles - 1)(lambda: write(self.config.vectors))
 
-        def write_chunk(chunk, locate):
-            def write(count, more=()):
-                starts = [chunk * chunk_columns + k * self.window for k in range(count)]
-                self._write_windows(
-                    lanes, starts + list(more), read, request, locate, for_spare_rows, targets
-                )
 
-            if in_last == self.config.windows and not rest:
-                write(in_last)
-                return
-            pl.when(chunk == chunks - 1)(lambda: write(in_last, rest))
-            if chunks > 1:
-                pl.when(chunk < chunks - 1)(lambda: write(self.config.windows))
+@dataclasses.dataclass(frozen=True)
+class _Writer:
+    """One block's work on one request's rows of a table."""
 
-        if self.blocks == chunks:
-            write_chunk(block, locate)
-            return
-        location = locate()
-        end = jnp.int32(chunks)
-        if self.tail == "keep":
-            live = self._longest(request)
-            end = jnp.minimum(end, lax.div(live + (chunk_columns - 1), jnp.int32(chunk_columns)))
-        turns = lax.div(end - block + (self.blocks - 1), jnp.int32(self.blocks))
-        lax.fori_loop(
-            0, turns, lambda k, _: write_chunk(block + k * self.blocks, lambda: location), None
-        )
+    table: Table
+    lanes: Lanes
+    source: Source
+    request: Request
+    targets: Targets
 
-    def _live(self, request: Request, j: jax.Array | int) -> jax.Array:
-        kv_len = jnp.minimum(request.kv_len(j), self.columns * self.tokens)
-        return lax.div(kv_len + (self.tokens - 1), jnp.int32(self.tokens))
+    def write_vectors(self, starts: Sequence[Any], location: Location | None) -> None:
+        """Loads the vectors of a tile and stores them in all rows.
 
-    def _longest(self, request: Request) -> jax.Array:
-        """Live columns of all rows together: the last one's, unless its KV length has wrapped."""
-        if isinstance(request.tokens, int) and request.tokens == 1:
-            return self._live(request, 0)
-        return jnp.maximum(self._live(request, 0), self._live(request, request.tokens - 1))
+        Args:
+          starts: the first column of each vector.
+          location: the rows; None: to be found once the loads are under way.
+        """
+        if self.table.tail == "keep":
+            live = self.table.live_tokens(self.request.cache_seqlen)
+            first_token = starts[0] * self.table.tokens_per_column
+            pl.when(first_token < live)(lambda: self._keep(starts, live, location))
+        else:
+            self._overwrite(starts, location)
 
-    def _write_windows(self, lanes, starts, read, request, locate, for_spare_rows, targets):
-        keep = self.tail == "keep"
-        longest = self._longest(request) if keep else self.columns
+    def _keep(
+        self, starts: Sequence[Any], longest: jax.Array, location: Location | None
+    ) -> None:
+        """Stores the live columns and touches nothing else."""
+        table, lanes = self.table, self.lanes
+        tokens = table.tokens_per_column
 
         def load(start):
-            def window():
-                return lanes.laid_out(read(pl.ds(start, self.window)), self.width)
+            nothing = lanes.zeros(table.vector, table.width)
+            return lax.cond(start * tokens < longest, lambda: self._load(start), lambda: nothing)
 
-            if not keep:
-                return window()
-            nothing = lanes.zeros(self.window, self.width)
-            return lax.cond(start < longest, window, lambda: nothing)
-
-        def write_window(row, start, window, end):
-            columns = pl.ds(start, self.window)
-
-            def whole():
-                for ref, lead in targets.tables:
-                    lanes.store(ref, (*lead, row, columns), window, self.width)
-
-            def part():
-                for ref, lead in targets.tables:
-                    index = (*lead, row, columns)
-                    lanes.store_some(ref, index, window, end - start, self.width)
-
-            if keep:
-                lax.cond(start + self.window <= end, whole, part)
-            else:
-                whole()
-            for ref, lead in targets.pages:
-                index = (*lead, row)
-                lanes.store_pages(ref, index, window, start, end, targets.page_size, self.width)
-
-        def write():
-            iota = lanes.iota(self.window, self.width)
-            windows = [load(start) for start in starts]
-            location = locate()
-
-            def write_row(j, row):
-                live = self.columns if self.tail == "copy" else self._live(request, j)
-                for start, window in zip(starts, windows, strict=True):
-                    if self.tail == "zero":
-                        window = jnp.where(start + iota < live, window, 0)
-                    write_window(row, start, window, live if keep else self.columns)
-
-            for_rows(location, write_row)
-            if keep:
-                return
-            zeros = lanes.zeros(self.window, self.width)
-
-            def clear_row(row):
-                for start in starts:
-                    write_window(row, start, zeros, self.columns)
-
-            for_spare_rows(location, clear_row)
-
-        if keep:
-            pl.when(starts[0] < longest)(write)
-        else:
-            write()
-
-    def _write_scalars(self, columns, read, request, location, for_spare_rows, destinations):
-        values = [read(jnp.minimum(column, self.columns - 1)) for column in columns]
+        vectors = [load(start) for start in starts]
+        location = location or self.request.locate()
 
         def write_row(j, row):
-            live = self.columns if self.tail == "copy" else self._live(request, j)
-            for column, value in zip(columns, values, strict=True):
-                if self.tail == "zero":
-                    value = jnp.where(column < live, value, 0)
+            live = table.live_tokens(self.request.kv_len(j))
+            for start, vector in zip(starts, vectors, strict=True):
+                columns = pl.ds(start, table.vector)
 
-                @pl.when(column < (live if self.tail == "keep" else self.columns))
-                def _(column=column, value=value):
-                    for ref, lead in destinations:
-                        ref[(*lead, row, column)] = value
+                def whole(vector=vector, columns=columns):
+                    for ref, lead in self.targets.tables:
+                        lanes.store(ref, (*lead, row, columns), vector, table.width)
 
-        for_rows(location, write_row)
-        if self.tail == "keep":
-            return
+                def part(vector=vector, columns=columns, start=start):
+                    for ref, lead in self.targets.tables:
+                        index = (*lead, row, columns)
+                        lanes.store_live(ref, index, vector, start, live, tokens, table.width)
+
+                last_token = (start + (table.vector - 1)) * tokens
+                lax.cond(last_token < live, whole, part)
+                self._store_pages(row, start, vector, live)
+
+        self.request.for_rows(location, write_row)
+
+    def _overwrite(self, starts: Sequence[Any], location: Location | None) -> None:
+        """Stores every column, 0 past the live ones with tail "zero" and in padding rows."""
+        table, lanes = self.table, self.lanes
+        tokens = lanes.iota(table.vector, table.width) * table.tokens_per_column
+        vectors = [self._load(start) for start in starts]
+        location = location or self.request.locate()
+
+        def store(row, start, vector):
+            for ref, lead in self.targets.tables:
+                index = (*lead, row, pl.ds(start, table.vector))
+                lanes.store(ref, index, vector, table.width)
+            self._store_pages(row, start, vector, table.max_len)
+
+        def write_row(j, row):
+            live = table.live_tokens(self.request.kv_len(j)) if table.tail == "zero" else None
+            for start, vector in zip(starts, vectors, strict=True):
+                if live is not None:
+                    is_live = start * table.tokens_per_column + tokens < live
+                    vector = jnp.where(is_live, vector, 0)
+                store(row, start, vector)
+
+        def clear_row(row):
+            for start in starts:
+                store(row, start, lanes.zeros(table.vector, table.width))
+
+        self.request.for_rows(location, write_row)
+        self.request.for_padding_rows(location, clear_row)
+
+    def write_scalars(self, tile: jax.Array, location: Location) -> None:
+        """The same, column by column."""
+        table = self.table
+        last = table.columns - 1
+        columns = [tile * table.tile + k for k in range(table.tile)]
+        tokens = [jnp.minimum(column, last) * table.tokens_per_column for column in columns]
+        values = [self.source.columns(self.lanes, jnp.minimum(c, last)) for c in columns]
+
+        def store(row, column, value, is_stored):
+            @pl.when(is_stored & (column <= last))
+            def _():
+                for ref, lead in self.targets.tables:
+                    ref[(*lead, row, column)] = value
+
+        def write_row(j, row):
+            live = table.live_tokens(self.request.kv_len(j))
+            for column, token, value in zip(columns, tokens, values, strict=True):
+                if table.tail == "zero":
+                    value = jnp.where(token < live, value, 0)
+                store(row, column, value, token < live if table.tail == "keep" else True)
 
         def clear_row(row):
             for column in columns:
+                store(row, column, jnp.int32(0), True)
 
-                @pl.when(column < self.columns)
-                def _(column=column):
-                    for ref, lead in destinations:
-                        ref[(*lead, row, column)] = jnp.int32(0)
+        self.request.for_rows(location, write_row)
+        if table.tail != "keep":
+            self.request.for_padding_rows(location, clear_row)
 
-        for_spare_rows(location, clear_row)
+    def _load(self, start: jax.Array) -> jax.Array:
+        columns = self.source.columns(self.lanes, pl.ds(start, self.table.vector))
+        return self.lanes.laid_out(columns, self.table.width)
+
+    def _store_pages(self, row, start, vector, end) -> None:
+        for ref, lead in self.targets.pages:
+            page_size = self.targets.page_size
+            self.lanes.store_pages(
+                ref, (*lead, row), vector, start, end, page_size, self.table.width
+            )

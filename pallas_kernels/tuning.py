@@ -5,29 +5,29 @@ import dataclasses
 
 @dataclasses.dataclass(frozen=True)
 class BlockConfig:
-    """How a table is cut into blocks, each the work of one warpgroup.
+    """How a table is cut into tiles, and how many blocks share them, each a warpgroup.
 
-    A window is what 128 threads move with one 16-byte access each, 512 elements; fewer where a row
-    pitch does not allow 16 bytes.
+    A vector is what 128 threads move with one 16-byte access each, 512 columns; fewer where a row's
+    stride does not allow 16 bytes.
 
     Attributes:
-      windows: windows that a block loads before it stores any.
-      scalars: columns that a block copies one by one, in tables narrower than a window.
-      blocks: blocks of a table. A block takes several turns where there would be more, as many as
-        its request's live columns need.
+      vectors: vectors of a tile, which a block loads before it stores any.
+      scalars: columns of a tile that is copied one by one, in tables narrower than a vector.
+      blocks: blocks of a table. Where there are more tiles, a block strides over them, as far as
+        its request's live columns reach.
     """
 
-    windows: int
+    vectors: int
     scalars: int = 8
     blocks: int = 8192
 
     @classmethod
     def heuristic(cls, rows: int, columns: int, num_backends: int) -> "BlockConfig":
-        """Two windows, or one in small tables and where there are many backends.
+        """Two vectors, or one in small tables and where there are many backends.
 
         Two share one lookup of their request, which is two dependent loads. One spreads a small
         table over the 132 multiprocessors of a Hopper GPU; and the stores to many backends hide the
-        lookup, so that more blocks do better than more windows.
+        lookup, so that more blocks do better than larger tiles.
         """
         one = rows * columns < 132 * 2048 * 4 or num_backends >= 8
-        return cls(windows=1 if one else 2)
+        return cls(vectors=1 if one else 2)

@@ -2,7 +2,7 @@
 
 from typing import NamedTuple
 
-BROADCAST = "fused_metadata_precompute_and_broadcast"
+FUSED_METADATA = "fused_metadata_precompute_and_broadcast"
 
 
 class Rule(NamedTuple):

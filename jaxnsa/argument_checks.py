@@ -4,15 +4,15 @@ Each error names the argument, what came, and what was expected.
 """
 
 import operator
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
-from jaxnsa.metadata import Array, ForwardMode, NSAMetadata
-from jaxnsa.spec import MAX_LEN, Rows, Spec
+from jaxnsa.metadata import FIELDS, Array, ForwardMode, NSAMetadata
+from jaxnsa.spec import INT32_MAX, INT32_MIN, MAX_LEN, Inputs, Rows, Spec
 
-INT32_MAX = 2**31 - 1
 LENGTHS = (np.dtype(np.int32), np.dtype(np.int64))
 POOL = (np.dtype(np.int32),)
 INTEGERS = tuple(np.dtype(f"{sign}int{bits}") for sign in ("", "u") for bits in (8, 16, 32, 64))
@@ -48,7 +48,7 @@ def vector(name: str, value: Any, length: int | None = None) -> Array:
         )
     if isinstance(value, np.ndarray) and value.dtype == np.int64:
         # Without x64, JAX would take the low 32 bits.
-        return np.clip(value, -INT32_MAX - 1, INT32_MAX).astype(np.int32)
+        return np.clip(value, INT32_MIN, INT32_MAX).astype(np.int32)
     return value
 
 
@@ -79,116 +79,111 @@ def one_of(name: str, value: Any, choices: tuple[str, ...]) -> Any:
     return value
 
 
-class Inputs(NamedTuple):
-    """The arrays of a computation.
+class Arguments(NamedTuple):
+    """The arguments of a computation as the caller gave them; the public functions document them.
 
-    Attributes:
-      seq_lens: int32 or int64 [bs].
-      req_pool_indices: int32 or int64 [bs].
-      req_to_token: int32 [pool_rows, pool_cols].
-      extend_seq_lens: int32 or int64 [bs] in draft extend, otherwise None.
+    Those that a forward mode does not take are None.
     """
 
-    seq_lens: Array
-    req_pool_indices: Array
-    req_to_token: Array
-    extend_seq_lens: Array | None
+    forward_mode: Any
+    seq_lens: Any
+    req_pool_indices: Any
+    req_to_token: Any
+    num_draft_tokens: Any = None
+    extend_seq_lens: Any = None
+    max_total_tokens: Any = None
+    max_len: Any = None
+    nsa_index_topk: Any = 1
+    real_page_size: Any = 1
+    wide_table: Any = True
+    tail: Any = None
+    num_backends: Any = 1
+    stacked: Any = False
 
 
-def inputs(
-    seq_lens: Any,
-    req_pool_indices: Any,
-    req_to_token: Any,
-    forward_mode: Any,
-    num_draft_tokens: Any,
-    extend_seq_lens: Any,
-    max_total_tokens: Any,
-) -> tuple[Inputs, Rows]:
+def inputs(given: Arguments) -> tuple[Inputs, Rows]:
     """The arrays of a computation and how its rows map to requests."""
-    if not isinstance(forward_mode, ForwardMode):
-        raise TypeError(f"forward_mode: got {forward_mode!r}, expected a jaxnsa.ForwardMode")
-    seq_lens = vector("seq_lens", seq_lens)
+    mode = given.forward_mode
+    if not isinstance(mode, ForwardMode):
+        raise TypeError(f"forward_mode: got {mode!r}, expected a jaxnsa.ForwardMode")
+    seq_lens = vector("seq_lens", given.seq_lens)
     bs = len(seq_lens)
-    req_pool_indices = vector("req_pool_indices", req_pool_indices, bs)
-    req_to_token = array("req_to_token", req_to_token, 2, POOL)
+    req_pool_indices = vector("req_pool_indices", given.req_pool_indices, bs)
+    req_to_token = array("req_to_token", given.req_to_token, 2, POOL)
     if 0 in req_to_token.shape:
         raise ValueError(
             f"req_to_token: got shape {req_to_token.shape}, expected at least one row and column"
         )
-    verify = forward_mode is ForwardMode.TARGET_VERIFY
-    extend = forward_mode is ForwardMode.DRAFT_EXTEND
-    for name, value, wanted in (
-        ("num_draft_tokens", num_draft_tokens, verify),
-        ("extend_seq_lens", extend_seq_lens, extend),
-        ("max_total_tokens", max_total_tokens, extend),
+    verify = mode is ForwardMode.TARGET_VERIFY
+    extend = mode is ForwardMode.DRAFT_EXTEND
+    for name, wanted in (
+        ("num_draft_tokens", verify),
+        ("extend_seq_lens", extend),
+        ("max_total_tokens", extend),
     ):
+        value = getattr(given, name)
         if wanted and value is None:
-            raise ValueError(f"{name}: got None, expected a value in {forward_mode}")
+            raise ValueError(f"{name}: got None, expected a value in {mode}")
         if not wanted and value is not None:
-            raise ValueError(f"{name}: got {_described(value)}, expected None in {forward_mode}")
+            raise ValueError(f"{name}: got {described(value)}, expected None in {mode}")
+    num_draft_tokens = extend_seq_lens = max_total_tokens = None
     if verify:
-        num_draft_tokens = integer("num_draft_tokens", num_draft_tokens, 1)
+        num_draft_tokens = integer("num_draft_tokens", given.num_draft_tokens, 1)
     if extend:
-        extend_seq_lens = vector("extend_seq_lens", extend_seq_lens, bs)
-        max_total_tokens = integer("max_total_tokens", max_total_tokens, 0)
-    rows = Rows.of(forward_mode, bs, num_draft_tokens, max_total_tokens)
+        extend_seq_lens = vector("extend_seq_lens", given.extend_seq_lens, bs)
+        max_total_tokens = integer("max_total_tokens", given.max_total_tokens, 0)
+    rows = Rows.of(mode, bs, num_draft_tokens, max_total_tokens)
     return Inputs(seq_lens, req_pool_indices, req_to_token, extend_seq_lens), rows
 
 
-def spec(
-    rows: Rows,
-    pool_cols: int,
-    *,
-    max_len: Any,
-    nsa_index_topk: Any,
-    real_page_size: Any,
-    wide_table: Any,
-    tail: Any,
-    fresh: bool,
-    num_backends: Any,
-    stacked: Any,
-) -> Spec:
-    """The static description of a computation."""
+def spec(given: Arguments, rows: Rows, pool_cols: int, *, fresh: bool) -> Spec:
+    """The static description of a computation, whose results are fresh or in place."""
     result = Spec(
         rows=rows,
-        max_len=integer(
-            "max_len", pool_cols if max_len is None else max_len, 1, min(pool_cols, MAX_LEN)
-        ),
-        nsa_index_topk=integer("nsa_index_topk", nsa_index_topk, 1),
-        real_page_size=integer("real_page_size", real_page_size, 1),
-        wide_table=flag("wide_table", wide_table),
-        tail=one_of("tail", tail or ("copy" if fresh else "keep"), ("copy", "zero", "keep")),
-        num_backends=integer("num_backends", num_backends, 1),
-        stacked=flag("stacked", stacked),
+        max_len=max_len(given.max_len, pool_cols),
+        nsa_index_topk=integer("nsa_index_topk", given.nsa_index_topk, 1),
+        real_page_size=integer("real_page_size", given.real_page_size, 1),
+        wide_table=flag("wide_table", given.wide_table),
+        tail=one_of("tail", given.tail or ("copy" if fresh else "keep"), ("copy", "zero", "keep")),
+        num_backends=integer("num_backends", given.num_backends, 1),
+        stacked=flag("stacked", given.stacked),
     )
     if result.tail == "keep" and fresh:
         raise ValueError("tail: got 'keep', expected 'copy' or 'zero' as there is no out= to keep")
-    if not result.wide_table and result.real_page_size == 1:
+    if not result.wide_table and not result.real_table:
         raise ValueError(
             "wide_table: got False, expected True as real_page_size is 1: no table would be left"
         )
     return result
 
 
+def max_len(value: Any, pool_cols: int) -> int:
+    """`value` as the number of columns of a page table; None takes all of the pool."""
+    return integer("max_len", pool_cols if value is None else value, 1, min(pool_cols, MAX_LEN))
+
+
 def source(src: Any) -> None:
     """`src` must be NSAMetadata of int32 arrays."""
     if not isinstance(src, NSAMetadata):
-        raise TypeError(f"src: got {_described(src)}, expected an NSAMetadata")
+        raise TypeError(f"src: got {described(src)}, expected an NSAMetadata")
     for field, value in vars(src).items():
-        if value is None and field in ("page_indices", "real_page_table"):
+        if value is None and FIELDS[field].wanted is not None:
             continue
         if not hasattr(value, "dtype") or value.dtype != np.int32:
-            raise TypeError(f"src.{field}: got {_described(value)}, expected an int32 array")
+            raise TypeError(f"src.{field}: got {described(value)}, expected an int32 array")
 
 
 def destinations(
-    out: Any, expected: NSAMetadata, count: int | None, read: dict[str, Array]
+    out: Any,
+    expected: Mapping[str, jax.ShapeDtypeStruct],
+    count: int | None,
+    read: Mapping[str, Array | None],
 ) -> tuple[NSAMetadata, ...]:
     """`out` as a tuple of NSAMetadata whose arrays can be donated.
 
     Args:
       out: what the caller gave.
-      expected: the shape and dtype of every array of one destination.
+      expected: the shape and dtype of every array of one destination, by name.
       count: how many destinations `out` must hold; None where it must be one, by itself.
       read: the arrays that the computation reads, by name: none of them may be written.
     """
@@ -197,14 +192,14 @@ def destinations(
     elif isinstance(out, (tuple, list)) and len(out) == count:
         named = {f"out[{k}]": destination for k, destination in enumerate(out)}
     else:
-        got = f"{len(out)} of them" if isinstance(out, (tuple, list)) else _described(out)
+        got = f"{len(out)} of them" if isinstance(out, (tuple, list)) else described(out)
         raise ValueError(f"out: got {got}, expected a tuple of {count} NSAMetadata")
     seen: dict[int, tuple[str, ...]] = {id(array): (name,) for name, array in read.items()}
     for argument, destination in named.items():
         if not isinstance(destination, NSAMetadata):
-            raise TypeError(f"{argument}: got {_described(destination)}, expected an NSAMetadata")
-        for field, shape in vars(expected).items():
-            value = getattr(destination, field)
+            raise TypeError(f"{argument}: got {described(destination)}, expected an NSAMetadata")
+        for field in FIELDS:
+            value, shape = getattr(destination, field), expected.get(field)
             if shape is None and value is None:
                 continue
             if problem := _destination_problem(value, shape):
@@ -222,9 +217,9 @@ def _destination_problem(
     """What keeps `value` from being a destination."""
     if expected is None or value is None:
         wanted = "None" if expected is None else f"int32 {expected.shape}"
-        return ValueError(f"got {_described(value)}, expected {wanted}")
+        return ValueError(f"got {described(value)}, expected {wanted}")
     if not isinstance(value, jax.Array):
-        return TypeError(f"got {_described(value)}, expected a jax.Array to donate")
+        return TypeError(f"got {described(value)}, expected a jax.Array to donate")
     if value.dtype != expected.dtype:
         return TypeError(f"got dtype {value.dtype}, expected {expected.dtype}")
     if value.shape != expected.shape:
@@ -234,7 +229,7 @@ def _destination_problem(
     return None
 
 
-def _described(value: Any) -> str:
+def described(value: Any) -> str:
     if hasattr(value, "shape") and hasattr(value, "dtype"):
         return f"{value.dtype} {type(value).__name__} of shape {value.shape}"
     return repr(value) if isinstance(value, (int, float, str, bool)) else type(value).__name__

@@ -1,39 +1,14 @@
-"""Which code computes: the registry, what can run here, and the choice.
-
-An implementation is a module with six functions:
-
-- `unavailable(platform)`: why it cannot run there and what would make it run, or None. A platform
-  of None asks only about what is installed;
-- `version()`: of what it is built on, as text;
-- `prefix_sum(x)`;
-- `fill_draft_extend_metadata(extend_seq_lens, seq_lens, *, nsa_index_topk, max_total_tokens)`;
-- `broadcast(seq_lens, req_pool_indices, req_to_token, extend_seq_lens, out, spec)`;
-- `copy(src, out, *, num_backends, live)`.
-
-They are called while `jax.jit` traces, with int32 arrays whose shapes are checked and whose values
-may be anything.
-"""
+"""The choice of what computes a call, and what `get_kernel_info` tells about it."""
 
 import importlib.metadata
 from collections.abc import Sequence
-from types import ModuleType
 from typing import Any
 
 import jax
 
-from jaxnsa import ffi, pallas, triton, xla
 from jaxnsa.config import Settings, names, settings
-from jaxnsa.preference import BROADCAST, rule
-
-IMPLEMENTATIONS: dict[str, ModuleType] = {
-    "pallas": pallas,
-    "ffi": ffi,
-    "triton": triton,
-    "xla": xla,
-}
-
-FUSED = ("pallas", "ffi", "triton")
-"""Those that take one launch for each function, prefix sums included."""
+from jaxnsa.implementations import FUSED, IMPLEMENTATIONS, VARIANTS
+from jaxnsa.implementations.measurements import FUSED_METADATA, rule
 
 
 class ImplementationUnavailableError(RuntimeError):
@@ -44,7 +19,7 @@ def candidates(
     requested: str | Sequence[str] | None,
     settings: Settings,
     platform: str,
-    function: str = BROADCAST,
+    function: str = FUSED_METADATA,
     requests: int = 1,
 ) -> tuple[str, ...]:
     """The names that a call would try, in order; ValueError where one is unknown."""
@@ -63,7 +38,7 @@ def choose(
     requested: str | Sequence[str] | None,
     settings: Settings,
     platform: str | None,
-    function: str = BROADCAST,
+    function: str = FUSED_METADATA,
     requests: int = 1,
 ) -> str:
     """The name of the implementation that a call takes.
@@ -123,7 +98,7 @@ def get_kernel_info() -> dict[str, Any]:
             "reason": reason,
             "version": module.version(),
             "prefix_sum_fusion": name in FUSED,
-            "variants": getattr(module, "VARIANTS", {}),
+            "variants": VARIANTS.get(name, {}),
         }
     try:
         default = choose(None, here, platform)

@@ -15,18 +15,25 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from jaxnsa import demo as simulation
-from jaxnsa import verify as verification
+from jaxnsa.app import demo as simulation
+from jaxnsa.app import verify as verification
+from jaxnsa.app.request_traces import read_trace, synthetic_requests
 from jaxnsa.config import settings
-from jaxnsa.implementations import (
-    IMPLEMENTATIONS,
+from jaxnsa.implementations import IMPLEMENTATIONS
+from jaxnsa.implementations.choice import (
     ImplementationUnavailableError,
     candidates,
     choose,
     get_kernel_info,
 )
-from jaxnsa.preference import BROADCAST, MEASURED_ON, MEASUREMENTS, measured_platform, nearest, rule
-from jaxnsa.traces import read_trace, synthetic_requests
+from jaxnsa.implementations.measurements import (
+    FUSED_METADATA,
+    MEASURED_ON,
+    MEASUREMENTS,
+    measured_platform,
+    nearest,
+    rule,
+)
 
 console = Console()
 
@@ -219,7 +226,7 @@ def _explain(bs: int, max_len: int, num_backends: int, kernels: dict[str, Any]) 
     except ImplementationUnavailableError:
         name, taken = None, "finds nothing that can run"
     say(f"bs {bs}, max_len {max_len}, N {num_backends} on this {platform}: {taken}")
-    decided = rule(platform, BROADCAST, bs)
+    decided = rule(platform, FUSED_METADATA, bs)
     if here.implementation is not None:
         say(f"  the settings name {', '.join(tried)}")
     else:

@@ -13,10 +13,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental import checkify
 
-from jaxnsa import checks, xla
-from jaxnsa.checks import Inputs
+from jaxnsa import argument_checks as checks
+from jaxnsa.argument_checks import Arguments
 from jaxnsa.metadata import Array, ForwardMode
-from jaxnsa.spec import Rows
+from jaxnsa.row_owners import row_owners
+from jaxnsa.spec import INT32_MAX, Inputs, Rows
 
 _SHOWN = 5  # offending rows that an error names
 
@@ -60,39 +61,64 @@ def validate_inputs(
       TypeError: a wrong dtype.
     """
     inputs, rows = checks.inputs(
-        seq_lens,
-        req_pool_indices,
-        req_to_token,
-        forward_mode,
-        num_draft_tokens,
-        extend_seq_lens,
-        max_total_tokens,
+        Arguments(
+            forward_mode,
+            seq_lens,
+            req_pool_indices,
+            req_to_token,
+            num_draft_tokens=num_draft_tokens,
+            extend_seq_lens=extend_seq_lens,
+            max_total_tokens=max_total_tokens,
+        )
     )
-    pool_cols = inputs.req_to_token.shape[1]
-    columns = pool_cols if max_len is None else checks.integer("max_len", max_len, 1, pool_cols)
+    columns = checks.max_len(max_len, inputs.req_to_token.shape[1])
     nsa_index_topk = checks.integer("nsa_index_topk", nsa_index_topk, 1)
-    check_values(inputs, rows, columns, nsa_index_topk, debug=False)
+    check_inputs(inputs, rows, columns, nsa_index_topk, debug=False)
+
+
+def check_inputs(
+    inputs: Inputs, rows: Rows, max_len: int, nsa_index_topk: int, *, debug: bool
+) -> None:
+    """`check_values` of all inputs of a computation."""
+    check_values(
+        rows,
+        inputs.seq_lens,
+        inputs.req_pool_indices,
+        inputs.extend_seq_lens,
+        pool_rows=len(inputs.req_to_token),
+        max_len=max_len,
+        nsa_index_topk=nsa_index_topk,
+        debug=debug,
+    )
 
 
 def check_values(
-    inputs: Inputs, rows: Rows, max_len: int | None, nsa_index_topk: int, *, debug: bool
+    rows: Rows,
+    seq_lens: Array,
+    req_pool_indices: Array | None = None,
+    extend_seq_lens: Array | None = None,
+    *,
+    pool_rows: int | None = None,
+    max_len: int | None = None,
+    nsa_index_topk: int,
+    debug: bool,
 ) -> None:
     """Checks the values of inputs whose static facts are checked.
 
     Args:
-      inputs: the arrays; `req_pool_indices` and `req_to_token` may be None, with `max_len` None.
       rows: how rows map to requests.
-      max_len: columns of the page table.
+      seq_lens, req_pool_indices, extend_seq_lens: the inputs, None where there are none.
+      pool_rows: rows of the pool, if there is one.
+      max_len: columns of the page table, if there is one.
       nsa_index_topk: the indexer's top-k.
       debug: where inputs are traced, emit checks that are dropped unless checkify asks for them.
     """
-    vectors = (inputs.seq_lens, inputs.req_pool_indices, inputs.extend_seq_lens)
+    vectors = (seq_lens, req_pool_indices, extend_seq_lens)
     traced = any(isinstance(v, jax.core.Tracer) for v in vectors)
     xp = jnp if traced else np
     seq_lens, req_pool_indices, extend_seq_lens = (
         None if v is None else xp.asarray(v) for v in vectors
     )
-    pool_rows = None if inputs.req_to_token is None else len(inputs.req_to_token)
     emit = checkify.debug_check if debug else checkify.check
     for rule in _rules(
         xp, seq_lens, req_pool_indices, extend_seq_lens, pool_rows, rows, max_len, nsa_index_topk
@@ -144,14 +170,14 @@ def _rules(
         yield _running_total(xp, "extend_seq_lens", expected, extend_seq_lens, rows.count)
     expected = "a prefix sum of cache_seqlens inside int32"
     yield _running_total(xp, "seq_lens", expected, seq_lens + rows.added_tokens)
-    kv_len = xla.row_lengths(rows, jnp.asarray(seq_lens), extend_seq_lens)
+    kv_len = row_owners(rows, jnp.asarray(seq_lens), extend_seq_lens).kv_len
     expected = "a prefix sum of nsa_cache_seqlens inside int32"
     nsa_cache_seqlens = xp.minimum(xp.asarray(kv_len), nsa_index_topk)
     yield _running_total(xp, "seq_lens", expected, nsa_cache_seqlens)
 
 
 def _running_total(
-    xp: ModuleType, argument: str, expected: str, lengths: Any, most: int = checks.INT32_MAX
+    xp: ModuleType, argument: str, expected: str, lengths: Any, most: int = INT32_MAX
 ) -> _Rule:
     # Traced int32 sums turn negative where they first leave int32; sums on the host are int64.
     total = xp.cumsum(lengths, dtype=np.int64 if xp is np else None)

@@ -11,9 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxnsa import operations, reference
-from jaxnsa.launches import count_launches
+from jaxnsa.app.launch_count import count_launches
+from jaxnsa.app.request_traces import Request
 from jaxnsa.metadata import NSAMetadata
-from jaxnsa.traces import Request
 
 CONTEXT_LENGTH = 131_072
 """Columns of the pool and of the page table, in tokens: the context of DeepSeek V3.2."""

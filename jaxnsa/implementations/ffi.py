@@ -12,8 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import export, lax
 
-from jaxnsa.metadata import Array, DraftExtendSeqlens, NSAMetadata
-from jaxnsa.spec import Spec
+from jaxnsa.metadata import FIELDS, Array, DraftExtendSeqlens, Extent, NSAMetadata
+from jaxnsa.spec import Inputs, Spec
 
 PrefixSumVariant = Literal["block_scan", "sequential", "blelloch"]
 DraftExtendVariant = Literal["optimized", "adaptive", "basic"]
@@ -121,24 +121,16 @@ def fill_draft_extend_metadata(
     return DraftExtendSeqlens(*lengths)
 
 
-def broadcast(
-    seq_lens: Array,
-    req_pool_indices: Array,
-    req_to_token: Array,
-    extend_seq_lens: Array | None,
-    out: tuple[NSAMetadata, ...] | None,
-    spec: Spec,
+def fused_metadata(
+    inputs: Inputs, out: tuple[NSAMetadata, ...] | None, spec: Spec
 ) -> tuple[NSAMetadata, ...]:
     """Computes the metadata of `spec` for all of its destinations."""
-    inputs = [seq_lens, req_pool_indices, req_to_token]
-    if spec.rows.tokens_per_request is None:
-        inputs.append(extend_seq_lens)
     return _call_in_place(
         _FUSED,
-        inputs,
+        jax.tree.leaves(inputs),
         out,
-        (spec.shapes(),) * spec.destinations,
-        tokens_per_request=np.int64(spec.rows.tokens_per_request or 0),
+        (spec.metadata(spec.shapes()),) * spec.destinations,
+        tokens_per_request=np.int64(spec.rows.rows_per_request or 0),
         added_tokens=np.int64(spec.rows.added_tokens),
         max_len=np.int64(spec.max_len),
         nsa_index_topk=np.int64(spec.nsa_index_topk),
@@ -159,7 +151,12 @@ def copy(
 ) -> tuple[NSAMetadata, ...]:
     """Copies `src` to `num_backends` destinations; its live columns only with `live`."""
     inputs = jax.tree.leaves(src)
-    tokens = [0] * len(inputs) if live is None else live.column_tokens(src)
+    tokens = [
+        live.tokens_per_column(FIELDS[name])
+        if live is not None and FIELDS[name].extent is Extent.TABLE
+        else 0
+        for name in src.arrays()
+    ]
     if any(tokens):
         inputs.append(src.seqlens_expanded)
     shapes = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), src)

@@ -1,0 +1,258 @@
+"""The XLA implementation: plain `jax.numpy` and `lax`, for every platform."""
+
+import dataclasses
+import functools
+import importlib.metadata
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from jaxnsa.metadata import FIELDS, DraftExtendSeqlens, Extent, Field, ForwardMode, NSAMetadata
+from jaxnsa.row_owners import RowOwners, cache_seqlens, row_owners
+from jaxnsa.spec import Inputs, Rows, Spec
+
+# Tokens that one in-place update moves on the CPU: enough to hide the loop's step, few enough that
+# the masked last update of a row is cheap.
+_TILE_TOKENS = 4096
+
+
+def unavailable(platform: str | None) -> str | None:
+    """Why this cannot run on a platform; None where it can."""
+    return None
+
+
+def version() -> str:
+    """Of the jaxlib that compiles it."""
+    return f"jaxlib {importlib.metadata.version('jaxlib')}"
+
+
+def prefix_sum(x: jax.Array) -> jax.Array:
+    """int32 [n] -> int32 [n + 1]: 0, then the inclusive prefix sum."""
+    return jnp.concatenate([jnp.zeros(1, jnp.int32), jnp.cumsum(x, dtype=jnp.int32)])
+
+
+def fill_draft_extend_metadata(
+    extend_seq_lens: jax.Array,
+    seq_lens: jax.Array,
+    *,
+    nsa_index_topk: int,
+    max_total_tokens: int,
+) -> DraftExtendSeqlens:
+    """See `jaxnsa.fill_draft_extend_metadata`."""
+    rows = Rows.of(ForwardMode.DRAFT_EXTEND, len(seq_lens), max_total_tokens=max_total_tokens)
+    kv_len = row_owners(rows, seq_lens, extend_seq_lens).kv_len
+    return DraftExtendSeqlens(
+        seqlens_expanded=kv_len,
+        nsa_cache_seqlens=jnp.minimum(kv_len, nsa_index_topk),
+        total_tokens=jnp.sum(jnp.maximum(extend_seq_lens, 0), dtype=jnp.int32),
+    )
+
+
+def fused_metadata(
+    inputs: Inputs, out: tuple[NSAMetadata, ...] | None, spec: Spec
+) -> tuple[NSAMetadata, ...]:
+    """Computes the metadata of `spec` for all of its destinations."""
+    owners = row_owners(spec.rows, inputs.seq_lens, inputs.extend_seq_lens)
+    pool_rows = jnp.clip(inputs.req_pool_indices, 0, len(inputs.req_to_token) - 1)
+    source_rows = pool_rows[owners.request] if spec.rows.requests else owners.request
+    values = {
+        "cache_seqlens": cache_seqlens(spec.rows, inputs.seq_lens),
+        "seqlens_expanded": owners.kv_len,
+        "nsa_cache_seqlens": jnp.minimum(owners.kv_len, spec.nsa_index_topk),
+    }
+
+    def value(field: Field) -> jax.Array | _Table:
+        if field.sum_of is not None:
+            return prefix_sum(values[field.sum_of])
+        if field.extent is Extent.TABLE:
+            stride = spec.tokens_per_column(field)
+            return _Table.of(field, spec, owners, inputs.req_to_token, source_rows, stride)
+        return values[field.name]
+
+    return _stored({field.name: value(field) for field in spec.fields()}, out, spec)
+
+
+def copy(
+    src: NSAMetadata,
+    out: tuple[NSAMetadata, ...] | None,
+    *,
+    num_backends: int,
+    live: Spec | None = None,
+) -> tuple[NSAMetadata, ...]:
+    """Copies `src` to `num_backends` destinations; its live columns only with `live`."""
+    if out is None:
+        return tuple(jax.tree.map(jnp.copy, src) for _ in range(num_backends))
+    if live is None:
+        return tuple(jax.tree.map(_overwrite, destination, src) for destination in out)
+    rows = jnp.arange(live.rows.count, dtype=jnp.int32)
+    owners = RowOwners(rows, jnp.asarray(src.seqlens_expanded), None)
+
+    def value(name: str, array: jax.Array) -> jax.Array | _Table:
+        if FIELDS[name].extent is Extent.TABLE:
+            return _Table.of(FIELDS[name], live, owners, array, rows, 1)
+        return array
+
+    values = {name: value(name, jnp.asarray(array)) for name, array in src.arrays().items()}
+    return _stored(values, out, dataclasses.replace(live, num_backends=num_backends))
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["source", "source_rows", "owners"],
+    meta_fields=["columns", "stride", "tokens_per_column", "max_len"],
+)
+@dataclasses.dataclass(frozen=True)
+class _Table:
+    """A page table: `source[source_rows, ::stride] // stride`, `columns` wide.
+
+    Column c is live where token c * tokens_per_column is, one of the first max_len of a row.
+    """
+
+    source: jax.Array
+    source_rows: jax.Array
+    owners: RowOwners
+    columns: int
+    stride: int
+    tokens_per_column: int
+    max_len: int
+
+    @classmethod
+    def of(
+        cls,
+        field: Field,
+        spec: Spec,
+        owners: RowOwners,
+        source: jax.Array,
+        source_rows: jax.Array,
+        stride: int,
+    ) -> "_Table":
+        """The table of a field."""
+        tokens = spec.tokens_per_column(field)
+        columns = spec.columns(field)
+        return cls(source, source_rows, owners, columns, stride, tokens, spec.max_len)
+
+    def live_tokens(self) -> jax.Array:
+        """int32 [rows], the tokens of each row that columns stand for."""
+        return jnp.minimum(self.owners.kv_len, self.max_len)
+
+    def live_columns(self) -> jax.Array:
+        """int32 [rows], the live columns of each row."""
+        # Rounded up without leaving int32, whatever a page holds.
+        tokens = self.live_tokens()
+        return tokens // self.tokens_per_column + (tokens % self.tokens_per_column > 0)
+
+    def gather(self) -> jax.Array:
+        """All columns of all rows, int32 [rows, columns]."""
+        last = (self.columns - 1) * self.stride + 1
+        source = lax.slice_in_dim(self.source, 0, last, self.stride, axis=1)
+        return source.at[self.source_rows].get(mode="promise_in_bounds") // self.stride
+
+    def gather_tile(self, row: jax.Array, start: jax.Array, size: int) -> jax.Array:
+        """`size` columns of a row from column `start` on, int32 [size]."""
+        last = (size - 1) * self.stride + 1
+        begin = (self.source_rows[row], start * self.stride)
+        columns = lax.dynamic_slice(self.source, begin, (1, last))
+        return columns[0, :: self.stride] // self.stride
+
+
+def _stored(
+    values: dict[str, jax.Array | _Table], out: tuple[NSAMetadata, ...] | None, spec: Spec
+) -> tuple[NSAMetadata, ...]:
+    """Every array and table of the metadata, written to every destination."""
+    stored = {
+        name: _write(value, None if out is None else [getattr(d, name) for d in out], spec)
+        for name, value in values.items()
+    }
+    return tuple(
+        spec.metadata({name: arrays[k] for name, arrays in stored.items()})
+        for k in range(spec.destinations)
+    )
+
+
+def _write(
+    value: jax.Array | _Table, destinations: list[jax.Array] | None, spec: Spec
+) -> list[jax.Array]:
+    if isinstance(value, _Table):
+        if destinations is not None and spec.tail == "keep":
+            return list(_keep(value, tuple(destinations)))
+        value = _whole(value, spec.tail)
+    if destinations is None:
+        return [jnp.broadcast_to(value, (*spec.lead, *value.shape))] * spec.destinations
+    return [_overwrite(d, value) for d in destinations]
+
+
+def _overwrite(destination: jax.Array, value: jax.Array) -> jax.Array:
+    # Depends on what was there, so that a donated array stays an argument and is reused.
+    value = jnp.broadcast_to(value, destination.shape)
+    return lax.dynamic_update_slice(destination, value, (0,) * destination.ndim)
+
+
+def _whole(table: _Table, tail: str) -> jax.Array:
+    """A table in full: 0 past the live columns for "zero", and in rows past the total."""
+    if tail == "zero":
+        limit = table.live_columns()[:, None]
+    elif table.owners.total is not None:
+        row = jnp.arange(len(table.source_rows))[:, None]
+        limit = jnp.where(row < table.owners.total, table.columns, 0)
+    else:
+        return table.gather()
+    return jnp.where(jnp.arange(table.columns) < limit, table.gather(), 0)
+
+
+@jax.custom_batching.custom_vmap
+def _keep(table: _Table, destinations: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+    """The live columns of a table over what each destination held."""
+    return lax.platform_dependent(table, destinations, cpu=_keep_by_row, default=_keep_by_select)
+
+
+@_keep.def_vmap
+def _keep_vmap(axis_size, batched, table, destinations):
+    # A batch of the loops below would step all of them together and copy the tables at each step.
+    axes = jax.tree.map(lambda b: 0 if b else None, batched)
+    kept = jax.vmap(_keep_by_select, axes, axis_size=axis_size)(table, destinations)
+    return kept, jax.tree.map(lambda _: True, kept)
+
+
+def _keep_by_select(table: _Table, destinations: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+    """One pass over the whole tables: where launches cost more than columns."""
+    live = jnp.arange(table.columns) < table.live_columns()[:, None]
+    value = table.gather()
+    return tuple(jnp.where(live, value, d) for d in destinations)
+
+
+def _keep_by_row(table: _Table, destinations: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+    """Row by row, as many tiles as are live: touches nothing else."""
+    tile = min(max(_TILE_TOKENS // table.tokens_per_column, 1), table.columns)
+    live = table.live_columns()
+    if not len(live):
+        return destinations
+
+    def row_step(row: jax.Array, destinations: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+        def update(destination: jax.Array, start: jax.Array, columns: jax.Array) -> jax.Array:
+            index = (*(0,) * (destination.ndim - 2), row, start)
+            return lax.dynamic_update_slice(destination, columns, index)
+
+        def tile_step(k: jax.Array, destinations: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+            start = k * tile
+            columns = table.gather_tile(row, start, tile)
+            return tuple(
+                update(d, start, jnp.broadcast_to(columns, (*d.shape[:-2], 1, tile)))
+                for d in destinations
+            )
+
+        whole_tiles = live[row] // tile
+        destinations = lax.fori_loop(jnp.int32(0), whole_tiles, tile_step, destinations)
+        start = jnp.minimum(whole_tiles * tile, table.columns - tile)
+        columns = table.gather_tile(row, start, tile)
+        is_live = start + jnp.arange(tile) < live[row]
+
+        def masked_update(destination: jax.Array) -> jax.Array:
+            index = (*(0,) * (destination.ndim - 2), row, start)
+            held = lax.dynamic_slice(destination, index, (*destination.shape[:-2], 1, tile))
+            return update(destination, start, jnp.where(is_live, columns, held))
+
+        return tuple(masked_update(d) for d in destinations)
+
+    rows = jnp.int32(len(live)) if table.owners.total is None else table.owners.total
+    return lax.fori_loop(jnp.int32(0), rows, row_step, destinations)

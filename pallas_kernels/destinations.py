@@ -1,0 +1,41 @@
+"""The arrays that a kernel writes, by name: each one everywhere it goes, and none forgotten."""
+
+from typing import Any
+
+import jax
+
+from jaxnsa.spec import Spec
+from pallas_kernels.tables import Destination
+
+
+class Destinations:
+    """The refs of all destinations of a computation, inside a kernel.
+
+    Args:
+      spec: the computation.
+      refs: for each destination its refs by name.
+    """
+
+    def __init__(self, spec: Spec, refs: list[dict[str, Any]]):
+        self._spec = spec
+        self._refs = refs
+        self._unwritten = set(spec.shapes())
+
+    def of(self, name: str) -> list[Destination]:
+        """Every backend's ref of one array, which the caller writes."""
+        self._unwritten.discard(name)
+        if self._spec.stacked:
+            (refs,) = self._refs
+            return [(refs[name], (k,)) for k in range(self._spec.num_backends)]
+        return [(refs[name], ()) for refs in self._refs]
+
+    def store(self, index: jax.Array | int, **values: jax.Array) -> None:
+        """Stores a value at an index of each named array of every backend."""
+        for name, value in values.items():
+            for ref, lead in self.of(name):
+                ref[(*lead, index)] = value
+
+    def check_all_written(self) -> None:
+        """NotImplementedError where the kernel, which has been traced, left out an array."""
+        if self._unwritten:
+            raise NotImplementedError(f"the kernel does not write {sorted(self._unwritten)}")
