@@ -18,7 +18,7 @@ from benchmarks.readme import ROOT, generate
 from benchmarks.report import Record, Report
 from benchmarks.suite import Suite
 from benchmarks.suites import SUITES
-from jaxnsa.implementations import get_kernel_info
+from jaxnsa.implementations.choice import get_kernel_info
 
 RESULTS = ROOT / "benchmarks" / "results"
 

@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from jaxnsa.implementations import get_kernel_info
+from jaxnsa.implementations.choice import get_kernel_info
 
 
 class Job(NamedTuple):

@@ -76,7 +76,7 @@ class Lanes:
           vectors: at most 32 of them.
         """
         if self._interpret:
-            return [jnp.sum(v) for v in vectors]
+            return [jnp.sum(v, dtype=jnp.int32) for v in vectors]
         splat = plgpu.ShapeDtypeStruct((), jnp.int32, layout=plgpu.Layout.WG_SPLAT(()))
         layouts = [plgpu.Layout.WG_STRIDED(v.shape, vec_size=1) for v in vectors]
 
@@ -149,13 +149,13 @@ class Lanes:
             positions = jnp.where(starts, position, -1)
             self._inline(ptx.scatter, width, pages, positions)(ref.at[index], pages, positions)
             return
-        first = lax.div(start + (page - 1), jnp.int32(page))
+        first = lax.div(jnp.asarray(start + (page - 1), jnp.int32), jnp.int32(page))
         for k in range(-(-columns.size // page)):
             here = starts & (position == first + k)
 
             @pl.when(jnp.sum(here.astype(jnp.int32)) > 0)
             def _(k=k, here=here):
-                ref[(*index, first + k)] = jnp.sum(jnp.where(here, pages, 0))
+                ref[(*index, first + k)] = jnp.sum(jnp.where(here, pages, 0), dtype=jnp.int32)
 
     def _inline(
         self, store: Callable, width: int, *vectors: jax.Array, **options: int

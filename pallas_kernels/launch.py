@@ -60,7 +60,7 @@ def launch(
         destinations = [jax.new_ref(array, memory_space=plgpu.GMEM) for array in arrays[split:]]
         results = pl.kernel(
             body,
-            out_type=() if destinations else flat_shapes,
+            out_type=() if destinations else _varying(flat_shapes, arrays),
             mesh=plgpu.Mesh(grid=(blocks,), grid_names=("block",)),
             # A kernel whose threads read what others have written says where they must wait.
             compiler_params=plgpu.CompilerParams(unsafe_no_auto_barriers=True),
@@ -76,3 +76,10 @@ def launch(
         # array that it is to write: the result would be another buffer, which nobody fills.
         results = run(*flat_inputs, *lax.optimization_barrier(jax.tree.leaves(out)))
     return jax.tree.unflatten(out_structure, results)
+
+
+def _varying(shapes: list[jax.ShapeDtypeStruct], arrays: Any) -> list[jax.ShapeDtypeStruct]:
+    """The shapes of results that differ along those axes of `jax.shard_map` that an input does."""
+    types = [jax.typeof(array).manual_axis_type for array in arrays]
+    axes = types[0].update(varying=frozenset().union(*(t.varying for t in types)))
+    return [shape.update(manual_axis_type=axes) for shape in shapes]

@@ -1,10 +1,23 @@
+"""The machine that the tests run on, and `implementation`: everything that computes there."""
+
 import os
+import shutil
 
-# Before the first import of JAX: eight simulated devices for shard_map.
-os.environ["XLA_FLAGS"] = (
-    os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
-)
+ON_A_GPU_MACHINE = shutil.which("nvidia-smi") is not None
+_FLAGS = ["--xla_force_host_platform_device_count=8"]  # simulated devices for shard_map
+if not ON_A_GPU_MACHINE:
+    # The tests compile some thousand small functions and run most of them once.
+    _FLAGS += [
+        "--xla_backend_optimization_level=0",
+        "--xla_cpu_parallel_codegen_split_count=1",
+        "--xla_cpu_use_fusion_emitters=false",
+    ]
+# Before the first import of JAX.
+os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), *_FLAGS])
+# Several processes, and PyTorch, share a GPU.
+os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 
+import interpreted
 import jax
 import pytest
 
@@ -12,26 +25,43 @@ from jaxnsa.config import ENVIRONMENT
 from jaxnsa.implementations import IMPLEMENTATIONS
 
 ON_GPU = jax.default_backend() == "gpu"
-HERE = [
-    pytest.param(name, marks=[pytest.mark.gpu] if ON_GPU else [])
-    for name, module in IMPLEMENTATIONS.items()
-    if module.unavailable(jax.default_backend()) is None
-]
 
 
-def pytest_collection_modifyitems(config, items):
-    if ON_GPU:
-        return
-    gpu = [item for item in items if item.get_closest_marker("gpu")]
-    if gpu:
-        config.hook.pytest_deselected(items=gpu)
-        items[:] = [item for item in items if item not in gpu]
+def _implementations():
+    for name, module in IMPLEMENTATIONS.items():
+        if module.unavailable(jax.default_backend()) is None:
+            yield pytest.param(name, marks=[pytest.mark.gpu] if ON_GPU else [])
+    if not ON_GPU:
+        for name, reason in interpreted.NAMES.items():
+            marks = [pytest.mark.skip(reason=reason)] if reason else []
+            yield pytest.param(name, marks=[pytest.mark.interpreted, *marks])
 
 
-@pytest.fixture(params=HERE, scope="module")
+@pytest.fixture(params=list(_implementations()), scope="module")
 def implementation(request):
-    """Every implementation that can run on this machine; on one with a GPU, marked gpu."""
-    return request.param
+    """Every implementation that can run on this machine; on one with a GPU, marked gpu.
+
+    Without a GPU also the kernels of `pallas` and `triton`, run by their interpreters: in tests that
+    are not marked large, and so many of a test's cases that each of its parameters takes every value.
+    """
+    name = request.param
+    if name not in interpreted.NAMES:
+        yield name
+        return
+    IMPLEMENTATIONS[name] = interpreted.module(name)
+    yield name
+    del IMPLEMENTATIONS[name]
+
+
+@pytest.fixture(autouse=True)
+def _races_fail(request):
+    """Fails where the interpreter of Pallas has seen a race or an access outside a buffer."""
+    if "implementation" not in request.fixturenames:
+        yield
+        return
+    captured = request.getfixturevalue("capfd")
+    yield
+    assert "RACE DETECTED" not in captured.readouterr().out
 
 
 @pytest.fixture(autouse=True)
@@ -39,3 +69,36 @@ def _clean_environment(monkeypatch):
     for variables in ENVIRONMENT.values():
         for variable in variables:
             monkeypatch.delenv(variable, raising=False)
+
+
+def pytest_collection_modifyitems(config, items):
+    dropped = set()
+    if not ON_GPU:
+        dropped = {item for item in items if item.get_closest_marker("gpu")}
+    groups = {}
+    for item in items:
+        if item.get_closest_marker("interpreted"):
+            if item.get_closest_marker("large"):
+                dropped.add(item)
+            else:
+                name = item.callspec.params["implementation"]
+                groups.setdefault((item.function, name), []).append(item)
+    for group in groups.values():
+        dropped.update(set(group) - set(_covering(group)))
+    if dropped:
+        config.hook.pytest_deselected(items=[item for item in items if item in dropped])
+        items[:] = [item for item in items if item not in dropped]
+
+
+def _covering(group):
+    """Cases in which each parameter takes every value, each with as many new ones as there are."""
+
+    def values(item):
+        return {(name, str(value)) for name, value in item.callspec.params.items()}
+
+    missing, taken = set().union(*map(values, group)), []
+    while missing:
+        best = max(group, key=lambda item: len(values(item) & missing))
+        taken.append(best)
+        missing -= values(best)
+    return taken

@@ -6,11 +6,22 @@ import re
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 import jaxnsa
 from jaxnsa import ForwardMode, reference
 
-BATCH_SIZES = (0, 1, 2, 3, 6, 7, 31, 32, 33, 100, 127, 128, 129, 255, 256, 257, 1000, 2049)
+
+
+def large(*values):
+    """Values of a parameter with which an interpreter of kernels takes too long."""
+    return [pytest.param(value, marks=pytest.mark.large) for value in values]
+
+
+BATCH_SIZES = (
+    *(0, 1, 2, 3, 6, 7, 31, 33),
+    *large(32, 100, 127, 128, 129, 255, 256, 257, 1000, 2049),
+)
 
 
 def inputs(bs, *, pool_cols=200, pool_rows=None, seed=0, high=None):

@@ -15,8 +15,8 @@ from benchmarks.measure import rotations, timing
 from benchmarks.problem import Problem
 from benchmarks.report import Report
 from benchmarks.suites import SUITES, modes
-from jaxnsa import ForwardMode, xla
-from jaxnsa.implementations import IMPLEMENTATIONS
+from jaxnsa import ForwardMode
+from jaxnsa.implementations import IMPLEMENTATIONS, xla
 
 
 def run(*arguments):
@@ -65,15 +65,15 @@ def test_without_matplotlib_there_are_no_plots(monkeypatch, tmp_path):
 
 
 def test_a_wrong_result_stops_the_run(monkeypatch, tmp_path):
-    def broadcast(*arguments):
-        backends = xla.broadcast(*arguments)
+    def fused_metadata(*arguments):
+        backends = xla.fused_metadata(*arguments)
         return jax.tree.map(lambda x: x + 1, backends)
 
     class Wrong:
         unavailable = staticmethod(lambda platform: None)
         version = staticmethod(lambda: "1")
 
-    Wrong.broadcast = staticmethod(broadcast)
+    Wrong.fused_metadata = staticmethod(fused_metadata)
     monkeypatch.setitem(IMPLEMENTATIONS, "wrong", Wrong)
     done = run("roofline", "--quick", "--out", str(tmp_path))
     assert isinstance(done.exception, AssertionError)

@@ -11,9 +11,16 @@ import pytest
 from helpers import inputs
 
 import jaxnsa
-from jaxnsa import config, xla
-from jaxnsa.implementations import IMPLEMENTATIONS, choose
-from jaxnsa.preference import BROADCAST, MEASURED_ON, MEASUREMENTS, nearest, rule
+from jaxnsa import config
+from jaxnsa.implementations import IMPLEMENTATIONS, xla
+from jaxnsa.implementations.choice import choose
+from jaxnsa.implementations.measurements import (
+    FUSED_METADATA,
+    MEASURED_ON,
+    MEASUREMENTS,
+    nearest,
+    rule,
+)
 
 ARGUMENTS = inputs(3)
 
@@ -127,7 +134,7 @@ def test_a_name_is_taken_at_its_word_while_tracing(other):
 @pytest.mark.parametrize(
     "function, requests, order",
     [
-        (BROADCAST, 32, ("pallas", "triton", "ffi", "xla")),
+        (FUSED_METADATA, 32, ("pallas", "triton", "ffi", "xla")),
         ("prefix_sum", 1000, ("triton", "pallas", "ffi", "xla")),
         ("prefix_sum", 10_000, ("pallas", "ffi", "triton", "xla")),
     ],
@@ -152,7 +159,7 @@ def test_a_gpu_takes_the_first_that_runs(function, requests, order, monkeypatch)
 def test_every_rule_agrees_with_what_was_measured():
     """On a GPU the first of an order is the fastest within a tenth."""
     for m in MEASUREMENTS:
-        decided = rule(m.platform, BROADCAST, m.bs)
+        decided = rule(m.platform, FUSED_METADATA, m.bs)
         assert set(decided.order) <= set(m.microseconds)
         if m.platform == "gpu":
             assert m.microseconds[decided.order[0]] <= 1.1 * min(m.microseconds.values()), m

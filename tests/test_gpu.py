@@ -10,7 +10,8 @@ from helpers import inputs, mode_options, pointers
 
 import jaxnsa
 from benchmarks.measure import kernel_times
-from jaxnsa import ForwardMode, NSAMetadata, reference, verify
+from jaxnsa import ForwardMode, NSAMetadata, reference
+from jaxnsa.app import verify
 from jaxnsa.implementations import FUSED, IMPLEMENTATIONS
 
 pytestmark = pytest.mark.gpu

@@ -10,6 +10,7 @@ from helpers import (
     check_broadcast,
     held,
     inputs,
+    large,
     mode_options,
     on_device,
     pointers,
@@ -24,20 +25,20 @@ from jaxnsa import ForwardMode, reference
 @pytest.mark.parametrize("mode", ForwardMode)
 @pytest.mark.parametrize("bs", BATCH_SIZES)
 def test_batch_sizes(bs, mode, implementation):
-    pool_cols = 150 if bs < 300 else 40
+    pool_cols = 6 if bs < 100 else 40
     check_broadcast(
         inputs(bs, pool_cols=pool_cols, seed=bs),
         implementation=implementation,
-        num_backends=2,
+        num_backends=1,
         forward_mode=mode,
-        real_page_size=16,
-        nsa_index_topk=64,
+        real_page_size=5,
+        nsa_index_topk=3,
         **mode_options(mode, bs, seed=bs),
     )
 
 
 @pytest.mark.parametrize("mode", ForwardMode)
-@pytest.mark.parametrize("bs", (0, 1, 7, 33, 256))
+@pytest.mark.parametrize("bs", (0, 1, 7, *large(33, 256)))
 @pytest.mark.parametrize("tail", ("copy", "zero", "keep"))
 def test_in_place(bs, mode, tail, implementation):
     check_broadcast(
@@ -54,8 +55,8 @@ def test_in_place(bs, mode, tail, implementation):
 
 
 @pytest.mark.parametrize("mode", ForwardMode)
-@pytest.mark.parametrize("page", (1, 2, 7, 48, 64, 100, 4096))
-@pytest.mark.parametrize("max_len", (1, 63, 64, 65, 1001))
+@pytest.mark.parametrize("page", (1, 2, 7, 48, 64, 100, *large(4096)))
+@pytest.mark.parametrize("max_len", (1, 63, 64, 65, *large(1001)))
 def test_page_sizes_and_widths(page, max_len, mode, implementation):
     check_broadcast(
         inputs(5, pool_cols=max_len + max_len % 3),
@@ -66,6 +67,34 @@ def test_page_sizes_and_widths(page, max_len, mode, implementation):
         real_page_size=page,
         tail="zero",
         **mode_options(mode, 5),
+    )
+
+
+@pytest.mark.parametrize("mode", ForwardMode)
+@pytest.mark.parametrize("tail, in_place", (("copy", False), ("zero", True), ("keep", True)))
+@pytest.mark.parametrize(
+    "pool_cols, max_len, page",
+    [
+        (37, 37, 1),  # narrower than a vector and than a tile
+        (301, 290, 48),  # no access wider than one element, pool rows and tiles of no whole pages
+        (640, 600, 2),  # columns that fill no vector, page starts as vectors
+        (640, 600, 700),  # pages wider than the table
+        (2304, 2100, 64),  # several tiles
+    ],
+)
+@pytest.mark.parametrize("wide_table", (True, False))
+def test_tiles_and_tails(pool_cols, max_len, page, tail, in_place, wide_table, mode, implementation):
+    check_broadcast(
+        inputs(3, pool_cols=pool_cols, seed=page),
+        implementation=implementation,
+        in_place=in_place,
+        tail=tail,
+        num_backends=2,
+        forward_mode=mode,
+        max_len=max_len,
+        wide_table=wide_table or page == 1,
+        real_page_size=page,
+        **mode_options(mode, 3),
     )
 
 
@@ -99,11 +128,13 @@ def test_stacked(mode, in_place, implementation):
     )
 
 
+@pytest.mark.large
 def test_many_backends(implementation):
     backends = check_broadcast(inputs(3), implementation=implementation, num_backends=32)
     assert len(set(pointers(backends))) == 32 * 7
 
 
+@pytest.mark.large
 def test_long_context_in_place(implementation):
     check_broadcast(
         inputs(4, pool_cols=70_001, seed=3),
@@ -113,11 +144,12 @@ def test_long_context_in_place(implementation):
     )
 
 
+@pytest.mark.large
 @pytest.mark.parametrize("mode", ForwardMode)
 @pytest.mark.parametrize("tail", ("copy", "keep"))
 @pytest.mark.parametrize("bs, max_len", ((11, 131_072), (130, 66_000), (130, 33_003)))
-def test_tables_of_many_pieces(bs, max_len, tail, mode, implementation):
-    """A few large tables: more pieces than there are blocks, and those of the larger size."""
+def test_tables_of_many_tiles(bs, max_len, tail, mode, implementation):
+    """A few large tables: more tiles than there are blocks, and those of the larger size."""
     check_broadcast(
         inputs(bs, pool_cols=max_len, pool_rows=7, seed=bs),
         implementation=implementation,
@@ -130,16 +162,17 @@ def test_tables_of_many_pieces(bs, max_len, tail, mode, implementation):
 
 
 @pytest.mark.parametrize("slack", (-1000, -9, -1, 0, 40))
-@pytest.mark.parametrize("bs", (0, 1, 31, 100))
+@pytest.mark.parametrize("bs", (0, 1, 5, *large(31, 100)))
 @pytest.mark.parametrize("in_place", (False, True))
 def test_draft_extend_capacity(bs, slack, in_place, implementation):
     mode = ForwardMode.DRAFT_EXTEND
     check_broadcast(
-        inputs(bs),
+        inputs(bs, pool_cols=20),
         implementation=implementation,
         in_place=in_place,
         num_backends=2,
         forward_mode=mode,
+        real_page_size=4,
         **mode_options(mode, bs, slack=slack),
     )
 
@@ -158,7 +191,7 @@ def test_draft_extend_totals_past_int32_fill_the_capacity(implementation):
 
 
 @pytest.mark.parametrize("tail", ("copy", "zero", "keep"))
-@pytest.mark.parametrize("pool_cols", (4, 700))
+@pytest.mark.parametrize("pool_cols", (4, *large(700)))
 def test_extreme_values(pool_cols, tail, implementation):
     low, high = -(2**31), 2**31 - 1
     lengths = np.array([low, high, 0, -1, 1, high - 2], np.int32)
@@ -179,6 +212,7 @@ def test_extreme_values(pool_cols, tail, implementation):
         )
 
 
+@pytest.mark.large
 @given(data=st.data())
 @settings(max_examples=60, deadline=None)
 @pytest.mark.parametrize("mode", ForwardMode)
@@ -262,7 +296,7 @@ def test_fill_draft_extend_metadata(bs, implementation):
         )
 
 
-@pytest.mark.parametrize("n", (*BATCH_SIZES, 4096, 65_536))
+@pytest.mark.parametrize("n", (*BATCH_SIZES, 1024, 1025, *large(4096, 65_536)))
 def test_prefix_sum(n, implementation):
     x = np.random.default_rng(n).integers(-(2**31), 2**31, n).astype(np.int32)
     actual = jaxnsa.prefix_sum(x, implementation=implementation)
@@ -279,7 +313,7 @@ def test_prefix_sum_of_other_integers(dtype, implementation):
 @pytest.mark.parametrize("in_place", (False, True))
 def test_fused_metadata_copy(wide_table, page, in_place, implementation):
     src = reference.precompute_decode_metadata(
-        *inputs(33), wide_table=wide_table, real_page_size=page
+        *inputs(5), wide_table=wide_table, real_page_size=page
     )
     out = tuple(on_device(held(src)) for _ in range(3)) if in_place else None
     before = pointers(out)

@@ -5,19 +5,19 @@ import logging
 import jax
 import jax.extend
 import pytest
-from helpers import check_broadcast, inputs, mode_options
+from helpers import check_broadcast, inputs, large, mode_options
 
 import jaxnsa
-from jaxnsa import ForwardMode, operations, xla
-from jaxnsa.implementations import IMPLEMENTATIONS
-from jaxnsa.launches import count_launches
+from jaxnsa import ForwardMode, operations
+from jaxnsa.implementations import IMPLEMENTATIONS, xla
+from jaxnsa.app.launch_count import count_launches
 
 
 @pytest.mark.parametrize("strategy", ("ultra_fast", "fast", "fallback"))
 @pytest.mark.parametrize("mode", ForwardMode)
 @pytest.mark.parametrize("stacked", (False, True))
 @pytest.mark.parametrize("tail, in_place", (("copy", False), ("keep", True), ("zero", True)))
-@pytest.mark.parametrize("bs", (6, 64))
+@pytest.mark.parametrize("bs", (6, *large(64)))
 def test_same_bits(strategy, mode, stacked, tail, in_place, bs, implementation):
     check_broadcast(
         inputs(bs, pool_cols=128),

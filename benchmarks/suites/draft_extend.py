@@ -11,7 +11,8 @@ import numpy as np
 import jaxnsa
 from benchmarks.measure import timing
 from benchmarks.suite import Job, Plot, Suite, runnable
-from jaxnsa import ffi, reference
+from jaxnsa import reference
+from jaxnsa.implementations import ffi
 
 TOPK = 2048
 TOKENS = 12  # of each request

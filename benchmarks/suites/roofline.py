@@ -11,7 +11,7 @@ from benchmarks.measure import Call, on_gpu, rotations, timing
 from benchmarks.problem import Problem
 from benchmarks.suite import Job, Plot, Suite, runnable
 from jaxnsa import ForwardMode
-from jaxnsa.demo import numpy_loop
+from jaxnsa.app.demo import numpy_loop
 
 DECODE, VERIFY = ForwardMode.DECODE, ForwardMode.TARGET_VERIFY
 EXTEND = ForwardMode.DRAFT_EXTEND

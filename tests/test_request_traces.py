@@ -7,7 +7,7 @@ import json
 import numpy as np
 import pytest
 
-from jaxnsa.traces import FITTED, Request, TraceError, read_trace, synthetic_requests
+from jaxnsa.app.request_traces import FITTED, Request, TraceError, read_trace, synthetic_requests
 
 AZURE = "TIMESTAMP,ContextTokens,GeneratedTokens\n2023-11-16 18:17:03.97,4808,10\n,110,27\n"
 MOONCAKE = "timestamp_ms,input_length,output_length\n0,4808,10\n30,110,27\n"
@@ -50,7 +50,9 @@ def test_malformed_rows(text, message, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "data", (gzip.compress(AZURE.encode())[:-9], b"\x1f\x8bjunk", b"\xff\xfe\xff,1\n")
+    "data",
+    (gzip.compress(AZURE.encode())[:-9], b"\x1f\x8bjunk", b"\xff\xfe\xff,1\n"),
+    ids=("cut off", "not gzip", "not UTF-8"),
 )
 def test_damaged_files(data, tmp_path):
     path = tmp_path / "trace.csv"

@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 
-from jaxnsa.launches import count_launches
+from jaxnsa.app.launch_count import count_launches
 
 
 def count(function, *arguments):

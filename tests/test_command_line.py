@@ -9,9 +9,10 @@ import pytest
 from click.testing import CliRunner
 
 import jaxnsa
-from jaxnsa import reference, verify, xla
-from jaxnsa.cli import main
-from jaxnsa.implementations import IMPLEMENTATIONS
+from jaxnsa import reference
+from jaxnsa.app import verify
+from jaxnsa.app.command_line import main
+from jaxnsa.implementations import IMPLEMENTATIONS, xla
 
 
 def run(*arguments):
@@ -31,6 +32,7 @@ def broken(monkeypatch):
     monkeypatch.setitem(IMPLEMENTATIONS, "broken", module)
 
 
+@pytest.mark.large
 def test_demo(implementation):
     result = run("demo", "--steps", "6", "--batch-size", "7", "--implementation", implementation)
     assert result.exit_code == 0, result.output
@@ -52,13 +54,13 @@ def test_demo_replays_a_trace_over_and_over(tmp_path):
 
 
 def test_demo_reports_mismatches(monkeypatch):
-    right = xla.broadcast
+    right = xla.fused_metadata
 
     def wrong(*arguments):
         first, *others = right(*arguments)
         return (type(first)(**(vars(first) | {"cu_seqlens_k": first.cu_seqlens_k + 1})), *others)
 
-    module = types.SimpleNamespace(**(vars(xla) | {"broadcast": wrong}))
+    module = types.SimpleNamespace(**(vars(xla) | {"fused_metadata": wrong}))
     monkeypatch.setitem(IMPLEMENTATIONS, "broken", module)
     result = run("demo", "--steps", "3", "--batch-size", "2", "--implementation", "broken")
     assert result.exit_code == 1
