@@ -6,7 +6,8 @@ import pytest
 from helpers import inputs, lowered_operations, mode_options, on_device
 
 import jaxnsa
-from jaxnsa import ForwardMode, reference, triton
+from jaxnsa import ForwardMode, reference
+from jaxnsa.implementations import triton
 
 
 @pytest.fixture(params=("pallas", "triton"))
