@@ -4,7 +4,6 @@ It is chosen when Triton is imported, so `test_triton.py` runs this file in a pr
 """
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from helpers import (
@@ -17,9 +16,11 @@ from helpers import (
 )
 
 import jaxnsa
-from jaxnsa import ForwardMode, reference, triton_kernels, verify
-from jaxnsa.triton_kernels.launch import INTERPRET
-from nsa_kernel_types import FusedJob, Metadata, RowMap
+from jaxnsa import ForwardMode, reference
+from jaxnsa.app import verify
+from jaxnsa.implementations import triton_kernels
+from jaxnsa.implementations.triton_kernels.launch import INTERPRET
+from jaxnsa.spec import Inputs, Rows, Spec
 
 assert INTERPRET, "set TRITON_INTERPRET=1"
 
@@ -46,10 +47,10 @@ def test_batch_sizes(bs, mode):
 @pytest.mark.parametrize(
     "pool_cols, max_len, page",
     [
-        (37, 37, 1),  # narrower than a piece
-        (301, 290, 48),  # no access wider than one element, pieces that are not whole pages
+        (37, 37, 1),  # narrower than a tile
+        (301, 290, 48),  # no access wider than one element, tiles that are not whole pages
         (640, 600, 700),  # pages wider than the table
-        (2304, 2100, 64),  # several pieces
+        (2304, 2100, 64),  # several tiles
     ],
 )
 def test_shapes_and_tails(pool_cols, max_len, page, tail, in_place, stacked, mode):
@@ -84,25 +85,21 @@ def test_without_the_wide_table(page, tail, mode):
     )
 
 
-def test_programs_take_turns():
-    """More pieces than programs: the same with any block sizes."""
+@pytest.mark.parametrize("programs", (1, 4, 100))
+def test_programs_stride_over_tiles(programs):
+    """More tiles than programs: the same with any block sizes."""
     lengths, indices, pool = inputs(2, pool_cols=700)
     out = held(reference.precompute_decode_metadata(lengths, indices, pool))
     expected = reference.precompute_decode_metadata(
         lengths, indices, pool, nsa_index_topk=64, tail="keep", out=held(out)
     )
-    for programs in (1, 4, 100):
-        config = triton_kernels.BlockConfig(tokens=64, programs=programs)
-        (result,) = triton_kernels.fused_metadata(
-            jnp.asarray(lengths),
-            jnp.asarray(indices),
-            jnp.asarray(pool),
-            None,
-            (Metadata(**vars(on_device(out))),),
-            FusedJob(RowMap(2, 2, 1, 0, 64), 700, 64, True, "keep", 1),
-            config=config,
-        )
-        assert_same(jaxnsa.NSAMetadata(**result._asdict()), expected)
+    (result,) = triton_kernels.fused_metadata(
+        Inputs(*on_device((lengths, indices, pool)), None),
+        (on_device(out),),
+        Spec(Rows.of(ForwardMode.DECODE, 2), 700, 64, 64, True, "keep"),
+        config=triton_kernels.BlockConfig(tile=64, programs=programs),
+    )
+    assert_same(result, expected)
 
 
 @pytest.mark.parametrize("tail", ("copy", "zero", "keep"))

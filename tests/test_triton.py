@@ -1,11 +1,13 @@
 """The Triton kernels without a GPU: compiled to PTX, and lowered for CUDA."""
 
 import functools
+import importlib
 import os
 import subprocess
 import sys
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -13,8 +15,10 @@ import pytest
 from helpers import inputs, lowered_operations
 
 import jaxnsa
-from jaxnsa import ForwardMode, triton
-from nsa_kernel_types import FusedJob, RowMap
+from jaxnsa import ForwardMode
+from jaxnsa.implementations import triton
+from jaxnsa.metadata import FIELDS, Extent, Field, NSAMetadata
+from jaxnsa.spec import Inputs, Rows, Spec
 
 compiler = pytest.importorskip(
     "triton.compiler", reason="runs where the extra jaxnsa[triton] is installed"
@@ -46,16 +50,16 @@ def compiled(request, monkeypatch, tmp_path):
     """Kernels are compiled for a GPU that is not there; their PTX by name."""
     from triton.backends.compiler import GPUTarget
 
-    from jaxnsa.triton_kernels import launch
+    from jaxnsa.implementations.triton_kernels import launch
 
     texts = {}
 
-    def compile(signature, shapes, *arrays, programs, warps, scalars, constants):
+    def compile(signature, shapes, *arrays, programs, warps, sizes, constants):
         del programs
-        entry = launch._entry(signature)
-        pointers = ["*i32"] * (signature.inputs + len(shapes))
-        types = ["i32"] * len(scalars) + pointers + ["constexpr"] * len(constants)
-        aligned = {(len(scalars) + k,): [["tt.divisibility", 16]] for k in range(len(pointers))}
+        entry = launch.entry(signature)
+        pointers = ["*i32"] * (signature.inputs.num_leaves + len(shapes))
+        types = ["i32"] * len(sizes) + pointers + ["constexpr"] * len(constants)
+        aligned = {(len(sizes) + k,): [["tt.divisibility", 16]] for k in range(len(pointers))}
         source = compiler.ASTSource(
             entry,
             dict(zip(entry.arg_names, types, strict=True)),
@@ -75,36 +79,69 @@ def compiled(request, monkeypatch, tmp_path):
     return texts
 
 
-@pytest.mark.parametrize("mode", ForwardMode)
-@pytest.mark.parametrize("max_len, width", ((4096, "v4.b32"), (4095, "b32")))
-def test_the_whole_job_compiles_to_ptx(mode, max_len, width, compiled):
-    from jaxnsa import triton_kernels
+def fused_metadata(mode, *, max_len=64, tail="copy"):
+    """Compiles the kernel for three backends."""
+    from jaxnsa.implementations import triton_kernels
 
     lengths = jnp.ones(7, jnp.int32)
-    tokens = {ForwardMode.DECODE: 1, ForwardMode.TARGET_VERIFY: 3}.get(mode)
-    rows = RowMap(7, 7 * (tokens or 2), tokens, 0, 2048)
-    for tail in ("copy", "zero", "keep"):
-        triton_kernels.fused_metadata(
+    rows = Rows.of(mode, 7, num_draft_tokens=3, max_total_tokens=14)
+    return triton_kernels.fused_metadata(
+        Inputs(
             lengths,
             lengths,
             jnp.zeros((8, 4096), jnp.int32),
-            None if tokens else lengths,
-            None,
-            FusedJob(rows, max_len, 64, True, tail, 3),
-        )
+            lengths if mode is ForwardMode.DRAFT_EXTEND else None,
+        ),
+        None,
+        Spec(rows, max_len, 2048, 64, True, tail, num_backends=3),
+    )
+
+
+@pytest.mark.parametrize("mode", ForwardMode)
+@pytest.mark.parametrize("max_len, width", ((4096, "v4.b32"), (4095, "b32")))
+def test_the_whole_computation_compiles_to_ptx(mode, max_len, width, compiled):
+    for tail in ("copy", "zero", "keep"):
+        fused_metadata(mode, max_len=max_len, tail=tail)
         ptx = compiled["_fused_metadata"]
         assert "ld.global.v4.b32" in ptx
         assert f"st.global.cs.{width}" in ptx
 
 
 def test_the_other_functions_compile_to_ptx(compiled):
-    from jaxnsa import triton_kernels
+    from jaxnsa.implementations import triton_kernels
 
-    lengths = jnp.ones(7, jnp.int32)
+    lengths, table = jnp.ones(7, jnp.int32), jnp.ones((7, 64), jnp.int32)
+    src = NSAMetadata(lengths, lengths, lengths, lengths, lengths, table)
+    spec = Spec(Rows.of(ForwardMode.DECODE, 7), 64, 2048, 1, True, "keep")
     triton_kernels.prefix_sum(lengths)
-    triton_kernels.seqlen_expansion(lengths, lengths, nsa_index_topk=3, max_total_tokens=9)
-    triton_kernels.broadcast((lengths, jnp.ones((8, 64), jnp.int32)), None, num_backends=2)
-    assert set(compiled) == {"_prefix_sum", "_seqlen_expansion", "_broadcast"}
+    triton_kernels.fill_draft_extend_metadata(
+        lengths, lengths, nsa_index_topk=3, max_total_tokens=9
+    )
+    for live in (None, spec):
+        triton_kernels.copy(src, None, num_backends=2, live=live)
+        assert "st.global.cs.v4.b32" in compiled.pop("_copy")
+    assert set(compiled) == {"_prefix_sum", "_fill_draft_extend_metadata"}
+
+
+@pytest.mark.parametrize("extent", Extent)
+def test_a_forgotten_field_is_an_error(extent, monkeypatch):
+    """A field that is described, and that no kernel has a value for."""
+    tokens_per_column = 1 if extent is Extent.TABLE else None
+    forgotten = Field("forgotten", extent, None, tokens_per_column, None)
+    monkeypatch.setitem(FIELDS, "forgotten", forgotten)
+    with pytest.raises(NotImplementedError, match=r"the kernel does not write \['forgotten'\]"):
+        fused_metadata(ForwardMode.DECODE)
+
+
+def test_an_array_without_its_value_is_not_compiled(monkeypatch, compiled):
+    """A field whose arrays the kernel has, and that `row_values` computes nothing for."""
+    kernel = importlib.import_module("jaxnsa.implementations.triton_kernels.fused_metadata")
+    forgotten = Field("forgotten", Extent.ROWS, None, None, None)
+    monkeypatch.setitem(FIELDS, "forgotten", forgotten)
+    fields = dict.fromkeys([*kernel.RowValues._fields, "forgotten"], Any)
+    monkeypatch.setattr(kernel, "RowValues", NamedTuple("RowValues", fields.items()))
+    with pytest.raises(compiler.CompilationError):
+        fused_metadata(ForwardMode.DECODE)
 
 
 @pytest.fixture
@@ -114,11 +151,19 @@ def lowers():
         pytest.skip(f"runs where JAX's CUDA plugin is, as .ci/run installs it: {reason}")
 
 
+def test_without_the_cuda_plugin(monkeypatch):
+    from jaxnsa.implementations.triton_kernels import launch
+
+    monkeypatch.setattr(launch.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ImportError, match="JAX's CUDA plugin is not installed"):
+        launch.import_jax_triton.__wrapped__()
+
+
 @pytest.mark.parametrize("directory", (None, "/somewhere"))
 def test_other_users_of_triton_keep_their_cache(directory, lowers):
     code = """
 import os
-from jaxnsa import triton
+from jaxnsa.implementations import triton
 assert triton._import_error() is None
 print(os.environ.get("TRITON_CACHE_DIR"))
 """
@@ -168,6 +213,17 @@ def test_unavailable_on_the_cpu_says_what_it_needs():
         match=r"'triton' cannot run here: needs an NVIDIA GPU of compute capability 8.0 \(Ampere\)",
     ):
         jaxnsa.prefix_sum(jnp.arange(3), **NAME)
+
+
+def test_the_interpreter_needs_torch(monkeypatch):
+    monkeypatch.setattr(triton, "_missing", list)
+    monkeypatch.setattr(triton, "_interpreted", lambda: True)
+    for torch in (True, False):
+        monkeypatch.setattr(triton, "_installed", lambda package, torch=torch: torch)
+        for platform in ("cpu", "gpu"):
+            reason = triton.unavailable(platform)
+            assert (reason is None) == torch
+            assert torch or "interpreter needs PyTorch" in reason
 
 
 def test_without_jax_triton_another_implementation_runs(monkeypatch):

@@ -15,8 +15,12 @@ def unavailable(platform: str | None) -> str | None:
     """Why this cannot run on a platform; None where it can."""
     if missing := _missing():
         return f"{' and '.join(missing)} not installed; run: pip install 'jaxnsa[triton]'"
-    if platform is None or (platform != "gpu" and _interpreted()):
+    if platform is None:
         return None
+    if _interpreted():
+        if _installed("torch"):
+            return None
+        return "Triton's interpreter needs PyTorch, which is not installed; run: pip install torch"
     return reason_to_refuse(platform, 8.0, "Ampere") or _import_error()
 
 
@@ -28,9 +32,13 @@ def version() -> str | None:
     return ", ".join(f"{name} {importlib.metadata.version(name)}" for name in packages)
 
 
-@functools.cache  # an eager call asks each time, and looking for what is not there is slow
 def _missing() -> list[str]:
-    return [name for name in ("jax_triton", "triton") if not importlib.util.find_spec(name)]
+    return [name for name in ("jax_triton", "triton") if not _installed(name)]
+
+
+@functools.cache  # an eager call asks each time, and looking for what is not there is slow
+def _installed(package: str) -> bool:
+    return importlib.util.find_spec(package) is not None
 
 
 def _interpreted() -> bool:

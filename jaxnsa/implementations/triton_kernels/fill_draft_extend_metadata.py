@@ -1,92 +1,85 @@
-"""The lengths of a draft-extend step in one launch: prefix sum, rows of each request, clamp."""
+"""The lengths of a draft-extend step in one launch: prefix sum, row of each token, clamp.
+
+Grid: a program for each request, which waits for no other.
+Inputs: extend_seq_lens and seq_lens. Outputs: the arrays of `DraftExtendSeqlens`.
+"""
+
+from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import triton
 import triton.language as tl
 
-from jaxnsa.triton_kernels.launch import launch
-from jaxnsa.triton_kernels.rows import (
-    constants,
+from jaxnsa.implementations.triton_kernels.destinations import by_name, grouped
+from jaxnsa.implementations.triton_kernels.launch import launch
+from jaxnsa.implementations.triton_kernels.rows import (
+    Lengths,
+    LengthSums,
+    RowConstants,
+    RowSizes,
+    RowSums,
+    RowValues,
     load_request,
-    prefix_sums,
-    scalars,
-    write_row_lengths,
+    write_rows,
 )
-from nsa_kernel_types import ExpandedSeqlens, RowMap
+from jaxnsa.metadata import DraftExtendSeqlens, ForwardMode
+from jaxnsa.spec import Rows
 
 
-def seqlen_expansion(
+class Results(NamedTuple):
+    """The arrays that the kernel writes: those of [rows], and [1]."""
+
+    rows: RowValues
+    total_tokens: Any
+
+
+def fill_draft_extend_metadata(
     extend_seq_lens: jax.Array,
     seq_lens: jax.Array,
     *,
     nsa_index_topk: int,
     max_total_tokens: int,
-) -> ExpandedSeqlens:
+) -> DraftExtendSeqlens:
     """Expands the lengths of requests to those of their extend tokens.
 
     Args:
       extend_seq_lens: int32 [requests], at least one; negative counts as 0.
       seq_lens: int32 [requests], extend tokens counted.
-      nsa_index_topk: the indexer's top-k.
-      max_total_tokens: capacity.
+      nsa_index_topk: the indexer's top-k, in tokens.
+      max_total_tokens: capacity, at least 1.
 
     Returns:
-      ExpandedSeqlens; rows past the total hold 0, and the last prefix sum.
+      DraftExtendSeqlens; padding rows hold 0.
     """
     (requests,) = seq_lens.shape
-    rows = RowMap(requests, max_total_tokens, None, 0, nsa_index_topk)
+    rows = Rows.of(ForwardMode.DRAFT_EXTEND, requests, max_total_tokens=max_total_tokens)
+    vector = jax.ShapeDtypeStruct((max_total_tokens,), jnp.int32)
+    shapes = {"seqlens_expanded": vector, "nsa_cache_seqlens": vector}
     results = launch(
-        _seqlen_expansion,
-        (extend_seq_lens, seq_lens),
+        _fill_draft_extend_metadata,
+        Lengths(seq_lens, extend_seq_lens),
         None,
-        [[shape] for shape in ExpandedSeqlens.shapes(max_total_tokens)],
+        Results(grouped(RowValues, shapes, [shapes]), jax.ShapeDtypeStruct((), jnp.int32)),
         programs=requests,
         warps=4,
-        scalars=scalars(rows),
-        constants=constants(rows),
+        sizes=RowSizes.of(rows, nsa_index_topk),
+        constants={"ROWS": RowConstants.of(rows)},
     )
-    return ExpandedSeqlens(*(array for (array,) in results))
+    (arrays,) = by_name([results.rows])
+    return DraftExtendSeqlens(**arrays, total_tokens=results.total_tokens)
 
 
 @triton.jit
-def _seqlen_expansion(
-    inputs,
-    results,
-    requests,
-    rows,
-    added_tokens,
-    topk,
-    TOKENS: tl.constexpr,
-    ROW_LANES: tl.constexpr,
-    SCAN: tl.constexpr,
-):
-    extend_seq_lens, seq_lens = inputs[0], inputs[1]
-    i = tl.program_id(0)
-    cache_seqlen, q = load_request(seq_lens, extend_seq_lens, i, added_tokens, TOKENS)
-    _, nsa_before, nsa_total = prefix_sums(
-        seq_lens, extend_seq_lens, i, requests, added_tokens, topk, TOKENS, SCAN
-    )
-    write_row_lengths(
-        results[0],
-        results[1],
-        results[2],
-        extend_seq_lens,
-        i,
-        cache_seqlen,
-        q,
-        nsa_before,
-        nsa_total,
-        requests,
-        rows,
-        topk,
-        TOKENS,
-        ROW_LANES,
-        SCAN,
-        1,
-    )
-    if i == 0:
-        tokens = tl.zeros([SCAN], tl.int32)
-        for first in range(0, requests, SCAN):
-            k = first + tl.arange(0, SCAN)
-            tokens += tl.maximum(tl.load(extend_seq_lens + k, k < requests, 0), 0)
-        tl.store(results[3][0], tl.sum(tokens))
+def _fill_draft_extend_metadata(lengths, results, sizes, ROWS: tl.constexpr):
+    request = load_request(lengths, tl.program_id(0), ROWS)
+    # No array of sums is written here.
+    write_rows(results.rows, RowSums(()), lengths, request, LengthSums(0, 0, 0), sizes, ROWS)
+    if request.i == 0:
+        AT_ONCE: tl.constexpr = ROWS.requests_at_once
+        total = tl.zeros([AT_ONCE], tl.int32)
+        for first in range(0, sizes.requests, AT_ONCE):
+            k = first + tl.arange(0, AT_ONCE)
+            q = tl.load(lengths.extend_seq_lens + k, k < sizes.requests, 0)
+            total += tl.maximum(q, 0)
+        tl.store(results.total_tokens, tl.sum(total))

@@ -1,264 +1,317 @@
-"""The whole job in one launch: lengths, prefix sums and page tables, for every destination.
+"""The whole computation in one launch: lengths, prefix sums and page tables, for every destination.
 
-A grid of independent programs. Program 0 of each request writes its lengths and prefix sums, which
-it adds up by itself; every other program copies pieces of the request's page tables to all of its
-rows in all destinations. No program waits for another.
+Purpose: `NSAMetadata` of all backends of a step.
+Grid: for each request one program that writes its lengths, then those that share its tables.
+Program: independent of all others; sums over earlier requests it takes by itself. Those of the
+tables take tiles of the request's pool row with a grid stride, as far as columns are written.
+Inputs: seq_lens, req_pool_indices, req_to_token, and extend_seq_lens where rows are ragged.
+Outputs: the arrays of `Spec.shapes` of every destination.
 """
 
+import dataclasses
 import math
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
-import jax
 import triton
 import triton.language as tl
 
-from jaxnsa.triton_kernels.columns import floor_div, load_tokens, store, store_tokens
-from jaxnsa.triton_kernels.launch import launch
-from jaxnsa.triton_kernels.rows import (
-    constants,
+from jaxnsa.implementations.triton_kernels.destinations import (
+    Group,
+    by_name,
+    grouped,
+    of_backends,
+    store_values,
+)
+from jaxnsa.implementations.triton_kernels.launch import launch
+from jaxnsa.implementations.triton_kernels.rows import (
+    Lengths,
+    RowConstants,
+    RowSizes,
+    RowSums,
+    RowValues,
+    kv_len,
     load_request,
     locate,
-    prefix_sums,
-    scalars,
-    write_row_lengths,
+    sums_before,
+    write_rows,
 )
-from jaxnsa.triton_kernels.tuning import BlockConfig
-from nsa_kernel_types import FusedJob, Metadata
+from jaxnsa.implementations.triton_kernels.tables import (
+    load_columns,
+    load_pages,
+    store_columns,
+    store_pages,
+)
+from jaxnsa.implementations.triton_kernels.tuning import BlockConfig
+from jaxnsa.metadata import Extent, NSAMetadata
+from jaxnsa.spec import MAX_LEN, Inputs, Spec, Tail
 
-_TAILS = {"copy": 0, "zero": 1, "keep": 2}
-_COPY, _KEEP = (tl.constexpr(_TAILS[tail]) for tail in ("copy", "keep"))
+
+class RequestValues(NamedTuple):
+    """The arrays of [requests]."""
+
+    cache_seqlens: Any
+
+
+class RequestSums(NamedTuple):
+    """The arrays of [requests + 1]."""
+
+    cu_seqlens_k: Any
+
+
+class Tables(NamedTuple):
+    """The arrays of [rows, columns]."""
+
+    page_indices: Any
+    real_page_table: Any
+
+
+class Results(NamedTuple):
+    """All arrays that the kernel writes, by extent."""
+
+    requests: RequestValues
+    requests_plus_1: RequestSums
+    rows: RowValues
+    rows_plus_1: RowSums
+    tables: Tables
+
+    @classmethod
+    def of(cls, spec: Spec, destinations: Sequence[Mapping[str, Any]]) -> "Results":
+        """The arrays of all destinations."""
+
+        def of_extent(group: type[Group], extent: Extent) -> Group:
+            return grouped(group, [field.name for field in spec.fields(extent)], destinations)
+
+        return cls(
+            of_extent(RequestValues, Extent.REQUESTS),
+            of_extent(RequestSums, Extent.REQUESTS_PLUS_1),
+            of_extent(RowValues, Extent.ROWS),
+            of_extent(RowSums, Extent.ROWS_PLUS_1),
+            of_extent(Tables, Extent.TABLE),
+        )
+
+
+class Sizes(NamedTuple):
+    """The numbers that may change without compiling the kernel again.
+
+    Attributes:
+      rows: those of the rows.
+      max_len: tokens that a table row has columns for.
+      pages: columns of the real page table.
+      pool_rows: rows of req_to_token.
+      pool_stride: of req_to_token, in units of `TableConstants.pool_unit` elements.
+      wide_stride: of page_indices, in units of `TableConstants.wide_unit` elements.
+      programs: of a request.
+    """
+
+    rows: RowSizes
+    max_len: Any
+    pages: Any
+    pool_rows: Any
+    pool_stride: Any
+    wide_stride: Any
+    programs: Any
+
+
+@dataclasses.dataclass(frozen=True)
+class TableConstants:
+    """What the kernel is compiled for.
+
+    Attributes:
+      page_size: tokens in a physical page.
+      tail: what tables hold past a row's live columns.
+      backends: how many backends an array holds.
+      pool_unit: elements that the stride of req_to_token is a multiple of: 4, 2 or 1.
+      wide_unit: the same of page_indices.
+      tile: tokens of a tile.
+      pages: pages that start in a tile, at most, as a power of two.
+    """
+
+    page_size: int
+    tail: Tail
+    backends: int
+    pool_unit: int
+    wide_unit: int
+    tile: int
+    pages: int
+
+    @classmethod
+    def of(cls, spec: Spec, pool_cols: int, config: BlockConfig) -> "TableConstants":
+        """What the kernel for a computation is compiled for."""
+        page_size = spec.real_page_size
+        if spec.wide_table:
+            tile = config.tile
+            pages = triton.next_power_of_2(tile // page_size + 1)
+            if tile % page_size == 0:
+                pages = tile // page_size
+        else:
+            pages = min(config.pages, triton.next_power_of_2(-(-spec.max_len // page_size)))
+            tile = min(pages * page_size, MAX_LEN)
+        return cls(
+            page_size,
+            spec.tail,
+            spec.num_backends // spec.destinations,
+            math.gcd(4, pool_cols),
+            math.gcd(4, spec.max_len),
+            tile,
+            pages,
+        )
 
 
 def fused_metadata(
-    seq_lens: jax.Array,
-    req_pool_indices: jax.Array,
-    req_to_token: jax.Array,
-    extend_seq_lens: jax.Array | None,
-    out: tuple[Metadata, ...] | None,
-    job: FusedJob,
+    inputs: Inputs,
+    out: tuple[NSAMetadata, ...] | None,
+    spec: Spec,
     *,
     config: BlockConfig | None = None,
-) -> tuple[Metadata, ...]:
+) -> tuple[NSAMetadata, ...]:
     """Computes the metadata of a step for all backends in one kernel launch.
 
     Args:
-      seq_lens: int32 [requests].
-      req_pool_indices: int32 [requests].
-      req_to_token: int32 [pool_rows, pool_cols].
-      extend_seq_lens: int32 [requests] where rows are ragged, otherwise None.
+      inputs: int32 arrays, of at least one request.
       out: destinations to fill in place, or None for fresh ones.
-      job: what to compute. tail "keep" without `out` leaves the columns unspecified.
+      spec: what to compute, at least one row. Tail "keep" without `out` leaves the columns
+        unspecified.
       config: block sizes; None: `BlockConfig.heuristic`.
 
     Returns:
-      As many Metadata as `job` has destinations.
+      As many NSAMetadata as `spec` has destinations.
     """
-    rows, max_len, real_page_size = job.rows, job.max_len, job.real_page_size
-    pool_rows, pool_cols = req_to_token.shape
-    config = config or BlockConfig.heuristic(rows.rows, max_len)
-    if job.wide_table:
-        piece = config.tokens
-        page_lanes = triton.next_power_of_2(piece // real_page_size + 1)
-        if piece % real_page_size == 0:
-            page_lanes = piece // real_page_size
-    else:
-        page_lanes = min(config.pages, triton.next_power_of_2(job.pages))
-        piece = min(page_lanes * real_page_size, 2**30)
-    pieces = -(-max_len // piece)
-    pieces_at_once = min(pieces, max(1, config.programs // rows.requests))
-    widths = math.gcd(4, pool_cols), math.gcd(4, max_len)
-
-    ragged = rows.tokens_per_request is None
-    inputs = (seq_lens, req_pool_indices, req_to_token, *([extend_seq_lens] if ragged else []))
-    shapes = job.shapes()
-    fields = [field for field, shape in shapes._asdict().items() if shape is not None]
+    rows, max_len = spec.rows, spec.max_len
+    pool_rows, pool_cols = inputs.req_to_token.shape
+    config = config or BlockConfig.heuristic(rows.count, max_len)
+    constants = TableConstants.of(spec, pool_cols, config)
+    tiles = -(-max_len // constants.tile)
+    programs = 1 + min(tiles, max(1, config.programs // rows.requests))
     results = launch(
         _fused_metadata,
         inputs,
-        None if out is None else [[getattr(o, field) for o in out] for field in fields],
-        [[getattr(shapes, field)] * job.destinations for field in fields],
-        programs=rows.requests * (1 + pieces_at_once),
+        None if out is None else Results.of(spec, [o.arrays() for o in out]),
+        Results.of(spec, [spec.shapes()] * spec.destinations),
+        programs=rows.requests * programs,
         warps=config.warps,
-        scalars=scalars(rows)
-        | {
-            "max_len": max_len,
-            "pages": job.pages,
-            "pool_rows": pool_rows,
-            "pool_units": pool_cols // widths[0],
-            "table_units": max_len // widths[1],
-            "programs": 1 + pieces_at_once,
-        },
-        constants=constants(rows)
-        | {
-            "PAGE": real_page_size,
-            "WIDE": int(job.wide_table),
-            "TAIL": _TAILS[job.tail],
-            "COPIES": job.num_backends if job.stacked else 1,
-            "POOL_WIDTH": widths[0],
-            "TABLE_WIDTH": widths[1],
-            "PIECE": piece,
-            "PAGE_LANES": page_lanes,
-        },
+        sizes=Sizes(
+            RowSizes.of(rows, spec.nsa_index_topk),
+            max_len,
+            -(-max_len // spec.real_page_size),
+            pool_rows,
+            pool_cols // constants.pool_unit,
+            max_len // constants.wide_unit,
+            programs,
+        ),
+        constants={"ROWS": RowConstants.of(rows), "TABLES": constants},
     )
-    absent: dict[str, Any] = {"page_indices": None, "real_page_table": None}
-    return tuple(
-        Metadata(**absent | dict(zip(fields, arrays, strict=True)))
-        for arrays in zip(*results, strict=True)
-    )
+    return tuple(spec.metadata(arrays) for arrays in by_name(results))
 
 
 @triton.jit
-def _fused_metadata(
-    inputs,
-    results,
-    requests,
-    rows,
-    added_tokens,
-    topk,
-    max_len,
-    pages,
-    pool_rows,
-    pool_units,
-    table_units,
-    programs,
-    TOKENS: tl.constexpr,
-    ROW_LANES: tl.constexpr,
-    SCAN: tl.constexpr,
-    PAGE: tl.constexpr,
-    WIDE: tl.constexpr,
-    TAIL: tl.constexpr,
-    COPIES: tl.constexpr,
-    POOL_WIDTH: tl.constexpr,
-    TABLE_WIDTH: tl.constexpr,
-    PIECE: tl.constexpr,
-    PAGE_LANES: tl.constexpr,
-):
-    seq_lens, indices, pool = inputs[0], inputs[1], inputs[2]
-    extend_seq_lens = inputs[3] if TOKENS == 0 else seq_lens
+def _fused_metadata(inputs, results, sizes, ROWS: tl.constexpr, TABLES: tl.constexpr):
     # Neighbouring programs write neighbouring memory.
-    i = tl.program_id(0) // programs
-    program = tl.program_id(0) % programs
-    cache_seqlen, q = load_request(seq_lens, extend_seq_lens, i, added_tokens, TOKENS)
+    i = tl.program_id(0) // sizes.programs
+    program = tl.program_id(0) % sizes.programs
+    lengths = Lengths(inputs.seq_lens, inputs.extend_seq_lens)
+    request = load_request(lengths, i, ROWS)
     if program == 0:
-        cache_before, nsa_before, nsa_total = prefix_sums(
-            seq_lens, extend_seq_lens, i, requests, added_tokens, topk, TOKENS, SCAN
-        )
-        store(results[0], i, cache_seqlen, None, requests, COPIES)
-        if i == 0:
-            store(results[1], 0, 0, None, requests + 1, COPIES)
-        store(results[1], i + 1, cache_before + cache_seqlen, None, requests + 1, COPIES)
-        write_row_lengths(
-            results[2],
-            results[3],
-            results[4],
-            extend_seq_lens,
-            i,
-            cache_seqlen,
-            q,
-            nsa_before,
-            nsa_total,
-            requests,
-            rows,
-            topk,
-            TOKENS,
-            ROW_LANES,
-            SCAN,
-            COPIES,
-        )
+        _write_lengths(results, lengths, request, sizes.rows, ROWS, TABLES)
     else:
-        index = tl.minimum(tl.maximum(tl.load(indices + i), 0), pool_rows - 1)
-        _write_tables(
-            pool + index.to(tl.int64) * (pool_units * POOL_WIDTH),
-            results[5:],
-            extend_seq_lens,
-            i,
-            program - 1,
-            programs - 1,
-            cache_seqlen,
-            q,
-            requests,
-            rows,
-            max_len,
-            pages,
-            table_units,
-            TOKENS,
-            SCAN,
-            PAGE,
-            WIDE,
-            TAIL,
-            COPIES,
-            TABLE_WIDTH,
-            PIECE,
-            PAGE_LANES,
-        )
+        index = tl.load(inputs.req_pool_indices + i)
+        pool_row = tl.minimum(tl.maximum(index, 0), sizes.pool_rows - 1).to(tl.int64)
+        source = inputs.req_to_token + pool_row * (sizes.pool_stride * TABLES.pool_unit)
+        _write_tables(results, source, program - 1, lengths, request, sizes, ROWS, TABLES)
+
+
+@triton.jit
+def _write_lengths(results, lengths, request, sizes, ROWS: tl.constexpr, TABLES: tl.constexpr):
+    """All arrays but the tables, as far as a request goes."""
+    requests, rows = sizes.requests, sizes.rows
+    of_requests = of_backends(results.requests, requests, TABLES.backends)
+    of_requests_plus_1 = of_backends(results.requests_plus_1, requests + 1, TABLES.backends)
+    of_rows = of_backends(results.rows, rows, TABLES.backends)
+    of_rows_plus_1 = of_backends(results.rows_plus_1, rows + 1, TABLES.backends)
+    sums = sums_before(lengths, request.i, sizes, ROWS)
+    store_values(of_requests, request.i, RequestValues(request.cache_seqlen))
+    if request.i == 0:
+        store_values(of_requests_plus_1, 0, RequestSums(0))
+    cache_sum = sums.cache_seqlens + request.cache_seqlen
+    store_values(of_requests_plus_1, request.i + 1, RequestSums(cache_sum))
+    write_rows(of_rows, of_rows_plus_1, lengths, request, sums, sizes, ROWS)
 
 
 @triton.jit
 def _write_tables(
+    results,
     source,
-    tables,
-    extend_seq_lens,
-    i,
     program,
-    programs,
-    cache_seqlen,
-    q,
-    requests,
-    rows,
-    max_len,
-    pages,
-    table_units,
-    TOKENS: tl.constexpr,
-    SCAN: tl.constexpr,
-    PAGE: tl.constexpr,
-    WIDE: tl.constexpr,
-    TAIL: tl.constexpr,
-    COPIES: tl.constexpr,
-    TABLE_WIDTH: tl.constexpr,
-    PIECE: tl.constexpr,
-    PAGE_LANES: tl.constexpr,
+    lengths,
+    request,
+    sizes,
+    ROWS: tl.constexpr,
+    TABLES: tl.constexpr,
 ):
-    """One program's share of a request's rows in both tables."""
-    longest = max_len
-    if TAIL == _KEEP:
-        # A KV length past int32 has wrapped; the rows before that are whole.
-        longest = tl.where(cache_seqlen < 0, max_len, tl.minimum(cache_seqlen, max_len))
-    first_row, count, total = locate(extend_seq_lens, i, q, requests, rows, TOKENS, SCAN)
-    wide_size = tl.cast(rows, tl.int64) * max_len
-    real_size = tl.cast(rows, tl.int64) * pages
-    for piece in range(program, tl.cdiv(longest, PIECE), programs):
-        start = piece * PIECE
-        if WIDE:
-            tokens = load_tokens(source, start, longest, PIECE)
-        if PAGE > 1:
-            # The pages that start in this piece.
-            begin = tl.cast(start, tl.int64)
-            page = tl.cdiv(begin, PAGE) + tl.arange(0, PAGE_LANES)
-            token = page * PAGE
-            in_piece = token < begin + PIECE
-            page_starts = tl.load(source + token, in_piece & (token < longest), 0)
-            page_values = floor_div(page_starts, PAGE)
-        for j in range(0, count):
-            row = tl.cast(first_row + j, tl.int64)
-            live = max_len
-            if TAIL != _COPY:
-                live = tl.minimum(tl.maximum(cache_seqlen - q + 1 + j, 0), max_len)
-            end = live if TAIL == _KEEP else max_len
-            if WIDE:
-                base = row * (table_units * TABLE_WIDTH)
-                store_tokens(tables[0], base, start, tokens, live, end, wide_size, COPIES, PIECE)
-            if PAGE > 1:
-                values = tl.where(token < live, page_values, 0)
-                mask = in_piece & (token < end)
-                store(tables[WIDE], row * pages + page, values, mask, real_size, COPIES)
-        if TOKENS == 0 and TAIL != _KEEP:
-            for spare in range(total + i, rows, requests):
-                row = tl.cast(spare, tl.int64)
-                if WIDE:
-                    base = row * (table_units * TABLE_WIDTH)
-                    store_tokens(
-                        tables[0], base, start, tokens, 0, max_len, wide_size, COPIES, PIECE
-                    )
-                if PAGE > 1:
-                    mask = in_piece & (token < max_len)
-                    store(tables[WIDE], row * pages + page, 0, mask, real_size, COPIES)
+    """One program's share of a request's rows in the tables.
+
+    Args:
+      results: Results.
+      source: the request's row of req_to_token.
+      program: which of the programs that share the request's tables.
+      lengths: of all requests.
+      request: whose rows.
+      sizes: Sizes.
+      ROWS: RowConstants.
+      TABLES: TableConstants.
+    """
+    longest = sizes.max_len
+    if TABLES.tail == "keep":
+        longest = tl.minimum(request.cache_seqlen, sizes.max_len)
+    location = locate(lengths, request, sizes.rows, ROWS)
+    for index in range(program, tl.cdiv(longest, TABLES.tile), sizes.programs - 1):
+        tile = _load_tile(results.tables, source, index * TABLES.tile, longest, TABLES)
+        for j in range(0, location.rows):
+            live = sizes.max_len
+            if TABLES.tail != "copy":
+                live = tl.minimum(kv_len(request, j), sizes.max_len)
+            end = live if TABLES.tail == "keep" else sizes.max_len
+            _store_tile(results.tables, location.first_row + j, tile, live, end, sizes, TABLES)
+        if ROWS.rows_per_request is None and TABLES.tail != "keep":
+            for row in range(location.total + request.i, sizes.rows.rows, sizes.rows.requests):
+                _store_tile(results.tables, row, tile, 0, sizes.max_len, sizes, TABLES)
+
+
+class Tile(NamedTuple):
+    """A tile of a pool row.
+
+    Attributes:
+      start: its first token.
+      slots: the KV slots of its tokens; () where there is no table of them.
+      pages: `tables.Pages` that start in it; () where there is no table of them.
+    """
+
+    start: Any
+    slots: Any
+    pages: Any
+
+
+@triton.jit
+def _load_tile(tables, source, start, longest, TABLES: tl.constexpr):
+    """What the tables hold for tokens [start, start + TABLES.tile), as far as any row is live."""
+    slots = ()
+    pages = ()
+    if len(tables.page_indices) > 0:
+        slots = load_columns(source, start, longest, TABLES.tile)
+    if len(tables.real_page_table) > 0:
+        pages = load_pages(source, start, longest, TABLES.tile, TABLES.pages, TABLES.page_size)
+    return Tile(start, slots, pages)
+
+
+@triton.jit
+def _store_tile(tables, row, tile, live, end, sizes, TABLES: tl.constexpr):
+    """Stores a tile in a row of the tables: live columns, then 0 up to token `end`."""
+    row = tl.cast(row, tl.int64)
+    rows = tl.cast(sizes.rows.rows, tl.int64)
+    if len(tables.page_indices) > 0:
+        stride = sizes.wide_stride * TABLES.wide_unit
+        (wide,) = of_backends((tables.page_indices,), rows * stride, TABLES.backends)
+        store_columns(wide, row * stride, tile.start, tile.slots, live, end, TABLES.tile)
+    if len(tables.real_page_table) > 0:
+        (real,) = of_backends((tables.real_page_table,), rows * sizes.pages, TABLES.backends)
+        store_pages(real, row * sizes.pages, tile.pages, live, end)

@@ -1,150 +1,246 @@
 """How table rows map to requests, inside a kernel: written once for all forward modes.
 
-`nsa_kernel_types.RowMap` says how; TOKENS is its tokens_per_request, 0 where rows are ragged. Sums
-over earlier requests are taken by every program for itself, out of the L2 cache: no program waits
-for another.
+`jaxnsa.spec.Rows` says how. Sums over earlier requests are taken by every program for itself, out
+of the L2 cache: no program waits for another.
 """
+
+import dataclasses
+from typing import Any, NamedTuple
 
 import triton
 import triton.language as tl
 
-from jaxnsa.triton_kernels.columns import store
-from nsa_kernel_types import RowMap
-
-_INT32_MAX = tl.constexpr(2**31 - 1)
+from jaxnsa.implementations.triton_kernels.destinations import store_values
+from jaxnsa.spec import Rows
 
 
-def scalars(rows: RowMap) -> dict[str, int]:
-    """The parameters of a kernel that may change without compiling it again."""
-    return {
-        "requests": rows.requests,
-        "rows": rows.rows,
-        "added_tokens": rows.added_tokens,
-        "topk": rows.nsa_index_topk,
-    }
+class Lengths(NamedTuple):
+    """What a kernel reads of all requests: pointers to int32 [requests].
 
-
-def constants(rows: RowMap) -> dict[str, int]:
-    """The parameters that a kernel is compiled for."""
-    tokens = rows.tokens_per_request or 0
-    return {
-        "TOKENS": tokens,
-        "ROW_LANES": min(32, triton.next_power_of_2(tokens or 32)),
-        "SCAN": min(1024, triton.next_power_of_2(rows.requests)),
-    }
-
-
-@triton.jit
-def load_request(seq_lens, extend_seq_lens, i, added_tokens, TOKENS: tl.constexpr, mask=True):
-    """cache_seqlens and q of request i, or of several, where `mask` holds."""
-    cache_seqlen = tl.maximum(tl.load(seq_lens + i, mask, 0), 0) + added_tokens
-    q = tl.maximum(tl.load(extend_seq_lens + i, mask, 0), 0) if TOKENS == 0 else TOKENS
-    return cache_seqlen, q
-
-
-@triton.jit
-def locate(extend_seq_lens, i, q, requests, rows, TOKENS: tl.constexpr, SCAN: tl.constexpr):
-    """The first row of request i, how many it has, and how many all requests have."""
-    if TOKENS > 0:
-        first_row = i * TOKENS
-        count = q
-        total = rows
-    else:
-        before = tl.zeros([SCAN], tl.int64)
-        everywhere = tl.zeros([SCAN], tl.int64)
-        for first in range(0, requests, SCAN):
-            k = first + tl.arange(0, SCAN)
-            extend = tl.load(extend_seq_lens + k, k < requests, 0)
-            tokens = tl.minimum(tl.maximum(extend, 0), rows).to(tl.int64)
-            before += tl.where(k < i, tokens, 0)
-            everywhere += tokens
-        first_row = tl.minimum(tl.sum(before), rows).to(tl.int32)
-        count = tl.minimum(q, rows - first_row)
-        total = tl.minimum(tl.sum(everywhere), rows).to(tl.int32)
-    return first_row, count, total
-
-
-@triton.jit
-def prefix_sums(
-    seq_lens,
-    extend_seq_lens,
-    i,
-    requests,
-    added_tokens,
-    topk,
-    TOKENS: tl.constexpr,
-    SCAN: tl.constexpr,
-):
-    """Sums over the requests before i, of cache_seqlens and of nsa_cache_seqlens over their rows,
-    and the latter over all requests. They wrap as int32 does.
+    Attributes:
+      seq_lens: KV lengths.
+      extend_seq_lens: rows of each request; None where they all have the same number.
     """
-    cache_before = tl.zeros([SCAN], tl.int32)
-    nsa_before = tl.zeros([SCAN], tl.int32)
-    nsa_total = tl.zeros([SCAN], tl.int32)
-    for first in range(0, requests, SCAN):
-        k = first + tl.arange(0, SCAN)
-        exists = k < requests
-        cache_seqlen, q = load_request(seq_lens, extend_seq_lens, k, added_tokens, TOKENS, exists)
-        nsa = _nsa_sum(cache_seqlen, q, topk, TOKENS)
-        cache_before += tl.where(k < i, cache_seqlen, 0)
-        nsa_before += tl.where(k < i, nsa, 0)
+
+    seq_lens: Any
+    extend_seq_lens: Any
+
+
+class RowSizes(NamedTuple):
+    """The numbers that may change without compiling a kernel again.
+
+    Attributes:
+      requests: number of requests.
+      rows: number of rows, padding rows included.
+      topk: the indexer's top-k, in tokens.
+    """
+
+    requests: Any
+    rows: Any
+    topk: Any
+
+    @classmethod
+    def of(cls, rows: Rows, topk: int) -> "RowSizes":
+        """The numbers of a computation."""
+        return cls(rows.requests, rows.count, topk)
+
+
+@dataclasses.dataclass(frozen=True)
+class RowConstants:
+    """What a kernel is compiled for.
+
+    Attributes:
+      rows_per_request: q where it is one number for all, None where extend_seq_lens says.
+      added_tokens: tokens that the step itself appends to every request.
+      longest_seq_len: where `seq_lens` saturate.
+      rows_at_once: rows of a request whose lengths are one vector.
+      requests_at_once: requests that are added up as one vector.
+    """
+
+    rows_per_request: int | None
+    added_tokens: int
+    longest_seq_len: int
+    rows_at_once: int
+    requests_at_once: int
+
+    @classmethod
+    def of(cls, rows: Rows) -> "RowConstants":
+        """What a kernel for these rows is compiled for."""
+        q = rows.rows_per_request
+        return cls(
+            q,
+            rows.added_tokens,
+            rows.longest_seq_len,
+            min(32, triton.next_power_of_2(q or 32)),
+            min(1024, triton.next_power_of_2(rows.requests)),
+        )
+
+
+class Request(NamedTuple):
+    """One request and its rows; scalars, or vectors of several requests.
+
+    Attributes:
+      i: which request.
+      cache_seqlen: its KV length; its last row sees so many tokens, and no other more.
+      q: rows that it has with unlimited capacity.
+    """
+
+    i: Any
+    cache_seqlen: Any
+    q: Any
+
+
+class Location(NamedTuple):
+    """Which rows a request has; scalars.
+
+    Attributes:
+      first_row: the first of them.
+      rows: how many.
+      total: rows of all requests, at most the capacity.
+    """
+
+    first_row: Any
+    rows: Any
+    total: Any
+
+
+class LengthSums(NamedTuple):
+    """Sums of lengths; scalars that wrap as int32 does.
+
+    Attributes:
+      cache_seqlens: of `cache_seqlens` over the requests before one.
+      nsa_cache_seqlens: of `nsa_cache_seqlens` over the rows of the requests before one.
+      nsa_total: of `nsa_cache_seqlens` over the rows of all requests.
+    """
+
+    cache_seqlens: Any
+    nsa_cache_seqlens: Any
+    nsa_total: Any
+
+
+class RowValues(NamedTuple):
+    """The arrays of [rows]."""
+
+    seqlens_expanded: Any
+    nsa_cache_seqlens: Any
+
+
+@triton.jit
+def row_values(kv_len, sizes):
+    """What the arrays of [rows] hold for rows that see `kv_len` tokens."""
+    return RowValues(seqlens_expanded=kv_len, nsa_cache_seqlens=tl.minimum(kv_len, sizes.topk))
+
+
+class RowSums(NamedTuple):
+    """The arrays of [rows + 1]."""
+
+    nsa_cu_seqlens_k: Any
+
+
+@triton.jit
+def load_request(lengths, i, ROWS: tl.constexpr, exists=True):
+    """Request i; of several, those that exist, and lengths of 0 in place of the others."""
+    cache_seqlen = tl.maximum(tl.load(lengths.seq_lens + i, exists, 0), 0)
+    if ROWS.added_tokens > 0:
+        cache_seqlen = tl.minimum(cache_seqlen, ROWS.longest_seq_len) + ROWS.added_tokens
+    if ROWS.rows_per_request is None:
+        q = tl.maximum(tl.load(lengths.extend_seq_lens + i, exists, 0), 0)
+    else:
+        q = ROWS.rows_per_request
+    return Request(i, cache_seqlen, q)
+
+
+@triton.jit
+def kv_len(request, j):
+    """Tokens that row j of a request sees."""
+    return tl.maximum(request.cache_seqlen - request.q + 1 + j, 0)
+
+
+@triton.jit
+def locate(lengths, request, sizes, ROWS: tl.constexpr):
+    """Which rows a request has."""
+    if ROWS.rows_per_request is None:
+        AT_ONCE: tl.constexpr = ROWS.requests_at_once
+        before = tl.zeros([AT_ONCE], tl.int64)
+        everywhere = tl.zeros([AT_ONCE], tl.int64)
+        for first in range(0, sizes.requests, AT_ONCE):
+            k = first + tl.arange(0, AT_ONCE)
+            extend = tl.load(lengths.extend_seq_lens + k, k < sizes.requests, 0)
+            q = tl.minimum(tl.maximum(extend, 0), sizes.rows).to(tl.int64)
+            before += tl.where(k < request.i, q, 0)
+            everywhere += q
+        first_row = tl.minimum(tl.sum(before), sizes.rows).to(tl.int32)
+        rows = tl.minimum(request.q, sizes.rows - first_row)
+        total = tl.minimum(tl.sum(everywhere), sizes.rows).to(tl.int32)
+    else:
+        first_row = request.i * ROWS.rows_per_request
+        rows = request.q
+        total = sizes.rows
+    return Location(first_row, rows, total)
+
+
+@triton.jit
+def sums_before(lengths, i, sizes, ROWS: tl.constexpr):
+    """Sums over the requests before request i."""
+    AT_ONCE: tl.constexpr = ROWS.requests_at_once
+    cache_seqlens = tl.zeros([AT_ONCE], tl.int32)
+    nsa_cache_seqlens = tl.zeros([AT_ONCE], tl.int32)
+    nsa_total = tl.zeros([AT_ONCE], tl.int32)
+    for first in range(0, sizes.requests, AT_ONCE):
+        k = first + tl.arange(0, AT_ONCE)
+        exists = k < sizes.requests
+        request = load_request(lengths, k, ROWS, exists)
+        nsa = _nsa_sum(request, sizes.topk, ROWS)
+        cache_seqlens += tl.where(k < i, request.cache_seqlen, 0)
+        nsa_cache_seqlens += tl.where(k < i, nsa, 0)
         nsa_total += tl.where(exists, nsa, 0)
-    return tl.sum(cache_before), tl.sum(nsa_before), tl.sum(nsa_total)
+    return LengthSums(tl.sum(cache_seqlens), tl.sum(nsa_cache_seqlens), tl.sum(nsa_total))
 
 
 @triton.jit
-def write_row_lengths(
-    seqlens_expanded,
-    nsa_cache_seqlens,
-    nsa_cu_seqlens_k,
-    extend_seq_lens,
-    i,
-    cache_seqlen,
-    q,
-    nsa_before,
-    nsa_total,
-    requests,
-    rows,
-    topk,
-    TOKENS: tl.constexpr,
-    ROW_LANES: tl.constexpr,
-    SCAN: tl.constexpr,
-    COPIES: tl.constexpr,
-):
-    """Writes the lengths of request i's rows, and its share of the rows past the total."""
-    first_row, count, total = locate(extend_seq_lens, i, q, requests, rows, TOKENS, SCAN)
-    if i == 0:
-        store(nsa_cu_seqlens_k, 0, 0, None, rows + 1, COPIES)
-    for first in range(0, count, ROW_LANES):
-        j = first + tl.arange(0, ROW_LANES)
-        exists = j < count
-        kv_len = tl.where(exists, tl.maximum(cache_seqlen - q + 1 + j, 0), 0)
-        nsa_len = tl.minimum(kv_len, topk)
-        store(seqlens_expanded, first_row + j, kv_len, exists, rows, COPIES)
-        store(nsa_cache_seqlens, first_row + j, nsa_len, exists, rows, COPIES)
-        sums = nsa_before + tl.cumsum(nsa_len, 0)
-        store(nsa_cu_seqlens_k, first_row + j + 1, sums, exists, rows + 1, COPIES)
-        nsa_before += tl.sum(nsa_len)
-    if TOKENS == 0:
-        for row in range(total + i, rows, requests):
-            store(seqlens_expanded, row, 0, None, rows, COPIES)
-            store(nsa_cache_seqlens, row, 0, None, rows, COPIES)
-            store(nsa_cu_seqlens_k, row + 1, nsa_total, None, rows + 1, COPIES)
+def write_rows(row_arrays, row_sums, lengths, request, sums, sizes, ROWS: tl.constexpr):
+    """Writes the lengths of a request's rows, and its share of the padding rows.
+
+    Args:
+      row_arrays: RowValues, the arrays of [rows].
+      row_sums: RowSums, the arrays of [rows + 1].
+      lengths: of all requests.
+      request: whose rows.
+      sums: LengthSums before it.
+      sizes: RowSizes.
+      ROWS: RowConstants.
+    """
+    location = locate(lengths, request, sizes, ROWS)
+    nsa_sum = sums.nsa_cache_seqlens
+    if request.i == 0:
+        store_values(row_sums, 0, RowSums(0))
+    for first in range(0, location.rows, ROWS.rows_at_once):
+        j = first + tl.arange(0, ROWS.rows_at_once)
+        exists = j < location.rows
+        row = location.first_row + j
+        values = row_values(tl.where(exists, kv_len(request, j), 0), sizes)
+        nsa_sums = nsa_sum + tl.cumsum(values.nsa_cache_seqlens, 0)
+        store_values(row_arrays, row, values, exists)
+        store_values(row_sums, row + 1, RowSums(nsa_sums), exists)
+        nsa_sum += tl.sum(values.nsa_cache_seqlens)
+    if ROWS.rows_per_request is None:
+        for row in range(location.total + request.i, sizes.rows, sizes.requests):
+            store_values(row_arrays, row, row_values(0, sizes))
+            store_values(row_sums, row + 1, RowSums(sums.nsa_total))
 
 
 @triton.jit
-def _nsa_sum(cache_seqlen, q, topk, TOKENS: tl.constexpr):
-    """The sum of nsa_cache_seqlens over the q rows of a request."""
-    if TOKENS == 1:
-        return tl.minimum(tl.maximum(cache_seqlen, 0), topk)
-    # A KV length past int32 has wrapped; the rows before that are counted.
-    last = tl.where(cache_seqlen < 0, _INT32_MAX, cache_seqlen)
-    return _clamped_series(last, topk) - _clamped_series(tl.maximum(cache_seqlen - q, 0), topk)
+def _nsa_sum(request, topk, ROWS: tl.constexpr):
+    """The sum of nsa_cache_seqlens over the q rows of a request; wraps as int32 does."""
+    if ROWS.rows_per_request == 1:
+        return tl.minimum(request.cache_seqlen, topk)
+    before = tl.maximum(request.cache_seqlen - request.q, 0)
+    return _clamped_series(request.cache_seqlen, topk) - _clamped_series(before, topk)
 
 
 @triton.jit
 def _clamped_series(n, topk):
-    """min(1, topk) + min(2, topk) + ... + min(n, topk), for n >= 0."""
+    """min(1, topk) + min(2, topk) + ... + min(n, topk), for n >= 0; wraps as int32 does."""
     low = tl.minimum(n, topk)
     half = low >> 1
     triangle = tl.where((low & 1) == 0, half * (low + 1), low * (half + 1))

@@ -1,0 +1,99 @@
+"""A tile of a page table: each element loaded once and stored in every row and destination.
+
+Lengths are in tokens. A column stands for the tokens from `column * tokens_per_column` on; it is
+live, and exists, where the first of them is.
+"""
+
+from typing import Any, NamedTuple
+
+import triton
+import triton.language as tl
+
+from jaxnsa.implementations.triton_kernels.destinations import store
+
+
+class Pages(NamedTuple):
+    """The pages that start in a tile.
+
+    Attributes:
+      column: of the real page table.
+      token: the first one of each page.
+      in_tile: whether the page starts in the tile; the last ones of the vector may not.
+      physical: their numbers in the cache; unspecified where they are not live.
+    """
+
+    column: Any
+    token: Any
+    in_tile: Any
+    physical: Any
+
+
+@triton.jit
+def load_columns(source, start, live, TILE: tl.constexpr, TOKENS_PER_COLUMN: tl.constexpr = 1):
+    """Columns [start, start + TILE) of a table row; 0 where they are not live."""
+    columns = start + tl.arange(0, TILE)
+    # Without a mask, an access is as wide as the alignment allows.
+    if (start + TILE - 1) * TOKENS_PER_COLUMN < live:
+        values = tl.load(source + columns)
+    else:
+        values = tl.load(source + columns, columns * TOKENS_PER_COLUMN < live, 0)
+    return values
+
+
+@triton.jit
+def store_columns(
+    pointers,
+    base,
+    start,
+    values,
+    live,
+    end,
+    TILE: tl.constexpr,
+    TOKENS_PER_COLUMN: tl.constexpr = 1,
+):
+    """Stores columns [start, start + TILE) of a table row: live ones, then 0 up to `end`.
+
+    Args:
+      pointers: to the table in all destinations.
+      base: the element at which the row begins.
+      start: the first column.
+      values: of the columns.
+      live: tokens of the row that are live.
+      end: tokens whose columns are stored.
+      TILE: columns of the tile.
+      TOKENS_PER_COLUMN: tokens that a column stands for.
+    """
+    columns = start + tl.arange(0, TILE)
+    tokens = columns * TOKENS_PER_COLUMN
+    if (start + TILE - 1) * TOKENS_PER_COLUMN < live:
+        store(pointers, base + columns, values)
+    elif start * TOKENS_PER_COLUMN < end:
+        store(pointers, base + columns, tl.where(tokens < live, values, 0), tokens < end)
+
+
+@triton.jit
+def load_pages(
+    source, start, live, TILE: tl.constexpr, PAGES: tl.constexpr, PAGE_SIZE: tl.constexpr
+):
+    """The pages that start in tokens [start, start + TILE) of a pool row, PAGES at most."""
+    # A page may be as long as int32 reaches: its tokens are counted in 64 bits.
+    start = tl.cast(start, tl.int64)
+    column = tl.cdiv(start, PAGE_SIZE) + tl.arange(0, PAGES)
+    token = column * PAGE_SIZE
+    in_tile = token < start + TILE
+    slots = tl.load(source + token, in_tile & (token < live), 0)
+    return Pages(column, token, in_tile, _floor_div(slots, PAGE_SIZE))
+
+
+@triton.jit
+def store_pages(pointers, base, pages, live, end):
+    """Stores the pages of a tile in a row of the real page table: live ones, then 0 up to `end`."""
+    values = tl.where(pages.token < live, pages.physical, 0)
+    store(pointers, base + pages.column, values, pages.in_tile & (pages.token < end))
+
+
+@triton.jit
+def _floor_div(x, DIVISOR: tl.constexpr):
+    """x // DIVISOR, rounded towards minus infinity."""
+    quotient = x // DIVISOR
+    return quotient - tl.where(x - quotient * DIVISOR < 0, 1, 0)
