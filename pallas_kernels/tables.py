@@ -142,7 +142,9 @@ class Table:
             if self.tail == "keep":
                 tile_tokens = min(self.tile * self.tokens_per_column, MAX_LEN)
                 live = self.live_tokens(request.cache_seqlen)
-                tiles = jnp.minimum(tiles, lax.div(live + (tile_tokens - 1), jnp.int32(tile_tokens)))
+                tiles = jnp.minimum(
+                    tiles, lax.div(live + (tile_tokens - 1), jnp.int32(tile_tokens))
+                )
             strides = lax.div(tiles - block + (self.blocks - 1), jnp.int32(self.blocks))
             lax.fori_loop(
                 0,
@@ -155,9 +157,7 @@ class Table:
         """Tokens of a row that columns stand for: column c is live if c * tokens_per_column is."""
         return jnp.minimum(kv_len, self.max_len)
 
-    def _write_tile(
-        self, writer: "_Writer", index: jax.Array, location: Location | None
-    ) -> None:
+    def _write_tile(self, writer: "_Writer", index: jax.Array, location: Location | None) -> None:
         in_last = self.columns // self.vector - (self.tiles - 1) * self.config.vectors
         # The columns that fill no vector are covered by one that overlaps its neighbour.
         rest = [self.columns - self.vector] if self.columns % self.vector else []
@@ -198,9 +198,7 @@ class _Writer:
         else:
             self._overwrite(starts, location)
 
-    def _keep(
-        self, starts: Sequence[Any], longest: jax.Array, location: Location | None
-    ) -> None:
+    def _keep(self, starts: Sequence[Any], longest: jax.Array, location: Location | None) -> None:
         """Stores the live columns and touches nothing else."""
         table, lanes = self.table, self.lanes
         tokens = table.tokens_per_column

@@ -12,7 +12,6 @@ import jaxnsa
 from jaxnsa import ForwardMode, reference
 
 
-
 def large(*values):
     """Values of a parameter with which an interpreter of kernels takes too long."""
     return [pytest.param(value, marks=pytest.mark.large) for value in values]

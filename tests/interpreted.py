@@ -1,11 +1,20 @@
 """The Pallas and the Triton kernels as implementations that run without a GPU."""
 
+import concurrent.futures
 import functools
-import importlib
+import importlib.metadata
 import importlib.util
-import sys
+import multiprocessing
+import os
 import types
 
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import pallas_kernels
+from jaxnsa.implementations import xla
+from jaxnsa.implementations.gpu import unbatched
 from pallas_kernels.jax_internals import InterpretGPUParams
 
 PALLAS, TRITON = "interpreted pallas", "interpreted triton"
@@ -13,7 +22,12 @@ PALLAS, TRITON = "interpreted pallas", "interpreted triton"
 
 def _triton_missing():
     missing = [n for n in ("triton", "torch") if importlib.util.find_spec(n) is None]
-    return f"runs where {' and '.join(missing)} are installed" if missing else None
+    if missing:
+        return f"runs where {' and '.join(missing)} are installed, as .ci/run does"
+    number = tuple(map(int, importlib.metadata.version("triton").split(".")[:2]))
+    return (
+        None if number >= (3, 9) else "runs with Triton 3.9 or newer, whose interpreter wraps int32"
+    )
 
 
 NAMES = {PALLAS: None, TRITON: _triton_missing()}
@@ -23,47 +37,62 @@ NAMES = {PALLAS: None, TRITON: _triton_missing()}
 @functools.cache
 def module(name):
     """The implementation by that name."""
-    return _pallas() if name == PALLAS else _triton()
+    if name == TRITON:
+        return _implementation(triton_kernels())
+    # This interpreter detects races and accesses outside a buffer, and prints them.
+    return _implementation(pallas_kernels, interpret=InterpretGPUParams(detect_races=True))
 
 
-def _implementation(**computations):
+def _implementation(kernels, **options):
+    """Kernels of a package with the interface of implementations."""
+
+    def fused_metadata(inputs, out, spec):
+        return kernels.fused_metadata(*unbatched(inputs, out), spec=spec, **options)
+
+    def copy(src, out, **more):
+        return kernels.copy(*unbatched(src, out), **more, **options)
+
     return types.SimpleNamespace(
-        unavailable=lambda platform: None, version=lambda: "interpreted", **computations
+        unavailable=lambda platform: None,
+        version=lambda: "interpreted",
+        prefix_sum=functools.partial(kernels.prefix_sum, **options),
+        fill_draft_extend_metadata=functools.partial(kernels.fill_draft_extend_metadata, **options),
+        fused_metadata=fused_metadata,
+        copy=copy,
     )
 
 
-def _pallas():
-    """Pallas's interpreter detects races and accesses outside a buffer, and prints them."""
-    import pallas_kernels
-    from jaxnsa.implementations.gpu import unbatched
-
-    options = {"interpret": InterpretGPUParams(detect_races=True)}
-    return _implementation(
-        prefix_sum=functools.partial(pallas_kernels.prefix_sum, **options),
-        fill_draft_extend_metadata=functools.partial(
-            pallas_kernels.fill_draft_extend_metadata, **options
-        ),
-        fused_metadata=lambda inputs, out, spec: pallas_kernels.fused_metadata(
-            *unbatched(inputs, out), spec, **options
-        ),
-        copy=lambda src, out, **more: pallas_kernels.copy(*unbatched(src, out), **more, **options),
+@functools.cache
+def triton_kernels():
+    """In a process of its own: whether Triton interprets is decided when it is imported."""
+    child = concurrent.futures.ProcessPoolExecutor(
+        1, multiprocessing.get_context("spawn"), _interpret_triton
     )
 
+    def remote(function):
+        def call(*arrays, **options):
+            known = {name: value for name, value in options.items() if name != "config"}
+            compute = functools.partial(getattr(xla, function), **known)
+            return jax.pure_callback(
+                lambda *arrays: child.submit(_run, function, arrays, options).result(),
+                jax.eval_shape(compute, *arrays),
+                *arrays,
+                vmap_method="sequential",
+            )
 
-def _triton():
-    """Whether Triton interprets is decided when kernels are defined: a second copy of them."""
-    import triton
+        return call
 
-    from jaxnsa.implementations import triton as adapter
+    names = ("prefix_sum", "fill_draft_extend_metadata", "fused_metadata", "copy")
+    return types.SimpleNamespace(**{name: remote(name) for name in names})
 
-    package = "jaxnsa.implementations.triton_kernels"
-    compiled = {n: m for n, m in sys.modules.items() if n.startswith(package)}
-    for name in compiled:
-        del sys.modules[name]
-    with triton.knobs.runtime.scope():
-        triton.knobs.runtime.interpret = True
-        kernels = importlib.import_module(package)
-    for name in [n for n in sys.modules if n.startswith(package)]:
-        del sys.modules[name]
-    sys.modules.update(compiled)
-    return kernels
+
+def _interpret_triton():
+    os.environ["TRITON_INTERPRET"] = "1"
+
+
+def _run(function, arrays, options):
+    """In the child: a computation by the Triton kernels."""
+    from jaxnsa.implementations import triton_kernels
+
+    arrays = jax.tree.map(jnp.asarray, arrays)
+    return jax.tree.map(np.asarray, getattr(triton_kernels, function)(*arrays, **options))

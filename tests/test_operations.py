@@ -20,6 +20,7 @@ from hypothesis import strategies as st
 
 import jaxnsa
 from jaxnsa import ForwardMode, reference
+from jaxnsa.app import verify
 
 
 @pytest.mark.parametrize("mode", ForwardMode)
@@ -79,11 +80,14 @@ def test_page_sizes_and_widths(page, max_len, mode, implementation):
         (301, 290, 48),  # no access wider than one element, pool rows and tiles of no whole pages
         (640, 600, 2),  # columns that fill no vector, page starts as vectors
         (640, 600, 700),  # pages wider than the table
+        (40, 40, 2**31 - 1),  # pages as long as int32 reaches
         (2304, 2100, 64),  # several tiles
     ],
 )
 @pytest.mark.parametrize("wide_table", (True, False))
-def test_tiles_and_tails(pool_cols, max_len, page, tail, in_place, wide_table, mode, implementation):
+def test_tiles_and_tails(
+    pool_cols, max_len, page, tail, in_place, wide_table, mode, implementation
+):
     check_broadcast(
         inputs(3, pool_cols=pool_cols, seed=page),
         implementation=implementation,
@@ -210,6 +214,15 @@ def test_extreme_values(pool_cols, tail, implementation):
             real_page_size=3,
             **options,
         )
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_random_cases(seed, implementation):
+    """All functions, modes, strategies and options together, of small tables."""
+    for case in verify.random_cases(30, seed=seed, cases_per_shape=1):
+        cells = len(case.seq_lens) * case.options["max_len"] * case.options["num_backends"]
+        if len(case.seq_lens) < 8 and cells < 1000:
+            assert not case.fails(implementation), case.code(implementation)
 
 
 @pytest.mark.large

@@ -5,17 +5,17 @@ import importlib
 import os
 import subprocess
 import sys
-from importlib.metadata import version
-from pathlib import Path
 from typing import Any, NamedTuple
 
+import interpreted
 import jax
 import jax.numpy as jnp
 import pytest
-from helpers import inputs, lowered_operations
+from helpers import assert_same, held, inputs, lowered_operations, on_device
+from interpreted import TRITON
 
 import jaxnsa
-from jaxnsa import ForwardMode
+from jaxnsa import ForwardMode, reference
 from jaxnsa.implementations import triton
 from jaxnsa.metadata import FIELDS, Extent, Field, NSAMetadata
 from jaxnsa.spec import Inputs, Rows, Spec
@@ -27,22 +27,24 @@ compiler = pytest.importorskip(
 NAME = {"implementation": "triton"}
 
 
-def test_under_the_interpreter():
-    """Everything in interpreted_triton.py."""
-    pytest.importorskip("torch", reason="runs where PyTorch is, the memory of Triton's interpreter")
-    if jax.default_backend() != "cpu":
-        pytest.skip("runs on a machine without a GPU")
-    file = Path(__file__).with_name("interpreted_triton.py")
-    if tuple(map(int, version("triton").split(".")[:2])) < (3, 9):
-        pytest.skip("runs with Triton 3.9 or newer, whose interpreter wraps int32")
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", file],
-        env=os.environ | {"TRITON_INTERPRET": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
+@pytest.mark.skipif(bool(interpreted.NAMES[TRITON]), reason=str(interpreted.NAMES[TRITON]))
+@pytest.mark.parametrize("programs", (1, 4, 100))
+def test_programs_stride_over_tiles(programs):
+    """More tiles than programs: the same with any block sizes."""
+    from jaxnsa.implementations import triton_kernels
+
+    lengths, indices, pool = inputs(2, pool_cols=700)
+    out = held(reference.precompute_decode_metadata(lengths, indices, pool))
+    expected = reference.precompute_decode_metadata(
+        lengths, indices, pool, nsa_index_topk=64, tail="keep", out=held(out)
     )
-    assert done.returncode == 0, done.stdout
+    (result,) = interpreted.triton_kernels().fused_metadata(
+        Inputs(*on_device((lengths, indices, pool)), None),
+        (on_device(out),),
+        spec=Spec(Rows.of(ForwardMode.DECODE, 2), 700, 64, 64, True, "keep"),
+        config=triton_kernels.BlockConfig(tile=64, programs=programs),
+    )
+    assert_same(result, expected)
 
 
 @pytest.fixture(params=(80, 90))
