@@ -1,45 +1,50 @@
 // The lengths of a draft-extend step: the variants that the source documents compare.
+//
+// Inputs of all kernels: seq_lens, extend_seq_lens. Outputs: the arrays of [rows], total_tokens.
 #include <algorithm>
 #include <cub/block/block_scan.cuh>
 
-#include "cuda.h"
-#include "cuda_launch.h"
+#include "computations.h"
+#include "launch.cuh"
 
 namespace jaxnsa {
 namespace {
 
-constexpr int kThreads = 256;
+constexpr int kExpandThreads = 256;
 
-__device__ void WriteRow(const DraftExtend& args, int64_t row, int64_t i, int64_t j) {
+// Writes a row: row j of request i, or a padding row where there is no request i.
+__device__ void WriteRow(const FillDraftExtendMetadataArguments& args, int64_t row, int64_t i,
+                         int64_t j) {
   const Rows& rows = args.rows;
-  if (i >= rows.requests && args.tail == Tail::kKeep) return;
+  if (i >= rows.requests && !args.clears_padding) return;
   const int32_t kv_len =
       i < rows.requests ? Rows::kv_len(rows.cache_seqlen(i), rows.q(i), static_cast<int32_t>(j)) : 0;
-  args.seqlens_expanded[row] = kv_len;
-  args.nsa_cache_seqlens[row] = rows.nsa_len(kv_len);
+  Store(args.lengths, row, RowValuesOf(kv_len, args.nsa_index_topk));
 }
 
-// Each block expands 256 rows: it scans the requests tile by tile until they reach its last row, and
-// each thread looks its row up in the tile that holds it.
-__global__ void __launch_bounds__(kThreads)
-    FillDraftExtendKernel(const __grid_constant__ DraftExtend args) {
-  using Scan = cub::BlockScan<int64_t, kThreads>;
+// Everything in one launch.
+// Grid: a block for every 256 rows. Block: 256 threads, one for each row. A block scans the requests
+// tile by tile until they reach its last row, and each thread looks its row up in the tile that holds
+// it; the first block scans all of them, for the total.
+__global__ void __launch_bounds__(kExpandThreads)
+    FillDraftExtendMetadataKernel(const __grid_constant__ FillDraftExtendMetadataArguments args) {
+  using Scan = cub::BlockScan<int64_t, kExpandThreads>;
   __shared__ typename Scan::TempStorage temp;
-  __shared__ int64_t ends[kThreads];
+  __shared__ int64_t ends[kExpandThreads];
   const Rows& rows = args.rows;
-  const int64_t first_row = static_cast<int64_t>(blockIdx.x) * kThreads;
+  const int64_t first_row = static_cast<int64_t>(blockIdx.x) * kExpandThreads;
   const int64_t row = first_row + threadIdx.x;
   const bool sums_all = blockIdx.x == 0;  // this block also writes the total
 
   int64_t before = 0, request = rows.requests, token = 0;
-  for (int64_t first = 0; first < rows.requests; first += kThreads) {
+  for (int64_t first = 0; first < rows.requests; first += kExpandThreads) {
     const int64_t i = first + threadIdx.x;
     int64_t end, total;
     Scan(temp).InclusiveSum(i < rows.requests ? rows.q(i) : 0, end, total);
     ends[threadIdx.x] = before + end;
     __syncthreads();
     if (row >= before && row < before + total) {
-      int low = 0, high = kThreads - 1;  // the first request that ends after this row
+      int low = 0, high = kExpandThreads - 1;  // the first request that ends after this row
       while (low < high) {
         const int middle = (low + high) / 2;
         if (ends[middle] > row) {
@@ -53,20 +58,21 @@ __global__ void __launch_bounds__(kThreads)
     }
     before += total;
     __syncthreads();
-    if (!sums_all && before > first_row + kThreads) break;
+    if (!sums_all && before > first_row + kExpandThreads) break;
   }
   if (row < rows.count) WriteRow(args, row, request, token);
   if (sums_all && threadIdx.x == 0) *args.total_tokens = static_cast<int32_t>(before);
 }
 
-// The same in two launches, from offsets in global memory; they stop at the capacity.
-__global__ void OffsetsKernel(const __grid_constant__ DraftExtend args) {
-  using Scan = cub::BlockScan<int64_t, kThreads>;
+// The first of two launches: the first row of each request, at most the capacity, and the total.
+// Grid: one block, of 256 threads. Also an output: offsets.
+__global__ void OffsetsKernel(const __grid_constant__ FillDraftExtendMetadataArguments args) {
+  using Scan = cub::BlockScan<int64_t, kExpandThreads>;
   __shared__ typename Scan::TempStorage temp;
   const Rows& rows = args.rows;
   int64_t before = 0;
   if (threadIdx.x == 0) args.offsets[0] = 0;
-  for (int64_t first = 0; first < rows.requests; first += kThreads) {
+  for (int64_t first = 0; first < rows.requests; first += kExpandThreads) {
     const int64_t i = first + threadIdx.x;
     int64_t end, total;
     Scan(temp).InclusiveSum(i < rows.requests ? rows.q(i) : 0, end, total);
@@ -82,8 +88,10 @@ __global__ void OffsetsKernel(const __grid_constant__ DraftExtend args) {
 
 constexpr int kLinearSearchLimit = 16;  // requests up to which "adaptive" searches linearly
 
+// The second of two launches: the rows. Also an input: offsets.
+// Grid: a block for every 256 rows. Block: 256 threads, one for each row.
 template <bool kAdaptive>
-__global__ void ExpandKernel(const __grid_constant__ DraftExtend args) {
+__global__ void ExpandKernel(const __grid_constant__ FillDraftExtendMetadataArguments args) {
   const Rows& rows = args.rows;
   const int64_t row = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
   if (row >= rows.count) return;
@@ -106,23 +114,24 @@ __global__ void ExpandKernel(const __grid_constant__ DraftExtend args) {
 
 }  // namespace
 
-std::string Cuda::LoadFillDraftExtend() {
-  return LoadKernels("fill_draft_extend_metadata", FillDraftExtendKernel, OffsetsKernel,
-                     ExpandKernel<false>, ExpandKernel<true>);
+void FillDraftExtendMetadata(Stream stream, DraftExtendVariant variant,
+                             const FillDraftExtendMetadataArguments& args) {
+  const int64_t blocks = std::max<int64_t>(1, CeilDiv(args.rows.count, kExpandThreads));
+  const auto launch = [&](auto kernel, int64_t grid) {
+    Launch("fill_draft_extend_metadata", stream, kernel, grid, kExpandThreads, args);
+  };
+  if (variant == DraftExtendVariant::kOptimized) {
+    launch(FillDraftExtendMetadataKernel, blocks);
+    return;
+  }
+  launch(OffsetsKernel, 1);
+  const bool adaptive = variant == DraftExtendVariant::kAdaptive;
+  launch(adaptive ? ExpandKernel<true> : ExpandKernel<false>, blocks);
 }
 
-std::string Cuda::FillDraftExtend(Stream stream, DraftExtendVariant variant,
-                                  const DraftExtend& args) {
-  const char* const name = "fill_draft_extend_metadata";
-  const int64_t blocks = std::max<int64_t>(1, CeilDiv(args.rows.count, kThreads));
-  if (variant == DraftExtendVariant::kOptimized) {
-    return Launch(name, stream, FillDraftExtendKernel, blocks, kThreads, args);
-  }
-  std::string error = Launch("draft_extend_offsets", stream, OffsetsKernel, 1, kThreads, args);
-  if (!error.empty()) return error;
-  const bool adaptive = variant == DraftExtendVariant::kAdaptive;
-  return Launch(name, stream, adaptive ? ExpandKernel<true> : ExpandKernel<false>, blocks,
-                kThreads, args);
+void LoadFillDraftExtendMetadata() {
+  LoadKernels("fill_draft_extend_metadata", FillDraftExtendMetadataKernel, OffsetsKernel,
+              ExpandKernel<false>, ExpandKernel<true>);
 }
 
 }  // namespace jaxnsa
