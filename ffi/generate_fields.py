@@ -47,7 +47,7 @@ def main(metadata_path: str, header_path: str) -> None:
 
 
 def load(path: Path) -> ModuleType:
-    """`jaxnsa/metadata.py` by itself: the package around it may not be importable while it builds."""
+    """`jaxnsa/metadata.py` by itself, without importing the package that is being built."""
     spec = importlib.util.spec_from_file_location("jaxnsa_metadata", path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)

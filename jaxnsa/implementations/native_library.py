@@ -117,7 +117,7 @@ class NativeLibrary(Protocol):
         """What tensors are, to be compared; None where one cannot be described."""
 
     def copy(self, stream: int, arrays: Sequence[tuple[int, int, int, int, int]]) -> None:
-        """Copies arrays: address, rows and columns; destination, and its elements from row to row."""
+        """Copies arrays: address, rows, columns; destination, its elements from row to row."""
 
     def fill_draft_extend_metadata(
         self,
@@ -139,12 +139,12 @@ class NativeLibrary(Protocol):
         "optimized".
         """
 
-    def Rows(  # noqa: N802
+    def Rows(
         self, requests: int, count: int, rows_per_request: int, added_tokens: int
     ) -> NativeRows:
         """Rows as the library takes them; `rows_per_request` is 0 where they are ragged."""
 
-    def PreparedLaunch(  # noqa: N802
+    def PreparedLaunch(
         self,
         backends: Sequence[Mapping[str, int]],
         *,
