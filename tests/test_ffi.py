@@ -17,6 +17,7 @@ from jaxnsa.config import Settings
 from jaxnsa.implementations import IMPLEMENTATIONS, ffi, native_library
 from jaxnsa.implementations.choice import choose
 from jaxnsa.metadata import FIELDS
+from jaxnsa.spec import Rows, Spec
 
 pytestmark = pytest.mark.skipif(
     native_library.unavailable("cpu") is not None,
@@ -93,9 +94,19 @@ def raw_call(target, shapes, *operands, **attributes):
 
 
 X = np.arange(3, dtype=np.int32)
+SPEC = Spec(
+    rows=Rows.of(ForwardMode.DECODE, 3),
+    max_len=4,
+    nsa_index_topk=2,
+    real_page_size=2,
+    wide_table=True,
+    tail="copy",
+)
+NAMES = list(SPEC.shapes())
+TOKENS = np.array([{"page_indices": 1, "real_page_table": 2}.get(name, 0) for name in NAMES])
 FUSED = {
-    "fields": np.arange(7),
-    "tokens_per_column": np.array([0, 0, 0, 0, 0, 1, 2]),
+    "fields": np.arange(len(NAMES)),
+    "tokens_per_column": TOKENS,
     "rows": np.int64(3),
     "rows_per_request": np.int64(1),
     "added_tokens": np.int64(0),
@@ -106,15 +117,11 @@ FUSED = {
     "stacked": False,
 }
 FUSED_OPERANDS = (X, X, np.zeros((2, 5), np.int32))
-FUSED_RESULTS = [
-    shape(3),
-    shape(4),
-    shape(3),
-    shape(3),
-    shape(4),
-    shape(3, 4),
-    shape(3, 2),
-]
+FUSED_RESULTS = list(SPEC.shapes().values())
+
+
+def with_result(name, result):
+    return replaced(FUSED_RESULTS, NAMES.index(name), result)
 
 
 def replaced(sequence, k, value):
@@ -145,23 +152,38 @@ def replaced(sequence, k, value):
             "req_to_token: expected at least",
         ),
         (FUSED_OPERANDS[:2], None, {}, "operands: expected the inputs"),
-        (None, FUSED_RESULTS[:-1], {}, "results: expected 7 arrays"),
-        (None, replaced(FUSED_RESULTS, 5, shape(3, 3)), {}, r"page_indices: got shape \[3, 3\]"),
-        (None, replaced(FUSED_RESULTS, 1, shape(3)), {}, r"cu_seqlens_k: got shape \[3\], exp"),
-        (None, replaced(FUSED_RESULTS, 2, shape(2)), {}, r"seqlens_expanded: got shape \[2\], exp"),
-        (None, replaced(FUSED_RESULTS, 2, shape()), {}, r"seqlens_expanded: got shape \[\], expec"),
-        (None, replaced(FUSED_RESULTS, 0, shape(3, dtype=jnp.float32)), {}, "cache_seqlens: expec"),
+        (None, FUSED_RESULTS[:-1], {}, f"results: expected {len(NAMES)} arrays"),
+        (None, with_result("page_indices", shape(3, 3)), {}, r"page_indices: got shape \[3, 3\]"),
+        (None, with_result("cu_seqlens_k", shape(3)), {}, r"cu_seqlens_k: got shape \[3\], exp"),
+        (
+            None,
+            with_result("seqlens_expanded", shape(2)),
+            {},
+            r"seqlens_expanded: got shape \[2\], exp",
+        ),
+        (
+            None,
+            with_result("seqlens_expanded", shape()),
+            {},
+            r"seqlens_expanded: got shape \[\], expec",
+        ),
+        (
+            None,
+            with_result("cache_seqlens", shape(3, dtype=jnp.float32)),
+            {},
+            "cache_seqlens: expec",
+        ),
         (None, None, {"max_len": np.int64(6)}, "req_to_token: expected at least max_len columns"),
         (None, None, {"max_len": np.int64(-1)}, "max_len: expected an int32 of at least 1"),
         (
             None,
             None,
-            {"tokens_per_column": np.array([0, 0, 0, 0, 0, 1, 0])},
+            {"tokens_per_column": TOKENS % 2},
             "real_page_table: tokens_per_column: expected an int32 of at least 1",
         ),
-        (None, None, {"tokens_per_column": np.arange(6)}, "tokens_per_column: expected a number"),
-        (None, None, {"fields": np.array([0, 1, 2, 3, 4, 5, 7])}, "fields: expected indices of"),
-        (None, None, {"fields": np.array([0, 1, 2, 3, 4, 6, 5])}, "fields: expected indices of"),
+        (None, None, {"tokens_per_column": TOKENS[1:]}, "tokens_per_column: expected a number"),
+        (None, None, {"fields": np.arange(len(NAMES)) + 1}, "fields: expected indices of"),
+        (None, None, {"fields": np.arange(len(NAMES))[::-1]}, "fields: expected indices of"),
         (None, None, {"rows": np.int64(4)}, "rows: expected rows_per_request for each request"),
         (None, None, {"rows": np.int64(2**31)}, "rows: expected an int32 of at least 0"),
         (
@@ -170,7 +192,12 @@ def replaced(sequence, k, value):
             {"num_backends": np.int64(0)},
             "num_backends: expected an int32 of at least 1",
         ),
-        (None, None, {"num_backends": np.int64(2)}, "results: expected 7 arrays of each backend"),
+        (
+            None,
+            None,
+            {"num_backends": np.int64(2)},
+            f"results: expected {len(NAMES)} arrays of each backend",
+        ),
         (None, None, {"tail": "drop"}, "tail: got drop, expected one of copy, zero, keep"),
     ],
 )

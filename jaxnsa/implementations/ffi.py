@@ -2,7 +2,7 @@
 
 import functools
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -67,7 +67,7 @@ def version() -> str | None:
     return ", ".join(f"XLA FFI API {_built_api(p)} ({p})" for p in built) or None
 
 
-def prefix_sum(x: Array, *, variant: PrefixSumVariant = "block_scan") -> Array:
+def prefix_sum(x: jax.Array, *, variant: PrefixSumVariant = "block_scan") -> jax.Array:
     """int32 [n] -> int32 [n + 1]: 0, then the inclusive prefix sum."""
     return _call(_PREFIX_SUM, jax.ShapeDtypeStruct((len(x) + 1,), jnp.int32), x, variant=variant)
 
@@ -100,11 +100,12 @@ def fused_metadata(
 ) -> tuple[NSAMetadata, ...]:
     """Computes the metadata of `spec` for all of its destinations."""
     fields, rows = spec.fields(), spec.rows
+    shapes: Mapping[str, Any] = spec.shapes()
     return _call_in_place(
         _FUSED,
         jax.tree.leaves(inputs),
         out,
-        (spec.metadata(spec.shapes()),) * spec.destinations,
+        (spec.metadata(shapes),) * spec.destinations,
         fields=np.array([_FIELD_INDICES[field.name] for field in fields], np.int64),
         tokens_per_column=_tokens_per_column([field.name for field in fields], spec),
         rows=np.int64(rows.count),

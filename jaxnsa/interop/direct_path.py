@@ -2,6 +2,7 @@
 
 import functools
 import types
+from collections.abc import Callable
 
 import torch
 
@@ -48,14 +49,14 @@ class DirectPath:
                 min_columns=1,
             )
 
-        # The same few batches come again and again.
-        @functools.lru_cache(maxsize=4096)
         def rows_of(
             bs: int, mode: ForwardMode, num_draft_tokens: int | None, max_total_tokens: int | None
         ) -> NativeRows:
             return self._native_rows(registered.rows(bs, mode, num_draft_tokens, max_total_tokens))
 
-        self._rows_of = rows_of
+        self._rows_of: Callable[..., NativeRows] = rows_of
+        # The same few batches come again and again.
+        self._remembered_rows: Callable[..., NativeRows] = functools.lru_cache(4096)(rows_of)
 
     def try_run(
         self,
@@ -79,9 +80,9 @@ class DirectPath:
             or seq_lens.dim() != 1
         ):
             return False
-        rows_of = self._rows_of
+        rows_of = self._remembered_rows
         if type(num_draft_tokens) not in _REMEMBERED or type(max_total_tokens) not in _REMEMBERED:
-            rows_of = rows_of.__wrapped__
+            rows_of = self._rows_of
         rows = rows_of(seq_lens.shape[0], mode, num_draft_tokens, max_total_tokens)
         return self._launch.try_launch(
             rows, seq_lens, req_pool_indices, req_to_token, extend_seq_lens

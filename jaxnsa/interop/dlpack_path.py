@@ -3,7 +3,8 @@
 import dataclasses
 import functools
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -152,8 +153,9 @@ class _Plan:
             rows=self.rows,
             max_len=min(largest.max_len, options.req_to_token.shape[1]),
         )
-        shapes = (self._spec.metadata(self._spec.shapes()),) * len(registered.backends)
-        sizes, self._structure = jax.tree.flatten(shapes)
+        shapes: Mapping[str, Any] = self._spec.shapes()
+        destinations = (self._spec.metadata(shapes),) * len(registered.backends)
+        sizes, self._structure = jax.tree.flatten(destinations)
         for (name, tensor), size in zip(registered.named(), sizes, strict=True):
             if tensor.shape[1:] != size.shape[1:]:
                 raise ValueError(

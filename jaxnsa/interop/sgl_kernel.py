@@ -156,7 +156,9 @@ def fused_metadata_copy_cuda(precomputed: Any, metadata: Any) -> None:
         or absent ones are left out.
       metadata: the same, of tensors at least as large.
     """
-    read, written, arrays = [], [], []
+    read: list[Checked] = []
+    written: list[Checked] = []
+    arrays: list[tuple[int, int, int, int, int]] = []
     for field in FIELDS.values():
         value = field_of(precomputed, field.name)
         if value is None:

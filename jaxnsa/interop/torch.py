@@ -75,7 +75,7 @@ def from_torch(tree: Any) -> Any:
             raise ValueError(f"{name}: got strides {tensor.stride()}, expected a contiguous tensor")
         if tensor.numel() and not tensor.data_ptr():
             raise ValueError(f"{name}: got a tensor whose memory was freed")
-        if tensor.dtype is torch.int64 and not jax.config.jax_enable_x64:
+        if tensor.dtype is torch.int64 and not jax.config.jax_enable_x64:  # type: ignore[attr-defined]
             tensor = tensor.clamp(INT32_MIN, INT32_MAX).to(torch.int32)
         return jax.dlpack.from_dlpack(tensor)
 
