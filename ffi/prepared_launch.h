@@ -30,14 +30,14 @@ class PreparedLaunch {
     int64_t columns;
   };
 
-  // `fixed` lacks a step's rows and inputs; its max_len is the most that a step writes, which writes
-  // no more columns than its pool has.
+  // `fixed` lacks a step's rows and inputs; its max_len is the most that a step writes, which
+  // writes no more columns than its pool has.
   explicit PreparedLaunch(const FusedMetadataArguments& fixed)
       : args_(fixed), max_len_(fixed.max_len) {}
 
-  // Lets TryLaunch look at tensors by itself. It declines where a tensor of `unchanged` is not what
-  // it is now, where an input is not on the device of `tensors` or touches `written`, memory in order
-  // and apart, or where the pool has fewer columns than `min_columns`.
+  // Lets TryLaunch look at tensors by itself. It declines where one of `tensors` is not what it is
+  // now, if `unchanged` says so; where an input is not on their device or touches `written`, memory
+  // in order and apart; and where the pool has fewer columns than `min_columns`.
   void Watch(nanobind::handle exchange_api, nanobind::list tensors, bool unchanged,
              std::vector<Span> written, int64_t min_columns);
 

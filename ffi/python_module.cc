@@ -1,5 +1,5 @@
-// The Python module of a library: its XLA FFI handlers as capsules, and its computations for callers
-// that are not XLA. jaxnsa/implementations/native_library.py says what Python sees.
+// The Python module of a library: its XLA FFI handlers as capsules, and its computations for
+// callers that are not XLA. jaxnsa/implementations/native_library.py says what Python sees.
 #include <nanobind/nanobind.h>
 #include <nanobind/stl/optional.h>
 #include <nanobind/stl/pair.h>

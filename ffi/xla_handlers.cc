@@ -1,6 +1,6 @@
-// The XLA FFI handlers: they check what XLA hands over, operand by operand, and call the computation
-// with it. They allocate nothing on the device and do not synchronise, so that XLA may capture them
-// in a CUDA graph.
+// The XLA FFI handlers: they check what XLA hands over, operand by operand, and call the
+// computation with it. They allocate nothing on the device and do not synchronise, so that XLA may
+// capture them in a CUDA graph.
 #include "xla_handlers.h"
 
 #include <algorithm>
@@ -55,7 +55,7 @@ Vector LengthsOf(const ffi::AnyBuffer& buffer, const std::string& name, int64_t 
   return {buffer.untyped_data(), buffer.element_type() == ffi::DataType::S64 ? 8 : 4};
 }
 
-// The function of a handler: what is thrown in it becomes XLA's error, with the name of the handler.
+// The function of a handler: what is thrown in it becomes XLA's error, with the handler's name.
 template <typename Compute>
 auto Handler(const char* name, Compute compute) {
   return [name, compute](auto... arguments) {
@@ -142,7 +142,7 @@ void CopyOfBuffers(Stream stream, ffi::RemainingArgs operands, ffi::RemainingRet
     const std::string name = "source array " + std::to_string(a);
     const int64_t tokens = tokens_per_column[a];
     Expect(source.element_type() == ffi::DataType::S32, name + ": expected int32");
-    Expect(tokens >= 0 && tokens <= kInt32Max, "tokens_per_column: expected an int32 of at least 0");
+    Int32(tokens, 0, "tokens_per_column");
     if (tokens > 0) {
       Expect(dims.size() == 2, name + ": expected [rows, columns]");
       Expect(rows < 0 || dims[0] == rows, name + ": expected the rows of the other table");
@@ -205,9 +205,9 @@ std::vector<Field> FieldsOf(ffi::Span<const int64_t> indices) {
 }
 
 // Operands: seq_lens, req_pool_indices, req_to_token, extend_seq_lens where rows_per_request is 0,
-// and the destinations where they are filled in place. Results: the arrays `fields` of every backend
-// in their order; stacked ones lead with [num_backends]. `tokens_per_column` tells for each of
-// `fields` what a column stands for, 0 where it is no table.
+// and the destinations where they are filled in place. Results: the arrays `fields` of every
+// backend in their order; stacked ones lead with [num_backends]. `tokens_per_column` tells for each
+// of `fields` what a column stands for, 0 where it is no table.
 void FusedMetadataOfBuffers(Stream stream, ffi::RemainingArgs operands, ffi::RemainingRets results,
                             ffi::Span<const int64_t> field_indices,
                             ffi::Span<const int64_t> tokens_per_column, int64_t count,

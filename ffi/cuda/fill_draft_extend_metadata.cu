@@ -17,15 +17,17 @@ __device__ void WriteRow(const FillDraftExtendMetadataArguments& args, int64_t r
                          int64_t j) {
   const Rows& rows = args.rows;
   if (i >= rows.requests && !args.clears_padding) return;
-  const int32_t kv_len =
-      i < rows.requests ? Rows::kv_len(rows.cache_seqlen(i), rows.q(i), static_cast<int32_t>(j)) : 0;
+  int32_t kv_len = 0;
+  if (i < rows.requests) {
+    kv_len = Rows::kv_len(rows.cache_seqlen(i), rows.q(i), static_cast<int32_t>(j));
+  }
   Store(args.lengths, row, RowValuesOf(kv_len, args.nsa_index_topk));
 }
 
 // Everything in one launch.
-// Grid: a block for every 256 rows. Block: 256 threads, one for each row. A block scans the requests
-// tile by tile until they reach its last row, and each thread looks its row up in the tile that holds
-// it; the first block scans all of them, for the total.
+// Grid: a block for every 256 rows. Block: 256 threads, one for each row. A block scans the
+// requests tile by tile until they reach its last row, and each thread looks its row up in the tile
+// that holds it; the first block scans all of them, for the total.
 __global__ void __launch_bounds__(kExpandThreads)
     FillDraftExtendMetadataKernel(const __grid_constant__ FillDraftExtendMetadataArguments args) {
   using Scan = cub::BlockScan<int64_t, kExpandThreads>;

@@ -1,4 +1,5 @@
-// How a block of the fused kernel writes the lengths and prefix sums of 128 requests and their rows.
+// How a block of the fused kernel writes the lengths and prefix sums of 128 requests and of their
+// rows.
 #ifndef JAXNSA_CUDA_LENGTHS_CUH_
 #define JAXNSA_CUDA_LENGTHS_CUH_
 

@@ -10,8 +10,8 @@
 namespace jaxnsa {
 namespace {
 
-// Grid: a block for each tile of kBlockThreads * kItems elements. Block: kBlockThreads threads, which
-// add up what comes before their tile, out of the L2 cache, and scan the tile.
+// Grid: a block for each tile of kBlockThreads * kItems elements. Block: kBlockThreads threads,
+// which add up what comes before their tile, out of the L2 cache, and scan the tile.
 template <int kBlockThreads, int kItems>
 __global__ void __launch_bounds__(kBlockThreads)
     BlockScanKernel(const int32_t* x, int64_t n, int32_t* out) {
@@ -63,8 +63,8 @@ __global__ void SequentialKernel(const int32_t* x, int64_t n, int32_t* out) {
   for (int64_t i = 0; i < n; ++i) out[i + 1] = sum = Add(sum, x[i]);
 }
 
-// G. E. Blelloch, "Prefix sums and their applications" (1990), in tiles whose totals are carried on,
-// so that any length is right.
+// G. E. Blelloch, "Prefix sums and their applications" (1990), in tiles whose totals are carried
+// on, so that any length is right.
 // Grid: one block, of 512 threads: half a tile.
 constexpr int kBlellochTile = 1024;
 

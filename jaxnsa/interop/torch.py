@@ -169,8 +169,8 @@ class BackendBuffers:
           forward_mode: decides the rows, and which of the next arguments must be given.
           num_draft_tokens: in target verify, tokens to verify for each request.
           extend_seq_lens: int32 or int64 [bs], in draft extend, rows of each request.
-          max_total_tokens: in draft extend, the rows that are written: those past the total get
-            lengths of 0. None: all registered rows.
+          max_total_tokens: in draft extend, the rows that are written: padding rows get lengths
+            of 0. None: all registered rows.
 
         Raises:
           ValueError, TypeError: an argument is wrong, or a registered tensor has been freed or
