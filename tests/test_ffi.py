@@ -1,6 +1,6 @@
 """The FFI library: variants, checks in the handlers, export, and how it is found and probed."""
 
-import ctypes
+import dataclasses
 import functools
 
 import jax
@@ -12,13 +12,16 @@ from helpers import assert_same, check_broadcast, inputs, mode_options
 from jax import export
 
 import jaxnsa
-from jaxnsa import ForwardMode, ffi, reference
+from jaxnsa import ForwardMode, reference
 from jaxnsa.config import Settings
-from jaxnsa.implementations import IMPLEMENTATIONS, choose
+from jaxnsa.implementations import IMPLEMENTATIONS, ffi, native_library
+from jaxnsa.implementations.choice import choose
+from jaxnsa.metadata import FIELDS
+from jaxnsa.spec import Rows, Spec
 
 pytestmark = pytest.mark.skipif(
-    isinstance(ffi.load("cpu"), str),
-    reason=f"runs where a C++ compiler built the FFI library: {ffi.load('cpu')}",
+    native_library.unavailable("cpu") is not None,
+    reason=f"runs where a C++ compiler built the library: {native_library.unavailable('cpu')}",
 )
 
 BS = (0, 1, 6, 7, 15, 16, 17, 100, 257, 1000)
@@ -91,27 +94,34 @@ def raw_call(target, shapes, *operands, **attributes):
 
 
 X = np.arange(3, dtype=np.int32)
+SPEC = Spec(
+    rows=Rows.of(ForwardMode.DECODE, 3),
+    max_len=4,
+    nsa_index_topk=2,
+    real_page_size=2,
+    wide_table=True,
+    tail="copy",
+)
+NAMES = list(SPEC.shapes())
+TOKENS = np.array([{"page_indices": 1, "real_page_table": 2}.get(name, 0) for name in NAMES])
 FUSED = {
-    "tokens_per_request": np.int64(1),
+    "fields": np.arange(len(NAMES)),
+    "tokens_per_column": TOKENS,
+    "rows": np.int64(3),
+    "rows_per_request": np.int64(1),
     "added_tokens": np.int64(0),
     "max_len": np.int64(4),
     "nsa_index_topk": np.int64(2),
-    "real_page_size": np.int64(2),
-    "wide_table": True,
     "tail": "copy",
     "num_backends": np.int64(1),
     "stacked": False,
 }
 FUSED_OPERANDS = (X, X, np.zeros((2, 5), np.int32))
-FUSED_RESULTS = [
-    shape(3),
-    shape(4),
-    shape(3),
-    shape(3),
-    shape(4),
-    shape(3, 4),
-    shape(3, 2),
-]
+FUSED_RESULTS = list(SPEC.shapes().values())
+
+
+def with_result(name, result):
+    return replaced(FUSED_RESULTS, NAMES.index(name), result)
 
 
 def replaced(sequence, k, value):
@@ -142,30 +152,60 @@ def replaced(sequence, k, value):
             "req_to_token: expected at least",
         ),
         (FUSED_OPERANDS[:2], None, {}, "operands: expected the inputs"),
-        (None, FUSED_RESULTS[:-1], {}, "results: expected 7 arrays"),
-        (None, replaced(FUSED_RESULTS, 5, shape(3, 3)), {}, r"page_indices: got shape \[3, 3\]"),
-        (None, replaced(FUSED_RESULTS, 1, shape(3)), {}, r"cu_seqlens_k: got shape \[3\], exp"),
-        (None, replaced(FUSED_RESULTS, 2, shape(2)), {}, "seqlens_expanded: expected tokens_per"),
-        (None, replaced(FUSED_RESULTS, 2, shape()), {}, r"seqlens_expanded: expected \[rows\]"),
-        (None, replaced(FUSED_RESULTS, 0, shape(3, dtype=jnp.float32)), {}, "cache_seqlens: expec"),
+        (None, FUSED_RESULTS[:-1], {}, f"results: expected {len(NAMES)} arrays"),
+        (None, with_result("page_indices", shape(3, 3)), {}, r"page_indices: got shape \[3, 3\]"),
+        (None, with_result("cu_seqlens_k", shape(3)), {}, r"cu_seqlens_k: got shape \[3\], exp"),
+        (
+            None,
+            with_result("seqlens_expanded", shape(2)),
+            {},
+            r"seqlens_expanded: got shape \[2\], exp",
+        ),
+        (
+            None,
+            with_result("seqlens_expanded", shape()),
+            {},
+            r"seqlens_expanded: got shape \[\], expec",
+        ),
+        (
+            None,
+            with_result("cache_seqlens", shape(3, dtype=jnp.float32)),
+            {},
+            "cache_seqlens: expec",
+        ),
         (None, None, {"max_len": np.int64(6)}, "req_to_token: expected at least max_len columns"),
         (None, None, {"max_len": np.int64(-1)}, "max_len: expected an int32 of at least 1"),
-        (None, None, {"real_page_size": np.int64(0)}, "real_page_size: expected an int32 of at"),
+        (
+            None,
+            None,
+            {"tokens_per_column": TOKENS % 2},
+            "real_page_table: tokens_per_column: expected an int32 of at least 1",
+        ),
+        (None, None, {"tokens_per_column": TOKENS[1:]}, "tokens_per_column: expected a number"),
+        (None, None, {"fields": np.arange(len(NAMES)) + 1}, "fields: expected indices of"),
+        (None, None, {"fields": np.arange(len(NAMES))[::-1]}, "fields: expected indices of"),
+        (None, None, {"rows": np.int64(4)}, "rows: expected rows_per_request for each request"),
+        (None, None, {"rows": np.int64(2**31)}, "rows: expected an int32 of at least 0"),
         (
             None,
             None,
             {"num_backends": np.int64(0)},
             "num_backends: expected an int32 of at least 1",
         ),
-        (None, None, {"num_backends": np.int64(2)}, "results: expected 7 arrays of each backend"),
-        (None, None, {"tail": "drop"}, "tail: expected copy, zero or keep"),
+        (
+            None,
+            None,
+            {"num_backends": np.int64(2)},
+            f"results: expected {len(NAMES)} arrays of each backend",
+        ),
+        (None, None, {"tail": "drop"}, "tail: got drop, expected one of copy, zero, keep"),
     ],
 )
 def test_handlers_name_what_is_wrong(operands, results, attributes, message):
-    call = functools.partial(raw_call, "jaxnsa_fused_metadata_precompute_and_broadcast")
+    call = functools.partial(raw_call, "jaxnsa_fused_metadata")
     raw = call(FUSED_RESULTS, *FUSED_OPERANDS, **FUSED)
     assert raw[0].tolist() == [0, 1, 2]
-    with pytest.raises(Exception, match=f"precompute_and_broadcast: {message}"):
+    with pytest.raises(Exception, match=f"fused_metadata: {message}"):
         jax.block_until_ready(
             call(results or FUSED_RESULTS, *(operands or FUSED_OPERANDS), **(FUSED | attributes))
         )
@@ -203,17 +243,17 @@ def test_handlers_name_what_is_wrong(operands, results, attributes, message):
             r"offsets: got shape \[0\], expected \[4\]",
         ),
         (
-            "jaxnsa_fused_metadata_copy",
+            "jaxnsa_copy",
             (shape(4),),
             (X,),
-            {"num_backends": np.int64(1), "tokens": np.array([0])},
+            {"num_backends": np.int64(1), "tokens_per_column": np.array([0])},
             r"result 0: got shape \[4\], expected \[3\]",
         ),
         (
-            "jaxnsa_fused_metadata_copy",
+            "jaxnsa_copy",
             (shape(2, 3),),
             (np.zeros((2, 3), np.int32), X),
-            {"num_backends": np.int64(1), "tokens": np.array([1])},
+            {"num_backends": np.int64(1), "tokens_per_column": np.array([1])},
             r"kv_lens: got shape \[3\], expected \[2\]",
         ),
     ],
@@ -227,7 +267,7 @@ def test_handlers_take_int64_lengths():
     with jax.enable_x64(True):
         wide = jnp.array([2**40, -5, 1])
         raw = raw_call(
-            "jaxnsa_fused_metadata_precompute_and_broadcast",
+            "jaxnsa_fused_metadata",
             FUSED_RESULTS,
             wide,
             wide,
@@ -253,7 +293,7 @@ def test_exported_function_runs():
         jax.tree.leaves(restored.call(*arguments)), jax.tree.leaves(expected), strict=True
     ):
         np.testing.assert_array_equal(actual, wanted)
-    with pytest.raises(ValueError, match="jaxnsa_fused_metadata_precompute_and_broadcast"):
+    with pytest.raises(ValueError, match="jaxnsa_fused_metadata"):
         export.export(function)(*arguments)
 
 
@@ -261,7 +301,7 @@ def test_exported_function_runs():
 def fresh_probe():
     def forget():
         jax.clear_caches()
-        ffi.load.cache_clear()
+        native_library._find.cache_clear()
         ffi._probe.cache_clear()
 
     forget()
@@ -270,7 +310,7 @@ def fresh_probe():
 
 
 def test_a_library_that_was_not_built_says_what_builds_it(fresh_probe, monkeypatch, tmp_path):
-    monkeypatch.setattr(ffi, "library_path", lambda platform: tmp_path / "jaxnsa_cpu.so")
+    monkeypatch.setattr(native_library, "library_path", lambda platform: tmp_path / "jaxnsa_cpu.so")
     reason = IMPLEMENTATIONS["ffi"].unavailable("cpu")
     assert "jaxnsa_cpu.so was not built when jaxnsa was installed, which takes a C++17" in reason
     assert "pip install --force-reinstall" in reason
@@ -281,8 +321,37 @@ def test_a_library_that_was_not_built_says_what_builds_it(fresh_probe, monkeypat
 def test_a_library_that_does_not_load_says_so(fresh_probe, monkeypatch, tmp_path):
     damaged = tmp_path / "jaxnsa_cpu.so"
     damaged.write_bytes(b"not a library")
-    monkeypatch.setattr(ffi, "library_path", lambda platform: damaged)
+    monkeypatch.setattr(native_library, "library_path", lambda platform: damaged)
     assert "could not be loaded" in IMPLEMENTATIONS["ffi"].unavailable("cpu")
+
+
+def _with_another_field(fields):
+    return fields | {"another": dataclasses.replace(fields["seqlens_expanded"], name="another")}
+
+
+def _with_another_extent(fields):
+    extent = fields["nsa_cu_seqlens_k"].extent
+    return fields | {
+        "seqlens_expanded": dataclasses.replace(fields["seqlens_expanded"], extent=extent)
+    }
+
+
+@pytest.mark.parametrize(
+    "change, named",
+    (
+        (_with_another_field, "['another']"),
+        (_with_another_extent, "['seqlens_expanded', 'seqlens_expanded']"),
+        (lambda fields: dict(reversed(fields.items())), "their order"),
+    ),
+)
+def test_a_library_for_other_fields_is_refused(change, named, fresh_probe, monkeypatch):
+    """What is left of an older build, where fields were added or moved since."""
+    monkeypatch.setattr(native_library, "FIELDS", change(dict(FIELDS)))
+    reason = IMPLEMENTATIONS["ffi"].unavailable("cpu")
+    assert f"was built for other fields of NSAMetadata than this jaxnsa has ({named})" in reason
+    assert "pip install --force-reinstall" in reason
+    with pytest.raises(RuntimeError, match="was built for other fields"):
+        native_library.library("cpu")
 
 
 def test_a_refused_library_names_both_versions(fresh_probe, monkeypatch):
@@ -300,6 +369,10 @@ def test_probe_runs_while_a_caller_traces(fresh_probe):
 
 
 def test_library_tells_the_api_it_was_built_with():
-    library = ctypes.CDLL(str(ffi.library_path("cpu")))
-    assert library.jaxnsa_ffi_api_version() // 1000 == 0
+    major, minor = native_library.library("cpu").xla_ffi_api
+    assert (major, minor) == (0, 3) or minor > 3
     assert ffi._built_api("cpu") <= ffi._runtime_api()
+
+
+def test_the_library_has_a_handler_for_each_target():
+    assert set(native_library.library("cpu").xla_handlers()) == set(ffi._TARGETS)

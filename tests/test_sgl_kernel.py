@@ -10,12 +10,14 @@ import numpy as np
 import pytest
 from helpers import inputs, mode_options
 
-from jaxnsa import ForwardMode, NSAMetadata, direct, reference
+from jaxnsa import ForwardMode, NSAMetadata, reference
+from jaxnsa.implementations import native_library
+from jaxnsa.metadata import FIELDS
 
 torch = pytest.importorskip("torch", reason="runs where PyTorch is, as .ci/run installs it")
 
-from jaxnsa.interop import broadcasts, sgl_kernel  # noqa: E402
-from jaxnsa.interop.tensors import exchange_api  # noqa: E402
+from jaxnsa.interop import launch_cache, launches, sgl_kernel  # noqa: E402
+from jaxnsa.interop.tensor_checks import exchange_api  # noqa: E402
 
 ON_GPU = torch.cuda.is_available() and jax.default_backend() == "gpu"
 HELD = -7
@@ -24,9 +26,9 @@ HELD = -7
 @pytest.fixture(params=[pytest.param("cuda:0", marks=pytest.mark.gpu) if ON_GPU else "cpu"])
 def device(request):
     try:
-        direct.library("gpu" if ON_GPU else "cpu")
+        native_library.library("gpu" if ON_GPU else "cpu")
     except RuntimeError as error:
-        pytest.skip(f"runs where the FFI library was built: {error}")
+        pytest.skip(f"runs where the native library was built: {error}")
     return torch.device(request.param)
 
 
@@ -34,10 +36,10 @@ def device(request):
 def has_exchange_api(request, monkeypatch):
     """Whether PyTorch has DLPack's C exchange API, as from 2.10 on."""
     if not request.param:
-        monkeypatch.setattr(broadcasts, "exchange_api", lambda: None)
+        monkeypatch.setattr(launch_cache, "exchange_api", lambda: None)
     elif exchange_api() is None:
         pytest.skip("runs with PyTorch 2.10 or newer")
-    monkeypatch.setattr(sgl_kernel, "_BROADCASTS", broadcasts.Broadcasts())
+    monkeypatch.setattr(sgl_kernel, "_LAUNCHES", launch_cache.LaunchCache())
     return request.param
 
 
@@ -116,7 +118,7 @@ def test_an_engine_loop(count, device):
         )
         for field, array in vars(expected).items():
             np.testing.assert_array_equal(getattr(precomputed, field).cpu().numpy(), array, field)
-            if field == "seqlens_expanded":
+            if not hasattr(backends[0], field):
                 continue
             for backend in backends:
                 written = getattr(backend, field).cpu().numpy()[tuple(map(slice, array.shape))]
@@ -126,7 +128,7 @@ def test_an_engine_loop(count, device):
         np.testing.assert_array_equal(clamped.cpu().numpy(), rows.nsa_cache_seqlens)
 
 
-def test_backends_whose_rows_are_apart_by_different_pitches(device):
+def test_backends_whose_tables_have_different_strides(device):
     lengths, indices, pool = inputs(5, pool_cols=100)
     backends = [static_buffers(device, 5, 90 + 10 * k, 10) for k in range(3)]
     list(
@@ -151,7 +153,7 @@ def test_backends_whose_rows_are_apart_by_different_pitches(device):
         np.testing.assert_array_equal(pages[:, :9], expected.real_page_table)
 
 
-def test_a_broadcast_that_is_known_is_checked_all_the_same(device, has_exchange_api, monkeypatch):
+def test_a_launch_that_is_known_is_checked_all_the_same(device, has_exchange_api, monkeypatch):
     bs, max_len, page, topk = 5, 130, 16, 64
     backends = [static_buffers(device, bs, max_len, page) for _ in range(2)]
     lists = [[getattr(b, field) for b in backends] for field in vars(backends[0])]
@@ -186,8 +188,14 @@ def test_a_broadcast_that_is_known_is_checked_all_the_same(device, has_exchange_
         ((seq_lens, rows[:3], pool), r"req_pool_indices: got shape \(3,\), expected \(5,\)"),
         ((seq_lens, rows, pool[:, :129]), r"max_len: got 130, expected an int in \[1, 129\]"),
         ((seq_lens, rows, pool.T), "req_to_token: got strides"),
-        ((lists[0][1], rows, pool), r"cache_seqlens_list\[1\]: got memory of seq_lens"),
-        ((seq_lens, rows, lists[2][0]), r"page_indices_list\[0\]: got memory of req_to_token"),
+        (
+            (lists[0][1], rows, pool),
+            r"seq_lens: got memory within that of cache_seqlens_list\[1\], which is written",
+        ),
+        (
+            (seq_lens, rows, lists[2][0]),
+            r"req_to_token: got memory within that of page_indices_list\[0\], which is written",
+        ),
     ):
         with pytest.raises((ValueError, TypeError), match=message):
             broadcast(*wrong)
@@ -233,9 +241,11 @@ def test_copy_into_larger_tensors(device):
         assert (target == HELD).sum() >= target.numel() - source.numel()
     with pytest.raises(ValueError, match=r"metadata.page_indices: got shape \(5, 60\), expected"):
         sgl_kernel.fused_metadata_copy_cuda(src, dst | {"page_indices": src.page_indices[:, :60]})
-    with pytest.raises(TypeError, match=r"metadata.cu_seqlens_k: got NoneType, expected an int32"):
+    with pytest.raises(TypeError, match=r"metadata.cu_seqlens_k: got NoneType, expected a torch"):
         sgl_kernel.fused_metadata_copy_cuda(src, dst | {"cu_seqlens_k": None})
-    with pytest.raises(ValueError, match=r"metadata.cache_seqlens: got memory of precomputed"):
+    with pytest.raises(
+        ValueError, match=r"precomputed.\w+: got memory within that of metadata.\w+, "
+    ):
         sgl_kernel.fused_metadata_copy_cuda(src, src)
     with pytest.raises(ValueError, match=r"precomputed: got no tensors"):
         sgl_kernel.fused_metadata_copy_cuda({}, dst)
@@ -287,6 +297,7 @@ def test_wrong_arguments_are_refused_before_anything_is_written(device):
         "real_page_size": 2,
     }
     other = torch.ones(5, dtype=torch.int32, device="cpu" if ON_GPU else "meta")
+    both = torch.full((11,), HELD, dtype=torch.int32, device=device)
     freed = torch.ones(6, dtype=torch.int32, device=device)
     freed.untyped_storage().resize_(0)
     for change, message in (
@@ -306,26 +317,131 @@ def test_wrong_arguments_are_refused_before_anything_is_written(device):
         ),
         (
             {"cache_seqlens_list": b.cache_seqlens},
-            r"cache_seqlens_list: got a torch.int32 tensor of shape \(5,\), expected a list of",
+            r"cache_seqlens_list: got torch.int32 Tensor of shape .*, expected a list of",
         ),
         (
             {"nsa_cu_seqlens_k_list": [b.cu_seqlens_k[:5]]},
             r"nsa_cu_seqlens_k_list\[0\]: got shape \(5,\), expected at least \(6,\)",
         ),
-        ({"cache_seqlens_list": [lengths]}, r"cache_seqlens_list\[0\]: got memory of seq_lens"),
+        (
+            {"cache_seqlens_list": [lengths]},
+            r"seq_lens: got memory within that of cache_seqlens_list\[0\], which is written",
+        ),
+        (
+            {"cache_seqlens_list": [b.nsa_cache_seqlens]},
+            r"_list\[0\]: got memory that \w+_list\[0\] uses too, expected its own",
+        ),
+        (
+            {"cu_seqlens_k_list": [both[:6]], "nsa_cu_seqlens_k_list": [both[5:]]},
+            r"nsa_cu_seqlens_k_list\[0\]: got memory that cu_seqlens_k_list\[0\] uses too",
+        ),
         ({"cache_seqlens_list": [other]}, r"cache_seqlens_list\[0\]: got a tensor on"),
         (
             {"page_indices_list": [b.page_indices.float()]},
-            r"page_indices_list\[0\]: got a torch.float32 tensor of shape \(5, 40\), expected an",
+            r"page_indices_list\[0\]: got torch.float32, expected torch.int32",
         ),
     ):
         with pytest.raises((ValueError, TypeError), match=message):
             sgl_kernel.fused_metadata_precompute_and_broadcast_cuda(**(good | change))
-    assert all((t == HELD).all() for t in vars(b).values())
+    assert all((t == HELD).all() for t in [*vars(b).values(), both])
     with pytest.raises(TypeError, match="extend_seq_lens: got list"):
         sgl_kernel.fill_draft_extend_metadata_fused_simple([1], lengths, 3)
-    with pytest.raises(TypeError, match="out_nsa_cache_seqlens: got a torch.int64 tensor"):
+    with pytest.raises(TypeError, match="out_nsa_cache_seqlens: got torch.int64"):
         sgl_kernel.fill_draft_extend_metadata_cuda(lengths, indices, 3, lengths + 0, lengths.long())
+
+
+def ones(size, device):
+    return torch.ones(size, dtype=torch.int32, device=device)
+
+
+def test_fill_draft_extend_refuses_memory_that_is_not_its_own(device):
+    extend, lengths = ones(3, device), ones(3, device)
+    both = torch.full((9,), HELD, dtype=torch.int32, device=device)
+    freed, shrunk = ones(9, device), ones(9, device)
+    freed.untyped_storage().resize_(0)
+    shrunk.untyped_storage().resize_(16)
+    fill = sgl_kernel.fill_draft_extend_metadata_cuda_optimized
+    for arguments, message in (
+        ((both[:3], lengths, 8, both, ones(9, device)), "extend_seq_lens: got memory within that"),
+        (
+            (extend, both[5:8], 8, ones(9, device), both),
+            "seq_lens: got memory within that of out_n",
+        ),
+        ((extend, lengths, 8, both, both), "got memory that out_.* uses too, expected its own"),
+        ((extend, lengths, 8, both[:5], both[4:]), "got memory that out_.* uses too, expected"),
+        ((extend, lengths, 8, freed, both), "out_seqlens_expanded: got a tensor whose memory was"),
+        ((extend, lengths, 8, both, shrunk), "out_nsa_cache_seqlens: got a tensor whose memory"),
+        ((extend, lengths, 8, both[::2], freed), "out_seqlens_expanded: got stride 2, expected a"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            fill(*arguments)
+        assert (both == HELD).all()
+
+
+def test_more_rows_than_int32_counts_are_refused(device):
+    huge = torch.tensor([2**62, 2**62, -5], device=device)
+    with pytest.raises(ValueError, match=r"extend_seq_lens: got \d+ rows in all, expected at most"):
+        sgl_kernel.fill_draft_extend_metadata_fused_simple(huge, ones(3, device), 8)
+
+
+def test_copy_refuses_memory_that_is_not_there_or_not_its_own(device):
+    src = {"cache_seqlens": ones(5, device), "seqlens_expanded": ones(5, device)}
+    both = torch.full((9,), HELD, dtype=torch.int32, device=device)
+    freed, shrunk = ones(5, device), ones(5, device)
+    freed.untyped_storage().resize_(0)
+    shrunk.untyped_storage().resize_(16)
+    dst = {"cache_seqlens": both, "seqlens_expanded": ones(5, device)}
+    for wrong_src, wrong_dst, message in (
+        (
+            {"seqlens_expanded": freed},
+            {},
+            "precomputed.seqlens_expanded: got a tensor whose memory",
+        ),
+        ({"seqlens_expanded": shrunk}, {}, "precomputed.seqlens_expanded: got a tensor whose mem"),
+        ({}, {"seqlens_expanded": freed}, "metadata.seqlens_expanded: got a tensor whose memory"),
+        (
+            {},
+            {"seqlens_expanded": both[4:]},
+            "metadata.seqlens_expanded: got memory that metadata.",
+        ),
+        (
+            {},
+            {"seqlens_expanded": ones(5, "meta")},
+            "metadata.seqlens_expanded: got a tensor on meta",
+        ),
+    ):
+        with pytest.raises(ValueError, match=message):
+            sgl_kernel.fused_metadata_copy_cuda(src | wrong_src, dst | wrong_dst)
+        assert (both == HELD).all()
+
+
+def test_lists_are_of_fields():
+    """Fields without a list are left out, as seqlens_expanded is by the source documents."""
+    names = inspect.signature(sgl_kernel.fused_metadata_precompute_and_broadcast_cuda).parameters
+    lists = {name.removesuffix("_list") for name in names if name.endswith("_list")}
+    assert lists < set(FIELDS)
+
+
+def test_a_known_launch_that_is_declined_without_reason_is_counted(device, has_exchange_api):
+    if not has_exchange_api:
+        return
+    launches.declined.clear()
+    b = static_buffers(device, 5, 40, 2)
+    given = [tensor(a, device) for a in inputs(5, pool_cols=40)]
+    lists = [[getattr(b, field)] for field in vars(b)]
+
+    def broadcast():
+        sgl_kernel.fused_metadata_precompute_and_broadcast_cuda(*given, *lists, 40, 8, 2)
+
+    broadcast()
+    broadcast()
+    assert not launches.declined
+    ((key, (_, rows)),) = sgl_kernel._LAUNCHES._known.items()
+    declines = types.SimpleNamespace(try_launch=lambda *_: False, declined="not today")
+    sgl_kernel._LAUNCHES._known[key] = declines, rows
+    broadcast()
+    assert launches.declined == {"not today": 1}
+    assert (b.cache_seqlens == given[0].clamp(min=0)).all()
 
 
 def test_kernel_info(device):

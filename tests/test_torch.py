@@ -1,5 +1,6 @@
 """The PyTorch hand-off: zero-copy conversions and an engine's static buffers, on CPU or GPU."""
 
+import concurrent.futures
 import dataclasses
 import re
 import types
@@ -10,13 +11,16 @@ import numpy as np
 import pytest
 from helpers import count_compilations, inputs, mode_options
 
-from jaxnsa import ForwardMode, NSAMetadata, direct, reference
+from jaxnsa import ForwardMode, NSAMetadata, reference
+from jaxnsa.implementations import native_library
+from jaxnsa.metadata import FIELDS, Extent
+from jaxnsa.spec import Rows, Spec
 
 torch = pytest.importorskip("torch", reason="runs where PyTorch is, as .ci/run installs it")
 
-from jaxnsa.interop import direct_path  # noqa: E402
+from jaxnsa.interop import direct_path, launches  # noqa: E402
 from jaxnsa.interop.registration import Registered  # noqa: E402
-from jaxnsa.interop.tensors import exchange_api  # noqa: E402
+from jaxnsa.interop.tensor_checks import exchange_api  # noqa: E402
 from jaxnsa.interop.torch import BackendBuffers, DlpackOptions, from_torch, to_torch  # noqa: E402
 
 HELD = -7
@@ -41,9 +45,9 @@ def path(request, device, monkeypatch):
     if request.param != "dlpack":
         platform = "gpu" if device.type == "cuda" else "cpu"
         try:
-            direct.library(platform)
+            native_library.library(platform)
         except RuntimeError as error:
-            pytest.skip(f"runs where the FFI library was built: {error}")
+            pytest.skip(f"runs where the native library was built: {error}")
     return request.param.split()[0]
 
 
@@ -56,21 +60,16 @@ class Engine:
     expected: list
 
     @classmethod
-    def of(cls, device, *, requests=8, rows=24, max_len=300, page=16, count=3, wide=True, pitch=0):
-        shapes = {
-            "cache_seqlens": (requests,),
-            "cu_seqlens_k": (requests + 1,),
-            "seqlens_expanded": (rows,),
-            "nsa_cache_seqlens": (rows,),
-            "nsa_cu_seqlens_k": (rows + 1,),
-            "page_indices": (rows, max_len) if wide else None,
-            "real_page_table": (rows, -(-max_len // page)) if page > 1 else None,
+    def of(cls, device, *, requests=8, rows=24, max_len=300, page=16, count=3, wide=True, gap=0):
+        spec = Spec(Rows(requests, rows, None, 0), max_len, 64, page, wide, "keep")
+        shapes = {field: None for field in FIELDS} | {
+            field: array.shape for field, array in spec.shapes().items()
         }
 
         def tensor(shape):
-            if len(shape) == 1 or not pitch:
+            if len(shape) == 1 or not gap:
                 return torch.full(shape, HELD, dtype=torch.int32, device=device)
-            apart = torch.full((shape[0], shape[1] + pitch), HELD, dtype=torch.int32, device=device)
+            apart = torch.full((shape[0], shape[1] + gap), HELD, dtype=torch.int32, device=device)
             return apart[:, : shape[1]]
 
         backends = [
@@ -98,13 +97,19 @@ class Engine:
         rows = bs * q
         if mode is ForwardMode.DRAFT_EXTEND:
             rows = options["max_total_tokens"] = capacity
-        sizes = (bs, bs + 1, rows, rows, rows + 1, rows, rows)
+        sizes = {
+            Extent.REQUESTS: bs,
+            Extent.REQUESTS_PLUS_1: bs + 1,
+            Extent.ROWS: rows,
+            Extent.ROWS_PLUS_1: rows + 1,
+            Extent.TABLE: rows,
+        }
         views = [
             NSAMetadata(
-                *(
-                    None if array is None else array[:size]
-                    for array, size in zip(twin.values(), sizes, strict=True)
-                )
+                **{
+                    field: None if array is None else array[: sizes[FIELDS[field].extent]]
+                    for field, array in twin.items()
+                }
             )
             for twin in self.expected
         ]
@@ -308,7 +313,7 @@ def test_a_draft_extend_of_fewer_rows(path, device):
 
 
 def test_rows_that_are_apart(device):
-    engine = Engine.of(device, pitch=20)
+    engine = Engine.of(device, gap=20)
     with pytest.raises(ValueError, match=r"page_indices: got strides .*, expected a contiguous"):
         registered(engine, "dlpack", 16)
     buffers = registered(engine, "direct", 16)
@@ -396,9 +401,12 @@ def wrong_buffers(device):
         one = torch.zeros(40, dtype=torch.int32, device=device)
         backends[2]["seqlens_expanded"], backends[2]["nsa_cache_seqlens"] = one[:24], one[16:]
 
+    def free(backends):
+        backends[1]["nsa_cu_seqlens_k"].untyped_storage().resize_(40)
+
     ints = {"dtype": torch.int32, "device": device}
     return [
-        (lambda b: b.clear(), r"buffers: got 0, expected a list of 1 to 64 backends"),
+        (lambda b: b.clear(), r"buffers: got none, expected a list of at least one backend"),
         (change(1, cache_seqlens=None), r"buffers\[1\].cache_seqlens: got NoneType, expected a"),
         (
             change(1, cache_seqlens=torch.zeros(8, device=device)),
@@ -426,8 +434,21 @@ def wrong_buffers(device):
         ),
         (
             change(1, real_page_table=None),
-            r"buffers\[1\].real_page_table: got None, expected a tensor as real_page_size is 16",
+            r"buffers\[1\]: got real_page_table in some backends, expected it in all or none",
         ),
+        (
+            lambda b: [backend.update(real_page_table=None) for backend in b],
+            r"buffers\[0\].real_page_table: got None, expected a tensor as real_page_size is 16",
+        ),
+        (
+            change(2, page_indices=torch.zeros((24, 300), **ints).to_sparse()),
+            r"buffers\[2\].page_indices: got a tensor of layout torch.sparse_coo",
+        ),
+        (
+            change(2, seqlens_expanded=torch.zeros((24, 1), **ints)),
+            r"buffers\[2\].seqlens_expanded: got shape \(24, 1\), expected one dimension",
+        ),
+        (free, r"buffers\[1\].nsa_cu_seqlens_k: got a tensor whose memory was freed"),
         (
             change(1, cache_seqlens=torch.zeros(8, dtype=torch.int32, device=other)),
             rf"buffers\[1\].cache_seqlens: got a tensor on {other}, expected {device}",
@@ -437,7 +458,7 @@ def wrong_buffers(device):
     ]
 
 
-@pytest.mark.parametrize("number", range(12))
+@pytest.mark.parametrize("number", range(len(wrong_buffers(torch.device("cpu")))))
 def test_wrong_buffers_are_refused(number, device):
     engine = Engine.of(device)
     change, message = wrong_buffers(device)[number]
@@ -481,10 +502,13 @@ def wrong_updates(engine):
             {"seq_lens": torch.ones(9, dtype=torch.int32, device=device)},
             "seq_lens: got 9 requests, expected at most 8",
         ),
-        ({"seq_lens": engine.backends[1]["cache_seqlens"][:3]}, "seq_lens: got memory within that"),
+        (
+            {"seq_lens": engine.backends[1]["cache_seqlens"][:3]},
+            r"seq_lens: got memory within that of buffers\[1\].cache_seqlens",
+        ),
         ({"req_pool_indices": lengths[:2]}, r"req_pool_indices: got shape \(2,\), expected \(3,\)"),
         ({"req_to_token": engine.pool.long()}, "req_to_token: got torch.int64, expected"),
-        ({"req_to_token": engine.pool[0]}, r"req_to_token: got shape \(305,\), expected \[pool_r"),
+        ({"req_to_token": engine.pool[0]}, r"req_to_token: got shape \(305,\), expected two dim"),
         ({"req_to_token": engine.pool[:0]}, r"req_to_token: got shape \(0, 305\), expected"),
         ({"req_to_token": engine.pool.T}, r"req_to_token: got strides \(1, 305\), expected rows"),
         ({"num_draft_tokens": 2}, "num_draft_tokens: got 2, expected None in ForwardMode.DECODE"),
@@ -505,7 +529,7 @@ def wrong_updates(engine):
     return [(good | change, message) for change, message in cases]
 
 
-@pytest.mark.parametrize("number", range(21))
+@pytest.mark.parametrize("number", range(len(wrong_updates(Engine.of(torch.device("cpu"))))))
 def test_wrong_updates_are_refused_before_anything_is_written(number, path, device):
     engine = Engine.of(device)
     buffers = registered(engine, path, 16)
@@ -515,19 +539,135 @@ def test_wrong_updates_are_refused_before_anything_is_written(number, path, devi
     engine.check()
 
 
-@pytest.mark.parametrize("what", ("freed", "resized"))
+CHANGES = {
+    "freed": lambda tensor: tensor.untyped_storage().resize_(0),
+    "resized": lambda tensor: tensor.resize_(10, 5),
+    "resized to as many elements": lambda tensor: tensor.resize_(24 * 300 // 2, 2),
+    "transposed": lambda tensor: tensor.t_(),
+    "of other strides": lambda tensor: tensor.as_strided_((24, 300), (150, 1)),
+    "of other memory": lambda tensor: setattr(tensor, "data", torch.zeros_like(tensor)),
+    "of another dtype": lambda tensor: setattr(tensor, "data", tensor.view(torch.float32)),
+}
+
+
+@pytest.mark.parametrize("what", CHANGES)
 def test_registered_tensors_that_changed_are_refused(what, path, device):
     engine = Engine.of(device)
     buffers = registered(engine, path, 16)
-    tensor = engine.backends[1]["nsa_cache_seqlens"]
-    if what == "freed":
-        tensor.untyped_storage().resize_(0)
-    else:
-        tensor.resize_(10)
+    CHANGES[what](engine.backends[1]["page_indices"])
     lengths = torch.ones(3, dtype=torch.int32, device=device)
-    with pytest.raises(ValueError, match=r"buffers\[1\].nsa_cache_seqlens: .* freed or resized"):
+    with pytest.raises(ValueError, match=r"buffers\[1\].page_indices: .* freed or resized"):
         buffers.update(lengths, lengths, engine.pool)
     assert (engine.backends[0]["cache_seqlens"] == HELD).all()
+
+
+def test_numbers_that_change_are_not_remembered(device):
+    engine = Engine.of(device)
+    buffers = registered(engine, "direct", 16)
+    lengths, indices, _ = inputs(4, pool_cols=300, pool_rows=10)
+    given = (engine.tensor(lengths), engine.tensor(indices), engine.pool)
+    number = torch.tensor(3)
+    for value in (3, 2, 5):
+        number.fill_(value)
+        mode = ForwardMode.TARGET_VERIFY
+        buffers.update(*given, forward_mode=mode, num_draft_tokens=number)
+        engine.expect(lengths, indices, page=16, mode=mode, num_draft_tokens=value)
+        engine.check()
+    extend = np.array([2, 3, 0, 4], np.int32)
+    for capacity in (3, 7):
+        number.fill_(capacity)
+        mode, more = ForwardMode.DRAFT_EXTEND, {"extend_seq_lens": extend}
+        buffers.update(
+            *given,
+            forward_mode=mode,
+            extend_seq_lens=engine.tensor(extend),
+            max_total_tokens=number,
+        )
+        engine.expect(lengths, indices, page=16, mode=mode, capacity=capacity, **more)
+        engine.check()
+
+
+def test_the_dlpack_path_sees_a_pool_that_jax_copies(device):
+    engine = Engine.of(device)
+    bytes_of_pool = torch.zeros(4 * engine.pool.numel() + 64, dtype=torch.uint8, device=device)
+    pool = bytes_of_pool[4:][: 4 * engine.pool.numel()].view(torch.int32).view(engine.pool.shape)
+    pool.copy_(engine.pool)
+    engine.pool = pool
+    buffers = registered(engine, "dlpack", 16)
+    lengths, indices, _ = inputs(6, pool_cols=300, pool_rows=10)
+    for _ in range(2):
+        engine.pool += 16
+        buffers.update(engine.tensor(lengths), engine.tensor(indices), engine.pool)
+        engine.expect(lengths, indices, page=16)
+        engine.check()
+
+
+def test_pages_past_half_of_int32(path, device):
+    """One page holds a row: its first token is live, whatever the page size."""
+    page = 2**31 - 1
+    engine = Engine.of(device, max_len=300, page=page)
+    buffers = registered(engine, path, page)
+    engine.pool[:, 0] = page
+    lengths = torch.tensor([300, 0, 1], dtype=torch.int32, device=device)
+    indices = torch.arange(3, dtype=torch.int32, device=device)
+    buffers.update(lengths, indices, engine.pool)
+    for backend in engine.backends:
+        assert backend["real_page_table"][:3].tolist() == [[1], [HELD], [1]]
+
+
+def test_threads_that_update_the_same_tensors_do_so_one_after_the_other(path, device):
+    engine = Engine.of(device)
+    buffers = registered(engine, path, 16)
+    batches = []
+    for seed in range(4):
+        lengths, indices, _ = inputs(8, pool_cols=300, pool_rows=10, seed=seed)
+        batches.append((engine.tensor(lengths), engine.tensor(indices), engine.pool))
+
+    def update(batch):
+        for _ in range(50):
+            buffers.update(*batch)
+
+    with concurrent.futures.ThreadPoolExecutor(len(batches)) as threads:
+        list(threads.map(update, batches))
+    lengths = [batch[0].clamp(min=0).tolist() for batch in batches]
+    assert engine.backends[0]["cache_seqlens"].tolist() in lengths
+
+
+def test_what_the_library_declines_without_reason_is_counted_and_logged_once(
+    device, monkeypatch, caplog
+):
+    if exchange_api() is None:
+        pytest.skip("runs with PyTorch 2.10 or newer")
+    launches.declined.clear()
+    engine = Engine.of(device)
+    buffers = registered(engine, "direct", 16)
+    lengths, indices, _ = inputs(5, pool_cols=300, pool_rows=10)
+    given = engine.tensor(lengths), engine.tensor(indices), engine.pool
+    buffers.update(*given)
+    with pytest.raises(TypeError, match="seq_lens: got torch.float32"):
+        buffers.update(given[0].float(), *given[1:])
+    assert not launches.declined
+    native = buffers._path._launch
+
+    class Declines:
+        declined = "seq_lens: not today"
+
+        def try_launch(self, *arguments):
+            return False
+
+        def launch(self, *arguments):
+            native.launch(*arguments)
+
+    buffers._path._launch = Declines()
+    with caplog.at_level("WARNING", logger="jaxnsa"):
+        for _ in range(3):
+            buffers.update(*given)
+    assert launches.declined == {"seq_lens: not today": 3}
+    assert [record.getMessage() for record in caplog.records] == [
+        "updates take some microseconds more, as Python checks the tensors: seq_lens: not today"
+    ]
+    engine.expect(lengths, indices, page=16)
+    engine.check()
 
 
 def test_the_dlpack_path_refuses_what_it_was_not_compiled_for(device):
@@ -596,12 +736,20 @@ def test_what_cannot_cross_is_named(device):
     with pytest.raises(ValueError, match=r"tree\[1\]: got strides \(4, 1\), expected a contig"):
         from_torch((torch.zeros(3, device=device), table))
     assert to_torch(None) is None
+    array = jnp.zeros(3) + 0
+    array.delete()
+    with pytest.raises(ValueError, match="tree: got a deleted array"):
+        to_torch(array)
+    freed = torch.ones(3, dtype=torch.int32, device=device)
+    freed.untyped_storage().resize_(0)
+    with pytest.raises(ValueError, match="tree: got a tensor whose memory was freed"):
+        from_torch(freed)
 
 
 def test_int64_lengths_cross(device):
-    lengths = torch.tensor([3, 2**20], device=device)
+    lengths = torch.tensor([3, 2**20, 2**32 + 5, -(2**40)], device=device)
     array = from_torch(lengths)
-    assert array.tolist() == [3, 2**20]
+    assert array.tolist() == [3, 2**20, 2**31 - 1, -(2**31)]
     with jax.enable_x64(True):
         assert from_torch(lengths).dtype == jnp.int64
 

@@ -1,9 +1,8 @@
 """The FFI implementation: hand-written CUDA and its C++ twin for the CPU, called through XLA."""
 
-import ctypes
 import functools
-import importlib.metadata
 import re
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,6 +11,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax import export, lax
 
+from jaxnsa.implementations.native_library import (
+    LIBRARIES,
+    how_to_rebuild,
+    library,
+)
+from jaxnsa.implementations.native_library import unavailable as library_unavailable
 from jaxnsa.metadata import FIELDS, Array, DraftExtendSeqlens, Extent, NSAMetadata
 from jaxnsa.spec import Inputs, Spec
 
@@ -33,67 +38,36 @@ VARIANTS = {
 """What the source documents compare, correct at every size here; the default comes first. On the
 CPU all variants are the same loop."""
 
-_LIBRARIES = {"cpu": "jaxnsa_cpu.so", "gpu": "jaxnsa_cuda.so"}
-_NEEDS = {"cpu": "a C++17 compiler", "gpu": "a C++17 compiler and nvcc 12.1 or newer"}
-_XLA_PLATFORMS = {"cpu": "cpu", "gpu": "CUDA"}
 _PREFIX_SUM = "jaxnsa_prefix_sum"
 _FILL_DRAFT_EXTEND = "jaxnsa_fill_draft_extend_metadata"
-_COPY = "jaxnsa_fused_metadata_copy"
-_FUSED = "jaxnsa_fused_metadata_precompute_and_broadcast"
+_COPY = "jaxnsa_copy"
+_FUSED = "jaxnsa_fused_metadata"
 _TARGETS = (_PREFIX_SUM, _FILL_DRAFT_EXTEND, _COPY, _FUSED)
+
+_FIELD_INDICES = {name: index for index, name in enumerate(FIELDS)}
 
 EXPORT_CHECKS = tuple(export.DisabledSafetyCheck.custom_call(target) for target in _TARGETS)
 """The `disabled_checks` with which `jax.export.export` takes functions that use the FFI. The
-process that runs the exported function calls `load` for its platform first."""
+process that runs the exported function calls `native_library.library` for its platform first."""
 
 
 def unavailable(platform: str | None) -> str | None:
     """Why this cannot run on a platform; None where it can."""
     if platform is None:
-        reasons = [_missing(load(p)) for p in _LIBRARIES]
+        reasons = [library_unavailable(p) for p in LIBRARIES]
         return None if None in reasons else reasons[0]
-    if platform not in _LIBRARIES:
+    if platform not in LIBRARIES:
         return f"needs a CPU or an NVIDIA GPU, not a {platform}"
-    return _missing(load(platform)) or _probe(platform)
+    return library_unavailable(platform) or _probe(platform)
 
 
 def version() -> str | None:
     """The XLA FFI API of each library; None where none was built."""
-    built = [p for p in _LIBRARIES if _missing(load(p)) is None]
+    built = [p for p in LIBRARIES if library_unavailable(p) is None]
     return ", ".join(f"XLA FFI API {_built_api(p)} ({p})" for p in built) or None
 
 
-def library_path(platform: str) -> Path:
-    """Where the shared library for "cpu" or "gpu" lies, if it was built."""
-    package = importlib.metadata.distribution("jaxnsa")
-    return Path(str(package.locate_file("jaxnsa"))) / _LIBRARIES[platform]
-
-
-@functools.cache
-def load(platform: str) -> ctypes.CDLL | str:
-    """Loads the library for "cpu" or "gpu" and registers its handlers, once.
-
-    Returns:
-      The library, or why there is none and what would make it so.
-    """
-    path = library_path(platform)
-    if not path.exists():
-        return (
-            f"{path.name} was not built when jaxnsa was installed, which takes {_NEEDS[platform]}; "
-            f"install that, then run: {_rebuild()}"
-        )
-    try:
-        library = ctypes.CDLL(str(path))
-    except OSError as error:
-        return f"{path} could not be loaded: {error}; to rebuild it, run: {_rebuild()}"
-    for target in _TARGETS:
-        jax.ffi.register_ffi_target(
-            target, jax.ffi.pycapsule(getattr(library, target)), platform=_XLA_PLATFORMS[platform]
-        )
-    return library
-
-
-def prefix_sum(x: Array, *, variant: PrefixSumVariant = "block_scan") -> Array:
+def prefix_sum(x: jax.Array, *, variant: PrefixSumVariant = "block_scan") -> jax.Array:
     """int32 [n] -> int32 [n + 1]: 0, then the inclusive prefix sum."""
     return _call(_PREFIX_SUM, jax.ShapeDtypeStruct((len(x) + 1,), jnp.int32), x, variant=variant)
 
@@ -125,17 +99,20 @@ def fused_metadata(
     inputs: Inputs, out: tuple[NSAMetadata, ...] | None, spec: Spec
 ) -> tuple[NSAMetadata, ...]:
     """Computes the metadata of `spec` for all of its destinations."""
+    fields, rows = spec.fields(), spec.rows
+    shapes: Mapping[str, Any] = spec.shapes()
     return _call_in_place(
         _FUSED,
         jax.tree.leaves(inputs),
         out,
-        (spec.metadata(spec.shapes()),) * spec.destinations,
-        tokens_per_request=np.int64(spec.rows.rows_per_request or 0),
-        added_tokens=np.int64(spec.rows.added_tokens),
+        (spec.metadata(shapes),) * spec.destinations,
+        fields=np.array([_FIELD_INDICES[field.name] for field in fields], np.int64),
+        tokens_per_column=_tokens_per_column([field.name for field in fields], spec),
+        rows=np.int64(rows.count),
+        rows_per_request=np.int64(rows.rows_per_request or 0),
+        added_tokens=np.int64(rows.added_tokens),
         max_len=np.int64(spec.max_len),
         nsa_index_topk=np.int64(spec.nsa_index_topk),
-        real_page_size=np.int64(spec.real_page_size),
-        wide_table=spec.wide_table,
         tail=spec.tail,
         num_backends=np.int64(spec.num_backends),
         stacked=spec.stacked,
@@ -150,14 +127,9 @@ def copy(
     live: Spec | None = None,
 ) -> tuple[NSAMetadata, ...]:
     """Copies `src` to `num_backends` destinations; its live columns only with `live`."""
-    inputs = jax.tree.leaves(src)
-    tokens = [
-        live.tokens_per_column(FIELDS[name])
-        if live is not None and FIELDS[name].extent is Extent.TABLE
-        else 0
-        for name in src.arrays()
-    ]
-    if any(tokens):
+    inputs = list(src.arrays().values())
+    tokens_per_column = _tokens_per_column(src.arrays(), live)
+    if tokens_per_column.any():
         inputs.append(src.seqlens_expanded)
     shapes = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), src)
     return _call_in_place(
@@ -166,7 +138,20 @@ def copy(
         out,
         (shapes,) * num_backends,
         num_backends=np.int64(num_backends),
-        tokens=np.array(tokens, np.int64),
+        tokens_per_column=tokens_per_column,
+    )
+
+
+def _tokens_per_column(names: Iterable[str], spec: Spec | None) -> np.ndarray:
+    """Of each array, what a column stands for; 0 where it is no table, or there is no spec."""
+    return np.array(
+        [
+            spec.tokens_per_column(FIELDS[name])
+            if spec is not None and FIELDS[name].extent is Extent.TABLE
+            else 0
+            for name in names
+        ],
+        np.int64,
     )
 
 
@@ -184,16 +169,12 @@ def _call_in_place(target: str, inputs: list, out: Any, shapes: Any, **attribute
 def _call(
     target: str, shapes: Any, *operands: Array, aliases: Any = None, **attributes: Any
 ) -> Any:
-    for platform in _LIBRARIES:
-        load(platform)
+    for platform in LIBRARIES:
+        library_unavailable(platform)  # registers the handlers of what there is
     call = jax.ffi.ffi_call(
         target, shapes, vmap_method="sequential", input_output_aliases=aliases or {}
     )
     return call(*operands, **attributes)
-
-
-def _missing(loaded: ctypes.CDLL | str) -> str | None:
-    return loaded if isinstance(loaded, str) else None
 
 
 @functools.cache
@@ -207,25 +188,20 @@ def _probe(platform: str) -> str | None:
     except RuntimeError as error:
         reason = str(error).splitlines()[0]
         return (
-            f"{_LIBRARIES[platform]} was built with XLA FFI API {_built_api(platform)}, this "
+            f"{LIBRARIES[platform]} was built with XLA FFI API {_built_api(platform)}, this "
             f"jaxlib has {_runtime_api()}, and a probe call failed: {reason}; to rebuild the "
-            f"library for this jaxlib, run: {_rebuild()}"
+            f"library for this jaxlib, run: {how_to_rebuild()}"
         )
     if result.tolist() != [0, 0, 1, 3]:
-        return f"a probe call of {_LIBRARIES[platform]} returned {result.tolist()}"
+        return f"a probe call of {LIBRARIES[platform]} returned {result.tolist()}"
     return None
 
 
 def _built_api(platform: str) -> str:
-    version = load(platform).jaxnsa_ffi_api_version()  # type: ignore[union-attr]
-    return f"{version // 1000}.{version % 1000}"
+    return ".".join(map(str, library(platform).xla_ffi_api))
 
 
 def _runtime_api() -> str:
     header = Path(jax.ffi.include_dir()) / "xla" / "ffi" / "api" / "c_api.h"
     numbers = re.findall(r"#define XLA_FFI_API_(?:MAJOR|MINOR) (\d+)", header.read_text())
     return ".".join(numbers)
-
-
-def _rebuild() -> str:
-    return "pip install --force-reinstall --no-deps --no-build-isolation PATH_TO_JAXNSA"

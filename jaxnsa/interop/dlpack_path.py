@@ -2,7 +2,9 @@
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+import threading
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -10,16 +12,14 @@ import numpy as np
 import torch
 from jax import Array
 
-from jaxnsa import checks
-from jaxnsa.checks import Inputs
+from jaxnsa import argument_checks
 from jaxnsa.config import settings
-from jaxnsa.implementations import IMPLEMENTATIONS, choose
+from jaxnsa.implementations import IMPLEMENTATIONS
+from jaxnsa.implementations.choice import choose
 from jaxnsa.interop.registration import Registered
-from jaxnsa.interop.tensors import Checked, checked_pool, platform_of
-from jaxnsa.metadata import ForwardMode, NSAMetadata
-from jaxnsa.spec import Rows, Spec
-
-_INT32 = torch.iinfo(torch.int32)
+from jaxnsa.interop.tensor_checks import Checked, checked_pool, platform_of
+from jaxnsa.metadata import Extent, Field, ForwardMode, NSAMetadata
+from jaxnsa.spec import INT32_MAX, INT32_MIN, Inputs, Rows, Spec
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,12 +59,13 @@ class DlpackPath:
         requests = registered.spec.rows.requests
         implementation = choose(options.implementation, settings(), platform, requests=requests)
         self._device = device
+        self._lock = threading.Lock()  # on the batch and what JAX holds
         # The batch, padded, in memory of this object's own.
         self._lengths = torch.zeros((3, requests), dtype=torch.int32, device=device)
         self._wide = torch.zeros_like(self._lengths, dtype=torch.int64)
         self._done = torch.cuda.Event() if platform == "gpu" else None
         plans = [_Plan(registered, options, mode, implementation) for mode in options.forward_modes]
-        self._plans = {(p.rows.tokens_per_request, p.rows.added_tokens): p for p in plans}
+        self._plans = {(p.rows.rows_per_request, p.rows.added_tokens): p for p in plans}
         self._pool_array = jax.dlpack.from_dlpack(self._pool.tensor)
         for plan in plans:
             plan.run(self._batch(), self._pool_array, -1, 0)
@@ -78,16 +79,13 @@ class DlpackPath:
         extend_seq_lens: Checked | None,
     ) -> None:
         """Queues the computation between what is on PyTorch's current stream and what follows."""
-        if (
-            req_to_token[1:] != self._pool[1:]
-            or req_to_token.tensor.shape != self._pool.tensor.shape
-        ):
+        if req_to_token[2:] != self._pool[2:]:
             raise ValueError(
                 f"req_to_token: got shape {tuple(req_to_token.tensor.shape)} at "
                 f"{req_to_token.start:#x}, expected the pool of DlpackOptions, "
                 f"{tuple(self._pool.tensor.shape)} at {self._pool.start:#x}"
             )
-        plan = self._plans.get((rows.tokens_per_request, rows.added_tokens))
+        plan = self._plans.get((rows.rows_per_request, rows.added_tokens))
         if plan is None:
             raise ValueError(
                 "forward_mode: got one, or a number of draft tokens, that DlpackOptions did not "
@@ -97,22 +95,28 @@ class DlpackPath:
             raise ValueError(
                 f"seq_lens: got {rows.requests} requests, expected at most {plan.rows.requests}"
             )
-        if rows.tokens_per_request is None and rows.count < plan.rows.count:
+        if rows.rows_per_request is None and rows.count < plan.rows.count:
             raise ValueError(
                 f"max_total_tokens: got {rows.count}, expected None or {plan.rows.count}, all "
                 f'registered rows, as path is "dlpack"'
             )
+        with self._lock:
+            self._run(plan, rows, (seq_lens, req_pool_indices, extend_seq_lens))
+
+    def _run(self, plan: "_Plan", rows: Rows, given: Sequence[Checked | None]) -> None:
         if self._done is not None:
             # The computation before this one has read the batch that is overwritten here.
             torch.cuda.current_stream(self._device).wait_event(self._done)
-        given = (seq_lens, req_pool_indices, extend_seq_lens)
         for held, wide, values in zip(self._lengths, self._wide, given, strict=True):
             if values is None:
                 continue
             source = values.tensor
             if source.dtype == torch.int64:
-                source = torch.clamp(source, _INT32.min, _INT32.max, out=wide[: rows.requests])
+                source = torch.clamp(source, INT32_MIN, INT32_MAX, out=wide[: rows.requests])
             held[: rows.requests].copy_(source)
+        if self._pool_array.unsafe_buffer_pointer() != self._pool.start:
+            # JAX copies what is not aligned as it likes, on a CPU.
+            self._pool_array = jax.dlpack.from_dlpack(self._pool.tensor)
         plan.run(self._batch(), self._pool_array, rows.requests, rows.count)
         if self._done is not None:
             self._done.record(torch.cuda.current_stream(self._device))
@@ -133,7 +137,11 @@ class _Plan:
         implementation: str,
     ):
         verify = mode is ForwardMode.TARGET_VERIFY
-        tokens = checks.integer("num_draft_tokens", options.num_draft_tokens, 1) if verify else None
+        tokens = (
+            argument_checks.integer("num_draft_tokens", options.num_draft_tokens, 1)
+            if verify
+            else None
+        )
         largest = registered.spec
         requests = largest.rows.requests
         if mode is not ForwardMode.DRAFT_EXTEND:
@@ -145,8 +153,9 @@ class _Plan:
             rows=self.rows,
             max_len=min(largest.max_len, options.req_to_token.shape[1]),
         )
-        shapes = (self._spec.shapes(),) * len(registered.backends)
-        sizes, self._structure = jax.tree.flatten(shapes)
+        shapes: Mapping[str, Any] = self._spec.shapes()
+        destinations = (self._spec.metadata(shapes),) * len(registered.backends)
+        sizes, self._structure = jax.tree.flatten(destinations)
         for (name, tensor), size in zip(registered.named(), sizes, strict=True):
             if tensor.shape[1:] != size.shape[1:]:
                 raise ValueError(
@@ -201,14 +210,14 @@ def _refresh(
     requests, count = sizes
     exists = jnp.arange(spec.rows.requests) < requests
     seq_lens, indices, extend = batch[:, : spec.rows.requests]
-    ragged = spec.rows.tokens_per_request is None
+    ragged = spec.rows.rows_per_request is None
     inputs = Inputs(
         jnp.where(exists, seq_lens, 0),
         indices,
         pool,
         jnp.where(exists, extend, 0) if ragged else None,
     )
-    filled = IMPLEMENTATIONS[implementation].broadcast(*inputs, out, spec)
+    filled = IMPLEMENTATIONS[implementation].fused_metadata(inputs, out, spec)
     return tuple(
         _without_padding(new, old, requests, jnp.where(requests < 0, -1, count), spec)
         for new, old in zip(filled, out, strict=True)
@@ -219,28 +228,24 @@ def _without_padding(
     new: NSAMetadata, old: NSAMetadata, requests: Array, rows: Array, spec: Spec
 ) -> NSAMetadata:
     """`new` as far as requests and rows go; past them, `old`."""
+    ends = {
+        Extent.REQUESTS: requests,
+        Extent.REQUESTS_PLUS_1: requests + 1,
+        Extent.ROWS: rows,
+        Extent.ROWS_PLUS_1: rows + 1,
+        Extent.TABLE: rows,
+    }
 
-    def lengths(field: str, end: Array) -> Array:
-        new_values = getattr(new, field)
-        is_padding = jnp.arange(len(new_values)) >= end
-        return jnp.where(is_padding, getattr(old, field), new_values)
-
-    def table(field: str, tokens: int) -> Array | None:
-        new_table = getattr(new, field)
+    def without_padding(field: Field) -> Array:
+        new_array, old_array = getattr(new, field.name), getattr(old, field.name)
+        is_padding = jnp.arange(len(new_array)) >= ends[field.extent]
+        if field.extent is not Extent.TABLE:
+            return jnp.where(is_padding, old_array, new_array)
         # Nothing is live in a padded row but the tokens that target verify adds to every request.
-        columns = -(-spec.rows.added_tokens // tokens)
-        if new_table is None or not columns:
-            return new_table
-        is_padding = jnp.arange(len(new_table))[:, None] >= rows
-        first = jnp.where(is_padding, getattr(old, field)[:, :columns], new_table[:, :columns])
-        return new_table.at[:, :columns].set(first)
+        columns = -(-spec.rows.added_tokens // spec.tokens_per_column(field))
+        if not columns:
+            return new_array
+        first = jnp.where(is_padding[:, None], old_array[:, :columns], new_array[:, :columns])
+        return new_array.at[:, :columns].set(first)
 
-    return NSAMetadata(
-        cache_seqlens=lengths("cache_seqlens", requests),
-        cu_seqlens_k=lengths("cu_seqlens_k", requests + 1),
-        seqlens_expanded=lengths("seqlens_expanded", rows),
-        nsa_cache_seqlens=lengths("nsa_cache_seqlens", rows),
-        nsa_cu_seqlens_k=lengths("nsa_cu_seqlens_k", rows + 1),
-        page_indices=table("page_indices", 1),
-        real_page_table=table("real_page_table", spec.real_page_size),
-    )
+    return spec.metadata({field.name: without_padding(field) for field in spec.fields()})

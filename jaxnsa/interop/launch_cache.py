@@ -1,6 +1,5 @@
-"""Broadcasts to lists of tensors: those that were checked are launched again without it."""
+"""Launches for lists of tensors: those that were checked are launched again without it."""
 
-import ctypes
 import itertools
 import threading
 from collections.abc import Iterable, Sequence
@@ -8,19 +7,19 @@ from typing import NamedTuple
 
 import torch
 
-from jaxnsa import direct
-from jaxnsa.interop.registration import merged
-from jaxnsa.interop.tensors import exchange_api, platform_of
+from jaxnsa.implementations.native_library import NativeRows, PreparedLaunch
+from jaxnsa.interop.launches import library_for, report_declined
+from jaxnsa.interop.tensor_checks import WrittenMemory, exchange_api
 
 _MOST = 256
-"""Broadcasts that are remembered."""
+"""Launches that are remembered."""
 
 
 class Key(NamedTuple):
-    """All that the checks of a broadcast depend on, but for its inputs.
+    """All that the checks of a launch depend on, but for its inputs.
 
     Attributes:
-      destinations: what their tensors are, bytes of direct.Tensor.
+      destinations: what the tensors of its lists are.
       counts: how many there are in each list.
       bs: requests.
       numbers: the integers that the caller gave.
@@ -32,12 +31,12 @@ class Key(NamedTuple):
     numbers: tuple[int, ...]
 
 
-class Broadcasts:
-    """Checked broadcasts; it holds no tensor and serves several threads."""
+class LaunchCache:
+    """Checked launches; it keeps no tensor alive and serves several threads."""
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()  # on the arguments of the launches
-        self._known: dict[Key | None, tuple[direct.Library, direct.Step, direct.Fused]] = {}
+        self._lock = threading.Lock()  # on additions; a launch holds the GIL
+        self._known: dict[Key, tuple[PreparedLaunch, NativeRows]] = {}
 
     def key(
         self,
@@ -45,50 +44,55 @@ class Broadcasts:
         lists: Iterable[Sequence[torch.Tensor | None]],
         numbers: tuple[int, ...],
     ) -> Key | None:
-        """The key of a broadcast; None where it takes checks to tell."""
-        if not (api := exchange_api()) or not isinstance(seq_lens, torch.Tensor):
+        """The key of a launch; None where it takes checks to tell."""
+        api = exchange_api()
+        if api is None or not isinstance(seq_lens, torch.Tensor) or seq_lens.dim() != 1:
             return None
-        library = direct.library(platform_of(seq_lens.device))
-        destinations = library.describe_tensors(api, [*itertools.chain(*lists)])
-        if destinations is None or seq_lens.dim() != 1:
+        lists = list(lists)
+        native = library_for(seq_lens.device)
+        destinations = native.describe_tensors(api, [*itertools.chain(*lists)])
+        if destinations is None:
             return None
-        return Key(bytes(destinations), tuple(map(len, lists)), seq_lens.shape[0], numbers)
+        return Key(destinations, tuple(map(len, lists)), seq_lens.shape[0], numbers)
 
-    def launch(
+    def try_launch(
         self, key: Key | None, inputs: tuple[torch.Tensor, torch.Tensor, torch.Tensor]
     ) -> bool:
-        """Launches a broadcast that is known; False if it is not, or its inputs want checks."""
-        with self._lock:
-            known = self._known.get(key)
-            if known is None:
-                return False
-            library, step, args = known
-            return library.launch_step(step, args.rows, *inputs, None)
+        """Launches what is known; False if it is not, or its inputs want checks."""
+        known = None if key is None else self._known.get(key)
+        if known is None:
+            return False
+        launch, rows = known
+        return launch.try_launch(rows, *inputs, None)
 
     def add(
         self,
         key: Key,
-        device: torch.device,
-        args: direct.Fused,
-        written: Iterable[tuple[int, int]],
+        launch: PreparedLaunch,
+        rows: NativeRows,
+        max_len: int,
+        memory: WrittenMemory,
     ) -> None:
-        """Remembers a broadcast that was checked and launched.
+        """Remembers a launch that was checked; one that is known already was declined.
 
         Args:
           key: its key.
-          device: where it runs.
-          args: its launch; `max_len` is what the tables have whatever the pool has.
-          written: the memory that it writes, as addresses.
+          launch: itself.
+          rows: its rows.
+          max_len: the columns of its tables, which it writes whatever the pool has.
+          memory: what it writes.
         """
-        api = exchange_api()
-        assert api  # as there is a key
-        size = len(key.destinations) // ctypes.sizeof(direct.Tensor)
-        described = (direct.Tensor * size).from_buffer_copy(key.destinations)
-        step = direct.Step.of(
-            args, described, merged(sorted(written)), api, min_columns=args.max_len
+        if key in self._known:
+            report_declined(self._known[key][0].declined)
+            return
+        launch.watch(
+            exchange_api(),
+            memory.tensors[:1],
+            unchanged=False,
+            written=memory.spans,
+            min_columns=max_len,
         )
-        library = direct.library(platform_of(device))
         with self._lock:
             if len(self._known) >= _MOST:
                 del self._known[next(iter(self._known))]
-            self._known[key] = library, step, args
+            self._known[key] = launch, rows

@@ -1,9 +1,9 @@
 """The functions that engines call today, with their names, on torch tensors.
 
-The names, arguments and return values are those of the source documents' CUDA kernels. They run the
-kernels of the FFI library on PyTorch's current stream, for any batch size and number of backends;
-given CPU tensors, its CPU functions. Each raises ValueError or TypeError, before anything is
-written, where an argument is wrong, and RuntimeError where the library was not built.
+The names, arguments and return values are those of the source documents' CUDA kernels. They run
+kernels of the native library on PyTorch's current stream, for any batch size and number of
+backends; given CPU tensors, its CPU functions. Each raises ValueError or TypeError, before anything
+is written, where an argument is wrong, and RuntimeError where the library was not built.
 """
 
 from collections.abc import Sequence
@@ -11,30 +11,23 @@ from typing import Any
 
 import torch
 
-from jaxnsa import checks, direct
-from jaxnsa.ffi import VARIANTS
-from jaxnsa.interop.broadcasts import Broadcasts
-from jaxnsa.interop.direct_path import (
-    on_device,
-    rows_struct,
-    set_backends,
-    set_inputs,
-    set_vector,
-    stream_of,
-)
-from jaxnsa.interop.registration import FIELDS, TABLES, field_of
-from jaxnsa.interop.tensors import (
+from jaxnsa import argument_checks
+from jaxnsa.implementations.ffi import VARIANTS
+from jaxnsa.implementations.native_library import NativeRows, PreparedLaunch, unavailable
+from jaxnsa.interop.launch_cache import LaunchCache
+from jaxnsa.interop.launches import library_for, native_rows, on_device, prepared, stream_of
+from jaxnsa.interop.registration import field_of
+from jaxnsa.interop.tensor_checks import (
     Checked,
-    check_rows,
+    WrittenMemory,
+    checked,
     checked_pool,
     checked_vector,
-    extent,
-    platform_of,
 )
-from jaxnsa.metadata import ForwardMode, NSAMetadata
-from jaxnsa.spec import MAX_LEN, Rows, Spec
+from jaxnsa.metadata import FIELDS, Extent, ForwardMode, NSAMetadata
+from jaxnsa.spec import INT32_MAX, MAX_LEN, Rows, Spec
 
-_BROADCASTS = Broadcasts()
+_LAUNCHES = LaunchCache()
 
 
 def fused_metadata_precompute_and_broadcast_cuda(
@@ -69,14 +62,14 @@ def fused_metadata_precompute_and_broadcast_cuda(
       nsa_index_topk: the indexer's top-k, in tokens.
       real_page_size: tokens in a physical page.
     """
-    numbers = _check_numbers(max_len, nsa_index_topk, real_page_size)
+    numbers = _checked_numbers(max_len, nsa_index_topk, real_page_size)
     inputs = (seq_lens, req_pool_indices, req_to_token)
-    lists: dict[str, Sequence[torch.Tensor | None]] = {
+    given: dict[str, Any] = {
         "cache_seqlens": cache_seqlens_list,
         "cu_seqlens_k": cu_seqlens_k_list,
+        "page_indices": page_indices_list,
         "nsa_cache_seqlens": nsa_cache_seqlens_list,
         "nsa_cu_seqlens_k": nsa_cu_seqlens_k_list,
-        "page_indices": page_indices_list,
     }
     if real_page_size > 1:
         if real_page_table_list is None:
@@ -84,16 +77,20 @@ def fused_metadata_precompute_and_broadcast_cuda(
                 f"real_page_table_list: got None, expected tensors as real_page_size is "
                 f"{real_page_size}"
             )
-        lists["real_page_table"] = real_page_table_list
+        given["real_page_table"] = real_page_table_list
+    # Fields that there is no list for are left out.
+    lists = {field: given[field] for field in FIELDS if field in given}
     for field, tensors in lists.items():
         if not isinstance(tensors, list | tuple):
-            raise TypeError(f"{field}_list: got {_described(tensors)}, expected a list of tensors")
-    key = _BROADCASTS.key(seq_lens, lists.values(), numbers)
-    if _BROADCASTS.launch(key, inputs):
+            raise TypeError(
+                f"{field}_list: got {argument_checks.described(tensors)}, expected a list of "
+                f"tensors"
+            )
+    key = _LAUNCHES.key(seq_lens, lists.values(), numbers)
+    if _LAUNCHES.try_launch(key, inputs):
         return
-    read = _check_inputs(*inputs)
-    args = _fused(read, *numbers)
-    sizes = _sizes(args)
+    read = _checked_inputs(*inputs)
+    spec = _decode_spec(read, *numbers)
     written = []
     for field, tensors in lists.items():
         if len(tensors) != len(cache_seqlens_list):
@@ -102,17 +99,23 @@ def fused_metadata_precompute_and_broadcast_cuda(
                 f"in cache_seqlens_list"
             )
         for k, tensor in enumerate(tensors):
-            name = f"{field}_list[{k}]"
-            written.append(_check_written(name, tensor, sizes[field], seq_lens.device, read))
+            written.append(
+                _checked_output(f"{field}_list[{k}]", tensor, spec.shapes()[field].shape, seq_lens)
+            )
+    memory = WrittenMemory(written)
+    memory.check_apart(read)
     backends = [
         {field: tensors[k] for field, tensors in lists.items()}
         for k in range(len(cache_seqlens_list))
     ]
-    groups = _groups(backends)
+    native = library_for(seq_lens.device)
+    rows = native_rows(native, spec.rows)
+    groups = _groups(backends, native.max_backends)
     for group in groups:
-        _launch_fused(args, group, seq_lens.device)
+        launch = prepared(native, spec, group)
+        _launch(launch, rows, read, seq_lens.device)
     if len(groups) == 1 and key is not None:
-        _BROADCASTS.add(key, seq_lens.device, args, written)
+        _LAUNCHES.add(key, launch, rows, spec.max_len, memory)
 
 
 def precompute_decode_metadata_cuda(
@@ -132,14 +135,17 @@ def precompute_decode_metadata_cuda(
     Returns:
       NSAMetadata of int32 tensors; its docstring gives the shapes.
     """
-    numbers = _check_numbers(max_len, nsa_index_topk, real_page_size)
-    args = _fused(_check_inputs(seq_lens, req_pool_indices, req_to_token), *numbers)
-    backend = {
-        field: torch.empty(size, dtype=torch.int32, device=seq_lens.device)
-        for field, size in _sizes(args).items()
+    numbers = _checked_numbers(max_len, nsa_index_topk, real_page_size)
+    read = _checked_inputs(seq_lens, req_pool_indices, req_to_token)
+    spec = _decode_spec(read, *numbers)
+    backend: dict[str, Any] = {
+        field: torch.empty(array.shape, dtype=torch.int32, device=seq_lens.device)
+        for field, array in spec.shapes().items()
     }
-    _launch_fused(args, [backend], seq_lens.device)
-    return NSAMetadata(**({"real_page_table": None} | backend))  # type: ignore[arg-type]
+    native = library_for(seq_lens.device)
+    launch = prepared(native, spec, [backend])
+    _launch(launch, native_rows(native, spec.rows), read, seq_lens.device)
+    return spec.metadata(backend)
 
 
 def fused_metadata_copy_cuda(precomputed: Any, metadata: Any) -> None:
@@ -150,35 +156,33 @@ def fused_metadata_copy_cuda(precomputed: Any, metadata: Any) -> None:
         or absent ones are left out.
       metadata: the same, of tensors at least as large.
     """
-    args = direct.Copy()
-    args.num_backends = 1
-    device = None
-    for k, field in enumerate(FIELDS):
-        source = field_of(precomputed, field)
-        if source is None:
+    read: list[Checked] = []
+    written: list[Checked] = []
+    arrays: list[tuple[int, int, int, int, int]] = []
+    for field in FIELDS.values():
+        value = field_of(precomputed, field.name)
+        if value is None:
             continue
-        name = f"precomputed.{field}"
-        if not isinstance(source, torch.Tensor) or source.dtype != torch.int32:
-            raise TypeError(f"{name}: got {_described(source)}, expected an int32 torch.Tensor")
-        if source.dim() != (2 if field in TABLES else 1) or not source.is_contiguous():
-            raise ValueError(
-                f"{name}: got shape {tuple(source.shape)} and strides {source.stride()}, expected "
-                f"a contiguous {'matrix' if field in TABLES else 'vector'}"
-            )
-        device = device or source.device
-        if source.device != device:
-            raise ValueError(f"{name}: got a tensor on {source.device}, expected {device}")
-        target = field_of(metadata, field)
-        own = {name: Checked(source, *extent(source))}
-        _check_written(f"metadata.{field}", target, tuple(source.shape), device, own)
-        rows, columns = source.shape if source.dim() == 2 else (1, len(source))
-        stride = target.stride(0) if source.dim() == 2 else columns
-        args.arrays[k] = direct.CopiedArray(source.data_ptr(), rows, columns, stride, 0)
-        args.destinations[0][k] = target.data_ptr()
-    if device is None:
+        device = read[0].tensor.device if read else None
+        dimensions = 2 if field.extent is Extent.TABLE else 1
+        name = f"precomputed.{field.name}"
+        source = checked(name, value, device=device, dimensions=dimensions)
+        if not value.is_contiguous():
+            raise ValueError(f"{name}: got strides {value.stride()}, expected a contiguous matrix")
+        target = _checked_output(
+            f"metadata.{field.name}", field_of(metadata, field.name), source.shape, value
+        )
+        read.append(source)
+        written.append(target)
+        rows, columns = source.shape if dimensions == 2 else (1, *source.shape)
+        stride = target.tensor.stride(0) if dimensions == 2 else columns
+        arrays.append((source.start, rows, columns, target.start, stride))
+    if not read:
         raise ValueError("precomputed: got no tensors, expected those of NSAMetadata's fields")
-    library = direct.library(platform_of(device))
-    on_device(device, lambda: library.copy_metadata(stream_of(device), args))
+    WrittenMemory(written).check_apart(read)
+    device = read[0].tensor.device
+    native = library_for(device)
+    on_device(device, lambda: native.copy(stream_of(device), arrays))
 
 
 def fill_draft_extend_metadata_cuda(
@@ -254,11 +258,10 @@ def fill_draft_extend_metadata_fused_simple(
     Returns:
       seqlens_expanded and nsa_cache_seqlens, int32 [total]. Their size waits for the device.
     """
-    if not isinstance(extend_seq_lens, torch.Tensor):
-        raise TypeError(
-            f"extend_seq_lens: got {_described(extend_seq_lens)}, expected a torch.Tensor"
-        )
-    total = int(extend_seq_lens.clamp(min=0).sum())
+    checked_vector("extend_seq_lens", extend_seq_lens, None, None)
+    total = int(extend_seq_lens.clamp(0, INT32_MAX).sum())
+    if total > INT32_MAX:
+        raise ValueError(f"extend_seq_lens: got {total} rows in all, expected at most {INT32_MAX}")
     expanded, clamped = torch.empty(
         (2, total), dtype=torch.int32, device=extend_seq_lens.device
     ).unbind()
@@ -276,7 +279,7 @@ def get_kernel_info() -> dict[str, Any]:
       - "prefix_sum_fusion" (bool): the default's prefix sum is part of its launch.
     """
     platform = "gpu" if torch.cuda.is_available() else "cpu"
-    reason = direct.unavailable(platform)
+    reason = unavailable(platform)
     variants = VARIANTS["fill_draft_extend_metadata"]
     return {
         "available": reason is None,
@@ -288,111 +291,80 @@ def get_kernel_info() -> dict[str, Any]:
     }
 
 
-def _check_numbers(max_len: int, nsa_index_topk: int, real_page_size: int) -> tuple[int, int, int]:
+def _checked_numbers(
+    max_len: int, nsa_index_topk: int, real_page_size: int
+) -> tuple[int, int, int]:
     return (
-        checks.integer("max_len", max_len, 1, MAX_LEN),
-        checks.integer("nsa_index_topk", nsa_index_topk, 1),
-        checks.integer("real_page_size", real_page_size, 1),
+        argument_checks.integer("max_len", max_len, 1, MAX_LEN),
+        argument_checks.integer("nsa_index_topk", nsa_index_topk, 1),
+        argument_checks.integer("real_page_size", real_page_size, 1),
     )
 
 
-def _check_inputs(
+def _checked_inputs(
     seq_lens: torch.Tensor, req_pool_indices: torch.Tensor, req_to_token: torch.Tensor
-) -> dict[str, Checked]:
-    """The inputs of a decode step by name."""
-    if not isinstance(seq_lens, torch.Tensor):
-        raise TypeError(f"seq_lens: got {_described(seq_lens)}, expected a torch.Tensor")
-    device = seq_lens.device
-    lengths = checked_vector("seq_lens", seq_lens, device, None)
-    return {
-        "seq_lens": lengths,
-        "req_pool_indices": checked_vector(
-            "req_pool_indices", req_pool_indices, device, len(seq_lens)
-        ),
-        "req_to_token": checked_pool(req_to_token, device),
-    }
-
-
-def _fused(
-    read: dict[str, Checked], max_len: int, nsa_index_topk: int, real_page_size: int
-) -> direct.Fused:
-    """Everything but the destinations."""
-    pool = read["req_to_token"]
-    args = direct.Fused()
-    args.max_len = checks.integer("max_len", max_len, 1, pool.tensor.shape[1])
-    args.real_page_size = real_page_size
-    args.tail = direct.TAILS.index("copy")
-    args.rows = rows_struct(
-        Rows.of(ForwardMode.DECODE, len(read["seq_lens"].tensor)), nsa_index_topk
+) -> tuple[Checked, Checked, Checked]:
+    """The inputs of a decode step, in this order."""
+    lengths = checked_vector("seq_lens", seq_lens, None, None)
+    return (
+        lengths,
+        checked_vector("req_pool_indices", req_pool_indices, seq_lens.device, len(seq_lens)),
+        checked_pool(req_to_token, seq_lens.device),
     )
-    set_inputs(args, read["seq_lens"], read["req_pool_indices"], pool)
-    return args
 
 
-def _sizes(args: direct.Fused) -> dict[str, tuple[int, ...]]:
-    """What a decode step writes of each array."""
-    spec = Spec(
-        rows=Rows.of(ForwardMode.DECODE, args.rows.requests),
-        max_len=args.max_len,
-        nsa_index_topk=args.rows.nsa_index_topk,
-        real_page_size=args.real_page_size,
+def _checked_output(name: str, value: Any, size: tuple[int, ...], beside: torch.Tensor) -> Checked:
+    """`value`, which must be an int32 tensor that has room for `size`."""
+    return checked(name, value, device=beside.device, dimensions=len(size), at_least=size)
+
+
+def _decode_spec(
+    read: tuple[Checked, Checked, Checked], max_len: int, nsa_index_topk: int, real_page_size: int
+) -> Spec:
+    """A decode step of these inputs."""
+    seq_lens, _, pool = read
+    return Spec(
+        rows=Rows.of(ForwardMode.DECODE, seq_lens.shape[0]),
+        max_len=argument_checks.integer("max_len", max_len, 1, pool.shape[1]),
+        nsa_index_topk=nsa_index_topk,
+        real_page_size=real_page_size,
         wide_table=True,
         tail="copy",
     )
-    return {field: array.shape for field, array in vars(spec.shapes()).items() if array is not None}
 
 
-def _check_written(
-    name: str,
-    value: Any,
-    size: tuple[int, ...],
-    device: torch.device,
-    read: dict[str, Checked],
-) -> tuple[int, int]:
-    """The memory of `value`, which must be an int32 tensor that holds `size` and is not read."""
-    if not isinstance(value, torch.Tensor) or value.dtype is not torch.int32:
-        raise TypeError(f"{name}: got {_described(value)}, expected an int32 torch.Tensor")
-    if value.device != device:
-        raise ValueError(f"{name}: got a tensor on {value.device}, expected {device}")
-    shape, rows, columns = value.shape, size[0], size[-1]
-    if len(shape) != len(size) or shape[0] < rows or shape[-1] < columns:
-        raise ValueError(f"{name}: got shape {tuple(shape)}, expected at least {size}")
-    span = columns
-    if len(size) == 2:
-        span += (rows - 1) * check_rows(name, value)
-    elif not value.is_contiguous():
-        raise ValueError(f"{name}: got stride {value.stride(0)}, expected a contiguous vector")
-    start = value.data_ptr()
-    if span > 0 and not start:
-        raise ValueError(f"{name}: got a tensor whose memory was freed")
-    end = start + 4 * span
-    for other, (_, first, last) in read.items():
-        if first < end and start < last:
-            raise ValueError(f"{name}: got memory of {other}, which is read; expected its own")
-    return start, end
-
-
-def _groups(backends: list[dict[str, Any]]) -> list[list[dict[str, Any]]]:
-    """Backends as launches take them: so many, whose tables have rows equally far apart."""
-    alike: dict[tuple[int, ...], list[dict[str, Any]]] = {}
+def _groups(
+    backends: list[dict[str, torch.Tensor]], most: int
+) -> list[list[dict[str, torch.Tensor]]]:
+    """Backends as launches take them: at most so many, whose tables have equal strides."""
+    alike: dict[tuple[int, ...], list[dict[str, torch.Tensor]]] = {}
     for backend in backends:
-        strides = tuple(backend[table].stride(0) for table in TABLES if table in backend)
+        strides = tuple(
+            tensor.stride(0)
+            for field, tensor in backend.items()
+            if FIELDS[field].extent is Extent.TABLE
+        )
         alike.setdefault(strides, []).append(backend)
     return [
-        group[first : first + direct.MAX_BACKENDS]
+        group[first : first + most]
         for group in alike.values()
-        for first in range(0, len(group), direct.MAX_BACKENDS)
+        for first in range(0, len(group), most)
     ]
 
 
-def _launch_fused(
-    args: direct.Fused, backends: list[dict[str, torch.Tensor]], device: torch.device
+def _launch(
+    launch: PreparedLaunch,
+    rows: NativeRows,
+    read: tuple[Checked, Checked, Checked],
+    device: torch.device,
 ) -> None:
-    # In decode seqlens_expanded is cache_seqlens, and not every caller has both.
-    complete = [{"seqlens_expanded": backend["cache_seqlens"]} | backend for backend in backends]
-    set_backends(args, complete)
-    library = direct.library(platform_of(device))
-    on_device(device, lambda: library.fused_metadata(stream_of(device), args))
+    seq_lens, req_pool_indices, pool = read
+    on_device(
+        device,
+        lambda: launch.launch(
+            stream_of(device), rows, seq_lens.vector, req_pool_indices.vector, pool.pool, None
+        ),
+    )
 
 
 def _fill(
@@ -403,41 +375,30 @@ def _fill(
     out_seqlens_expanded: torch.Tensor,
     out_nsa_cache_seqlens: torch.Tensor,
 ) -> torch.Tensor:
-    if not isinstance(seq_lens, torch.Tensor):
-        raise TypeError(f"seq_lens: got {_described(seq_lens)}, expected a torch.Tensor")
-    device = seq_lens.device
-    read = {"seq_lens": checked_vector("seq_lens", seq_lens, device, None)}
-    bs = len(seq_lens)
-    read |= {
-        "extend_seq_lens": checked_vector("extend_seq_lens", extend_seq_lens, device, bs),
-    }
-    written = {
-        "out_seqlens_expanded": out_seqlens_expanded,
-        "out_nsa_cache_seqlens": out_nsa_cache_seqlens,
-    }
-    for name, tensor in written.items():
-        _check_written(name, tensor, (0,), device, read)
-    capacity = min(len(out_seqlens_expanded), len(out_nsa_cache_seqlens))
+    lengths = checked_vector("seq_lens", seq_lens, None, None)
+    bs, device = len(seq_lens), seq_lens.device
+    extend = checked_vector("extend_seq_lens", extend_seq_lens, device, bs)
+    expanded = checked("out_seqlens_expanded", out_seqlens_expanded, device=device)
+    clamped = checked("out_nsa_cache_seqlens", out_nsa_cache_seqlens, device=device)
+    WrittenMemory([expanded, clamped]).check_apart([lengths, extend])
+    topk = argument_checks.integer("nsa_index_topk", nsa_index_topk, 1)
+    capacity = min(*expanded.shape, *clamped.shape)
     total = torch.empty((), dtype=torch.int32, device=device)
-    args = direct.DraftExtend()
-    rows = args.rows
-    rows.requests, rows.count = bs, capacity
-    rows.nsa_index_topk = checks.integer("nsa_index_topk", nsa_index_topk, 1)
-    set_vector(rows.seq_lens, read["seq_lens"])
-    set_vector(rows.extend_seq_lens, read["extend_seq_lens"])
-    args.seqlens_expanded = out_seqlens_expanded.data_ptr()
-    args.nsa_cache_seqlens = out_nsa_cache_seqlens.data_ptr()
-    args.total_tokens = total.data_ptr()
-    args.tail = direct.TAILS.index("keep")
-    if variant != "optimized":
-        offsets = torch.empty(bs + 1, dtype=torch.int32, device=device)
-        args.offsets = offsets.data_ptr()
-    library = direct.library(platform_of(device))
-    on_device(device, lambda: library.fill_draft_extend(stream_of(device), variant, args))
+    offsets = torch.empty(0 if variant == "optimized" else bs + 1, dtype=torch.int32, device=device)
+    native = library_for(device)
+    on_device(
+        device,
+        lambda: native.fill_draft_extend_metadata(
+            stream_of(device),
+            variant=variant,
+            rows=native.Rows(bs, capacity, 0, 0),
+            nsa_index_topk=topk,
+            extend_seq_lens=extend.vector,
+            seq_lens=lengths.vector,
+            seqlens_expanded=expanded.start,
+            nsa_cache_seqlens=clamped.start,
+            total_tokens=total.data_ptr(),
+            offsets=offsets.data_ptr(),
+        ),
+    )
     return total
-
-
-def _described(value: Any) -> str:
-    if isinstance(value, torch.Tensor):
-        return f"a {value.dtype} tensor of shape {tuple(value.shape)}"
-    return type(value).__name__

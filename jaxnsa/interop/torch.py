@@ -6,12 +6,14 @@ from typing import Any, Literal
 import jax
 import torch
 
-from jaxnsa import checks, direct
+from jaxnsa import argument_checks
+from jaxnsa.implementations import native_library
 from jaxnsa.interop.direct_path import DirectPath
 from jaxnsa.interop.dlpack_path import DlpackOptions, DlpackPath
 from jaxnsa.interop.registration import Registered
-from jaxnsa.interop.tensors import checked_pool, checked_vector, platform_of
+from jaxnsa.interop.tensor_checks import checked_pool, checked_vector, platform_of
 from jaxnsa.metadata import ForwardMode
+from jaxnsa.spec import INT32_MAX, INT32_MIN
 
 __all__ = ["BackendBuffers", "DlpackOptions", "from_torch", "to_torch"]
 
@@ -29,12 +31,15 @@ def to_torch(tree: Any) -> Any:
 
     Raises:
       TypeError: a leaf is no jax.Array, or one inside a function that is being traced.
+      ValueError: an array was deleted, such as one that was donated.
     """
 
     def tensor(path: Any, array: Any) -> torch.Tensor:
+        name = f"tree{jax.tree_util.keystr(path)}"
         if not isinstance(array, jax.Array) or isinstance(array, jax.core.Tracer):
-            name = f"tree{jax.tree_util.keystr(path)}"
             raise TypeError(f"{name}: got {type(array).__name__}, expected a concrete jax.Array")
+        if array.is_deleted():
+            raise ValueError(f"{name}: got a deleted array, expected one not donated before")
         if array.platform() == "cpu":
             array.block_until_ready()  # PyTorch does not wait for computations on a CPU
         return torch.from_dlpack(array)
@@ -54,11 +59,12 @@ def from_torch(tree: Any) -> Any:
         is no multiple of 64 is copied.
 
     Returns:
-      The same structure of jax.Array; int64 becomes int32 unless `jax_enable_x64` is set.
+      The same structure of jax.Array; int64 becomes int32 unless `jax_enable_x64` is set: a copy,
+      in which a value past int32 is its largest or smallest.
 
     Raises:
       TypeError: a leaf is no torch.Tensor.
-      ValueError: a tensor is not contiguous.
+      ValueError: a tensor is not contiguous, or its memory was freed.
     """
 
     def array(path: Any, tensor: Any) -> jax.Array:
@@ -67,6 +73,10 @@ def from_torch(tree: Any) -> Any:
             raise TypeError(f"{name}: got {type(tensor).__name__}, expected a torch.Tensor")
         if not tensor.is_contiguous():
             raise ValueError(f"{name}: got strides {tensor.stride()}, expected a contiguous tensor")
+        if tensor.numel() and not tensor.data_ptr():
+            raise ValueError(f"{name}: got a tensor whose memory was freed")
+        if tensor.dtype is torch.int64 and not jax.config.jax_enable_x64:  # type: ignore[attr-defined]
+            tensor = tensor.clamp(INT32_MIN, INT32_MAX).to(torch.int32)
         return jax.dlpack.from_dlpack(tensor)
 
     return jax.tree.map_with_path(array, tree)
@@ -79,9 +89,10 @@ class BackendBuffers:
     read them. `update` writes the metadata of a step to the start of each tensor: addresses never
     change, and rows past the batch and columns past the live ones are left alone. Work that was
     queued on PyTorch's current stream before `update` is seen by it, and what is queued there
-    afterwards sees its results; nothing synchronises the device. Not for several threads at once.
+    afterwards sees its results; nothing synchronises the device. Threads that update the same
+    tensors do so one after the other, on their own current streams.
 
-    There are two paths. "direct" launches one kernel of the FFI library on PyTorch's current
+    There are two paths. "direct" launches one kernel of the native library on PyTorch's current
     stream, without JAX; `torch.cuda.graph` captures it. The library itself looks at the tensors of
     a step, and Python only at those that are not as they should be, or at all of them before
     PyTorch 2.10, at some microseconds more. "dlpack" runs any implementation through JAX on a
@@ -108,7 +119,7 @@ class BackendBuffers:
             all backends.
           nsa_index_topk: the indexer's top-k, in tokens.
           real_page_size: tokens in a physical page.
-          path: None takes "direct" where the FFI library can run, otherwise "dlpack".
+          path: None takes "direct" where the native library can run, otherwise "dlpack".
           dlpack: what the path "dlpack" is compiled for, and required by it.
 
         Raises:
@@ -116,13 +127,13 @@ class BackendBuffers:
             memory with another; the message names it.
           RuntimeError: the path that was asked for cannot run; the message says why.
         """
-        topk = checks.integer("nsa_index_topk", nsa_index_topk, 1)
-        page = checks.integer("real_page_size", real_page_size, 1)
+        topk = argument_checks.integer("nsa_index_topk", nsa_index_topk, 1)
+        page = argument_checks.integer("real_page_size", real_page_size, 1)
         self._registered = Registered(buffers, topk, page)
         if path is None:
-            missing = direct.unavailable(platform_of(self._registered.device))
+            missing = native_library.unavailable(platform_of(self._registered.device))
             path = "dlpack" if missing else "direct"
-        checks.one_of("path", path, ("direct", "dlpack"))
+        argument_checks.one_of("path", path, ("direct", "dlpack"))
         self._path: DirectPath | DlpackPath
         if path == "direct":
             self._path = DirectPath(self._registered)
@@ -158,8 +169,8 @@ class BackendBuffers:
           forward_mode: decides the rows, and which of the next arguments must be given.
           num_draft_tokens: in target verify, tokens to verify for each request.
           extend_seq_lens: int32 or int64 [bs], in draft extend, rows of each request.
-          max_total_tokens: in draft extend, the rows that are written: those past the total get
-            lengths of 0. None: all registered rows.
+          max_total_tokens: in draft extend, the rows that are written: padding rows get lengths
+            of 0. None: all registered rows.
 
         Raises:
           ValueError, TypeError: an argument is wrong, or a registered tensor has been freed or
@@ -167,7 +178,7 @@ class BackendBuffers:
         """
         given = (seq_lens, req_pool_indices, req_to_token, extend_seq_lens)
         mode = (forward_mode, num_draft_tokens, max_total_tokens)
-        if isinstance(self._path, DirectPath) and self._path.refresh(*given, *mode):
+        if isinstance(self._path, DirectPath) and self._path.try_run(*given, *mode):
             return
         registered = self._registered
         registered.check_unchanged()
@@ -178,14 +189,11 @@ class BackendBuffers:
         indices = checked_vector("req_pool_indices", req_pool_indices, device, bs)
         pool = checked_pool(req_to_token, device)
         extend = None
-        if rows.tokens_per_request is None:
+        if rows.rows_per_request is None:
             if extend_seq_lens is None:
                 raise ValueError(f"extend_seq_lens: got None, expected a tensor in {forward_mode}")
             extend = checked_vector("extend_seq_lens", extend_seq_lens, device, bs)
-            registered.check_apart("extend_seq_lens", extend)
         elif extend_seq_lens is not None:
             raise ValueError(f"extend_seq_lens: got a tensor, expected None in {forward_mode}")
-        registered.check_apart("seq_lens", lengths)
-        registered.check_apart("req_pool_indices", indices)
-        registered.check_apart("req_to_token", pool)
+        registered.memory.check_apart([lengths, indices, pool, *([extend] if extend else [])])
         self._path.run(rows, lengths, indices, pool, extend)

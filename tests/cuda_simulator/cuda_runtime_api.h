@@ -1,6 +1,6 @@
 // A GPU for tests: CUDA kernels compiled as C++ and run on the CPU, one block after the other. The
 // threads of a block take turns on one stack each, from one barrier to the next, forwards and
-// backwards by turns so that a missing barrier shows. Only what the kernels uses exists.
+// backwards by turns so that a missing barrier shows. Only what the kernels use exists.
 #ifndef JAXNSA_CUDA_SIMULATOR_H_
 #define JAXNSA_CUDA_SIMULATOR_H_
 

@@ -1,4 +1,4 @@
-// The parts of CUB's block-wide reduction that the kernels uses.
+// The parts of CUB's block-wide reduction that the kernels use.
 #ifndef JAXNSA_CUDA_SIMULATOR_BLOCK_REDUCE_H_
 #define JAXNSA_CUDA_SIMULATOR_BLOCK_REDUCE_H_
 

@@ -1,14 +1,17 @@
 // Prefix sums: the variants that the source documents compare.
+//
+// Input of all kernels: x, int32 [n]. Output: out, int32 [n + 1], 0 and the inclusive prefix sum.
 #include <cub/block/block_reduce.cuh>
 #include <cub/block/block_scan.cuh>
 
-#include "cuda.h"
-#include "cuda_launch.h"
+#include "computations.h"
+#include "launch.cuh"
 
 namespace jaxnsa {
 namespace {
 
-// Each block adds up what comes before its tile, out of the L2 cache, and scans the tile.
+// Grid: a block for each tile of kBlockThreads * kItems elements. Block: kBlockThreads threads,
+// which add up what comes before their tile, out of the L2 cache, and scan the tile.
 template <int kBlockThreads, int kItems>
 __global__ void __launch_bounds__(kBlockThreads)
     BlockScanKernel(const int32_t* x, int64_t n, int32_t* out) {
@@ -53,14 +56,16 @@ __global__ void __launch_bounds__(kBlockThreads)
   }
 }
 
+// Grid: one block, of one thread.
 __global__ void SequentialKernel(const int32_t* x, int64_t n, int32_t* out) {
   int32_t sum = 0;
   out[0] = 0;
   for (int64_t i = 0; i < n; ++i) out[i + 1] = sum = Add(sum, x[i]);
 }
 
-// G. E. Blelloch, "Prefix sums and their applications" (1990), in tiles whose totals are carried on,
-// so that any length is right.
+// G. E. Blelloch, "Prefix sums and their applications" (1990), in tiles whose totals are carried
+// on, so that any length is right.
+// Grid: one block, of 512 threads: half a tile.
 constexpr int kBlellochTile = 1024;
 
 __global__ void __launch_bounds__(kBlellochTile / 2)
@@ -107,19 +112,19 @@ __global__ void __launch_bounds__(kBlellochTile / 2)
 
 }  // namespace
 
-std::string Cuda::PrefixSum(Stream stream, PrefixSumVariant variant, const int32_t* x, int64_t n,
-                            int32_t* out) {
-  const char* const name = "prefix_sum";
-  switch (variant) {
-    case PrefixSumVariant::kSequential:
-      return Launch(name, stream, SequentialKernel, 1, 1, x, n, out);
-    case PrefixSumVariant::kBlelloch:
-      return Launch(name, stream, BlellochKernel, 1, kBlellochTile / 2, x, n, out);
-    case PrefixSumVariant::kBlockScan:
-      break;
+void PrefixSum(Stream stream, PrefixSumVariant variant, const int32_t* x, int64_t n, int32_t* out) {
+  const auto launch = [&](auto kernel, int64_t grid, int threads) {
+    Launch("prefix_sum", stream, kernel, grid, threads, x, n, out);
+  };
+  if (variant == PrefixSumVariant::kSequential) {
+    launch(SequentialKernel, 1, 1);
+  } else if (variant == PrefixSumVariant::kBlelloch) {
+    launch(BlellochKernel, 1, kBlellochTile / 2);
+  } else if (n <= 512) {
+    launch(BlockScanKernel<128, 4>, 1, 128);
+  } else {
+    launch(BlockScanKernel<512, 4>, CeilDiv(n, 512 * 4), 512);
   }
-  if (n <= 512) return Launch(name, stream, BlockScanKernel<128, 4>, 1, 128, x, n, out);
-  return Launch(name, stream, BlockScanKernel<512, 4>, CeilDiv(n, 512 * 4), 512, x, n, out);
 }
 
 }  // namespace jaxnsa

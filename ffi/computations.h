@@ -1,0 +1,131 @@
+// What a platform computes: the arguments of each computation and its function. cpu/ and cuda/ each
+// define all of these functions; the build chooses which of them a library consists of.
+//
+// Functions that take a stream queue their work on it, and on a CPU are done when they return. They
+// throw std::runtime_error where a kernel cannot be launched or loaded. They check no arguments.
+#ifndef JAXNSA_COMPUTATIONS_H_
+#define JAXNSA_COMPUTATIONS_H_
+
+#include <cstdint>
+#include <stdexcept>
+#include <string>
+#include <string_view>
+
+#include "fields.h"
+#include "integers.h"
+#include "rows.h"
+
+namespace jaxnsa {
+
+// A cudaStream_t; on a CPU it says nothing.
+using Stream = void*;
+
+// Backends that fit the parameters of one launch.
+constexpr int kMaxBackends = 64;
+
+// The widest page table, in tokens: kernels count the columns of a row in 32 bits.
+constexpr int64_t kMaxLen = int64_t{1} << 30;
+
+// What a table holds past a row's live columns: the pool's content, 0, or what was there.
+enum class Tail : int32_t { kCopy, kZero, kKeep };
+constexpr std::string_view kTailNames[] = {"copy", "zero", "keep"};
+
+// KV slots of each request's tokens, a row for each request.
+struct Pool {
+  const int32_t* req_to_token;
+  int64_t stride;  // elements from row to row
+  int32_t last_row;
+
+  static Pool Of(const int32_t* req_to_token, int64_t rows, int64_t stride) {
+    return {req_to_token, stride, static_cast<int32_t>(rows <= kInt32Max ? rows - 1 : kInt32Max)};
+  }
+
+  // The row of an index, which is clamped into the pool.
+  JAXNSA_HOST_DEVICE const int32_t* row(int32_t index) const {
+    return req_to_token + Min(Max(index, 0), last_row) * stride;
+  }
+};
+
+// How a table lies in memory and what its columns stand for.
+struct TableLayout {
+  int64_t stride;  // elements from row to row
+  int32_t tokens_per_column;
+};
+
+struct FusedMetadataArguments {
+  Rows rows;
+  Vector req_pool_indices;
+  Pool pool;
+  int32_t nsa_index_topk;
+  int32_t max_len;
+  Tail tail;
+  TableLayout tables[kFields];  // by Field, of those that are tables and wanted
+  int32_t num_backends;
+  Backend backends[kMaxBackends];  // all want the same arrays
+
+  int64_t columns(Field table) const { return CeilDiv(max_len, tables[table].tokens_per_column); }
+};
+
+// One array of a copy, contiguous in the source.
+struct CopiedArray {
+  const int32_t* source;
+  int64_t rows;
+  int64_t columns;
+  int64_t destination_stride;  // elements from row to row
+  int64_t tokens_per_column;   // of a table that is copied as far as it is live; otherwise 0
+};
+
+struct CopyArguments {
+  int32_t num_arrays;
+  CopiedArray arrays[kFields];
+  const int32_t* kv_lens;  // [rows] of the tables that are copied as far as they are live
+  int32_t num_backends;
+  int32_t* destinations[kMaxBackends][kFields];
+};
+
+// The lengths of a draft-extend step, whose rows are ragged.
+struct FillDraftExtendMetadataArguments {
+  Rows rows;
+  int32_t nsa_index_topk;
+  Lengths lengths;        // the arrays of [rows]; the others are null
+  int32_t* total_tokens;  // [1]
+  int32_t* offsets;       // [requests + 1] of scratch, for the variants that launch twice
+  bool clears_padding;    // whether padding rows get 0
+};
+
+enum class PrefixSumVariant : int32_t { kBlockScan, kSequential, kBlelloch };
+constexpr std::string_view kPrefixSumVariantNames[] = {"block_scan", "sequential", "blelloch"};
+
+enum class DraftExtendVariant : int32_t { kOptimized, kAdaptive, kBasic };
+constexpr std::string_view kDraftExtendVariantNames[] = {"optimized", "adaptive", "basic"};
+
+// The value of an enum by its name; std::invalid_argument where there is none.
+template <typename Enum, size_t kCount>
+Enum FromName(const char* argument, std::string_view name,
+              const std::string_view (&names)[kCount]) {
+  std::string known;
+  for (size_t k = 0; k < kCount; ++k) {
+    if (name == names[k]) return static_cast<Enum>(k);
+    known += (k > 0 ? ", " : "") + std::string(names[k]);
+  }
+  throw std::invalid_argument(std::string(argument) + ": got " + std::string(name) +
+                              ", expected one of " + known);
+}
+
+void PrefixSum(Stream stream, PrefixSumVariant variant, const int32_t* x, int64_t n, int32_t* out);
+void FillDraftExtendMetadata(Stream stream, DraftExtendVariant variant,
+                             const FillDraftExtendMetadataArguments& args);
+void FusedMetadata(Stream stream, const FusedMetadataArguments& args);
+void Copy(Stream stream, const CopyArguments& args);
+
+// Load kernels on the current device, which the first launch of each would do otherwise.
+void LoadFillDraftExtendMetadata();
+void LoadFusedMetadata();
+void LoadCopy();
+
+// Whether a device is the one that launches go to.
+bool IsCurrentDevice(int device);
+
+}  // namespace jaxnsa
+
+#endif  // JAXNSA_COMPUTATIONS_H_

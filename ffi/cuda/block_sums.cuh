@@ -1,0 +1,43 @@
+// Sums that all threads of a block take together.
+#ifndef JAXNSA_CUDA_BLOCK_SUMS_CUH_
+#define JAXNSA_CUDA_BLOCK_SUMS_CUH_
+
+#include <cstdint>
+#include <cub/block/block_reduce.cuh>
+#include <cub/block/block_scan.cuh>
+
+#include "parameters.cuh"
+
+namespace jaxnsa {
+
+// The sum of `value(i)` over [begin, end), which every thread receives.
+template <typename T, typename Value>
+__device__ T BlockSum(int64_t begin, int64_t end, Value value) {
+  using Reduce = cub::BlockReduce<T, kThreads>;
+  __shared__ typename Reduce::TempStorage temp;
+  __shared__ T result;
+  T sum{};
+  if (begin >= end) return sum;
+  for (int64_t i = begin + threadIdx.x; i < end; i += kThreads) sum = sum + value(i);
+  sum = Reduce(temp).Sum(sum);
+  if (threadIdx.x == 0) result = sum;
+  __syncthreads();
+  sum = result;
+  __syncthreads();
+  return sum;
+}
+
+// The sum of the values of the threads before this one.
+template <typename T>
+__device__ T SumBeforeThread(T value) {
+  using Scan = cub::BlockScan<T, kThreads, cub::BLOCK_SCAN_WARP_SCANS>;
+  __shared__ typename Scan::TempStorage temp;
+  T before;
+  Scan(temp).ExclusiveSum(value, before);
+  __syncthreads();
+  return before;
+}
+
+}  // namespace jaxnsa
+
+#endif  // JAXNSA_CUDA_BLOCK_SUMS_CUH_

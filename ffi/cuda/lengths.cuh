@@ -1,0 +1,120 @@
+// How a block of the fused kernel writes the lengths and prefix sums of 128 requests and of their
+// rows.
+#ifndef JAXNSA_CUDA_LENGTHS_CUH_
+#define JAXNSA_CUDA_LENGTHS_CUH_
+
+#include <cstdint>
+
+#include "block_sums.cuh"
+#include "parameters.cuh"
+
+namespace jaxnsa {
+
+// min(1, topk) + min(2, topk) + ... + min(n, topk), modulo 2^32.
+__device__ inline uint32_t ClampedSeries(int32_t n, int32_t topk) {
+  const uint32_t low = Min(n, topk);
+  const uint32_t triangle = low % 2 == 0 ? low / 2 * (low + 1) : low * (low / 2 + 1);
+  return triangle + (static_cast<uint32_t>(n) - low) * static_cast<uint32_t>(topk);
+}
+
+// The sum of nsa_cache_seqlens over rows 0 to j of a request of q rows, modulo 2^32.
+__device__ inline uint32_t NsaSum(int32_t topk, int32_t cache_seqlen, int32_t q, int32_t j) {
+  return ClampedSeries(Rows::kv_len(cache_seqlen, q, j), topk) -
+         ClampedSeries(Max(cache_seqlen - q, 0), topk);
+}
+
+// Modulo 2^32.
+struct LengthSums {
+  uint32_t cache_seqlens;
+  uint32_t nsa_cache_seqlens;
+
+  friend __device__ LengthSums operator+(LengthSums a, LengthSums b) {
+    return {a.cache_seqlens + b.cache_seqlens, a.nsa_cache_seqlens + b.nsa_cache_seqlens};
+  }
+};
+
+// Writes the lengths and prefix sums of one backend for the 128 requests of a block, one for each
+// thread, and for their rows; sums over earlier requests it takes by itself. Together the `blocks`
+// blocks of a backend also write the padding rows.
+template <bool kRagged>
+__device__ void WriteLengths(const Rows& rows, int32_t topk, int32_t blocks, int32_t block,
+                             const Lengths& to) {
+  struct Request {
+    int32_t cache_seqlen;
+    int32_t q;
+    int32_t first_row;  // at most the number of rows
+    uint32_t nsa_before;
+  };
+  __shared__ Request requests[kThreads];
+  const auto q_of = [&](int64_t i) -> int64_t { return rows.q(i); };
+  const auto sums_of = [&](int32_t cache_seqlen, int32_t q) -> LengthSums {
+    return {static_cast<uint32_t>(cache_seqlen), NsaSum(topk, cache_seqlen, q, q - 1)};
+  };
+  const auto sums = [&](int64_t i) { return sums_of(rows.cache_seqlen(i), rows.q(i)); };
+  const int64_t first = int64_t{block} * kThreads, i = first + threadIdx.x;
+  const int64_t end = first + kThreads < rows.requests ? first + kThreads : rows.requests;
+  const bool exists = i < end;
+
+  const int32_t cache_seqlen = exists ? rows.cache_seqlen(i) : 0, q = exists ? rows.q(i) : 0;
+  const LengthSums before =
+      BlockSum<LengthSums>(0, first, sums) + SumBeforeThread(sums_of(cache_seqlen, q));
+  int64_t first_row = i * rows.rows_per_request, end_row = end * rows.rows_per_request;
+  if (kRagged) {
+    const int64_t rows_before = BlockSum<int64_t>(0, first, q_of);
+    first_row = rows_before + SumBeforeThread<int64_t>(q);
+    end_row = rows_before + BlockSum<int64_t>(first, end, q_of);
+  }
+  const auto at_most_all = [&](int64_t row) {
+    return row < rows.count ? static_cast<int32_t>(row) : rows.count;
+  };
+  requests[threadIdx.x] = {cache_seqlen, q, at_most_all(first_row), before.nsa_cache_seqlens};
+  if (i == 0) {
+    Store(to, 0, RequestSums(0));
+    Store(to, 0, RowSums(0));
+  }
+  if (exists) {
+    Store(to, i, RequestValues(cache_seqlen));
+    Store(to, i + 1, RequestSums(static_cast<int32_t>(before.cache_seqlens + cache_seqlen)));
+  }
+  __syncthreads();
+
+  // Unsigned: a row and the next one of the thread fit 32 bits, which saves registers.
+  const uint32_t last_row = at_most_all(end_row);
+  for (uint32_t row = requests[0].first_row + threadIdx.x; row < last_row; row += kThreads) {
+    int low = 0;
+    if (kRagged) {
+      int high = kThreads - 1;  // the last request that begins at this row or before it
+      while (low < high) {
+        const int middle = (low + high + 1) / 2;
+        if (static_cast<uint32_t>(requests[middle].first_row) <= row) {
+          low = middle;
+        } else {
+          high = middle - 1;
+        }
+      }
+    } else {
+      low = static_cast<int>(row / rows.rows_per_request - static_cast<uint32_t>(first));
+    }
+    const Request request = requests[low];
+    const auto j = static_cast<int32_t>(row - request.first_row);
+    const int32_t kv_len = Rows::kv_len(request.cache_seqlen, request.q, j);
+    Store(to, row, RowValuesOf(kv_len, topk));
+    const uint32_t nsa_sum = request.nsa_before + NsaSum(topk, request.cache_seqlen, request.q, j);
+    Store(to, int64_t{row} + 1, RowSums(static_cast<int32_t>(nsa_sum)));
+  }
+  if (!kRagged) return;
+
+  // The padding rows.
+  const int64_t total = BlockSum<int64_t>(0, rows.requests, q_of);
+  if (total >= rows.count) return;
+  const RowSums nsa_total(
+      static_cast<int32_t>(BlockSum<LengthSums>(0, rows.requests, sums).nsa_cache_seqlens));
+  for (int64_t row = total + i; row < rows.count; row += int64_t{blocks} * kThreads) {
+    Store(to, row, RowValuesOf(0, topk));
+    Store(to, row + 1, nsa_total);
+  }
+}
+
+}  // namespace jaxnsa
+
+#endif  // JAXNSA_CUDA_LENGTHS_CUH_

@@ -1,0 +1,95 @@
+// The parameters of the fused kernel, and how it reaches every backend's.
+#ifndef JAXNSA_CUDA_PARAMETERS_CUH_
+#define JAXNSA_CUDA_PARAMETERS_CUH_
+
+#include <cstddef>
+#include <cstdint>
+
+#include "computations.h"
+
+namespace jaxnsa {
+
+// Threads of a block.
+constexpr int kThreads = 128;
+
+// So many backends or fewer have a kernel of their own.
+constexpr int kFewBackends = 8;
+
+// Division by multiplication: T. Granlund and P. Montgomery, "Division by invariant integers using
+// multiplication" (1994), for dividends below 2^31.
+struct Divisor {
+  int32_t value;
+  int32_t shift;
+  uint32_t multiplier;
+
+  static Divisor Of(int32_t value) {
+    int32_t bits = 0;
+    while ((int64_t{1} << bits) < value) ++bits;
+    const uint64_t multiplier = (uint64_t{1} << (31 + bits)) / value + 1;
+    return {value, 31 + bits, static_cast<uint32_t>(multiplier)};
+  }
+
+  // Rounds towards minus infinity.
+  __device__ int32_t Divide(int32_t x) const {
+    const uint32_t sign = x < 0 ? 0xffffffffu : 0u;
+    const uint64_t magnitude = static_cast<uint32_t>(x) ^ sign;
+    return static_cast<int32_t>(static_cast<uint32_t>((magnitude * multiplier) >> shift) ^ sign);
+  }
+};
+
+// What a row of a table gets: columns below `live` from the pool, then 0 below `end`; in tokens.
+struct RowContent {
+  int32_t live;
+  int32_t end;
+};
+
+// In the order in which the blocks that write tables need them. A multiprocessor fetches parameters
+// 64 bytes at once and waits for each fetch; the first 16 of the first 64 hold no parameters.
+template <int kCapacity>
+struct Parameters {
+  Vector seq_lens;
+  Vector req_pool_indices;
+  int32_t length_rows;     // of the grid, before those of requests
+  int32_t table_requests;  // requests; at least one where padding rows are to be cleared
+  int32_t rows_per_request;
+  int32_t added_tokens;
+
+  Pool pool;
+  int64_t page_indices_stride;
+  int64_t real_page_table_stride;
+  RowContent least;  // of any row
+  int32_t max_len;
+  Divisor page_size;
+
+  int32_t num_backends;
+  Tables tables[kCapacity];
+
+  Rows rows;
+  int32_t nsa_index_topk;
+  bool clears_padding;
+  int32_t length_blocks;  // of a backend
+  Lengths lengths[kCapacity];
+};
+
+static_assert(offsetof(Parameters<kFewBackends>, pool) == 64 - 16);
+static_assert(offsetof(Parameters<kFewBackends>, num_backends) == 128 - 16);
+
+// Calls `body` with every backend's part. A few are taken one by one rather than in a loop: then
+// their pointers are operands of the instructions, and no indexed load comes first.
+template <int kCapacity, typename Part, typename Body>
+__device__ __forceinline__ void ForEach(const Part (&backends)[kCapacity], int count, Body body) {
+  if constexpr (kCapacity == kFewBackends) {
+#pragma unroll
+    for (int b = 0; b < kCapacity; ++b) {
+      if (b >= count) return;
+      body(backends[b]);
+    }
+  } else {
+#pragma unroll 2
+    for (int b = 0; b < count; ++b) body(backends[b]);
+  }
+}
+
+}  // namespace jaxnsa
+
+#endif  // JAXNSA_CUDA_PARAMETERS_CUH_

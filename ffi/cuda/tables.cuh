@@ -1,0 +1,195 @@
+// How a block of the fused kernel writes its share of one request's rows in both page tables.
+#ifndef JAXNSA_CUDA_TABLES_CUH_
+#define JAXNSA_CUDA_TABLES_CUH_
+
+#include <cstdint>
+
+#include "block_sums.cuh"
+#include "parameters.cuh"
+
+namespace jaxnsa {
+
+// Columns of a tile, a part of a row of `page_indices` that a block moves at once.
+constexpr int kTileColumns = 4 * kThreads;
+
+// kWidth neighbouring elements, moved by one access.
+template <int kWidth>
+struct Access;
+
+template <>
+struct Access<4> {
+  static __device__ void Load(const int32_t* source, int32_t (&value)[4]) {
+    const int4 v = __ldg(reinterpret_cast<const int4*>(source));
+    value[0] = v.x, value[1] = v.y, value[2] = v.z, value[3] = v.w;
+  }
+  // A launch reads nothing that it wrote: those lines are the first that the cache can do without.
+  static __device__ void Store(int32_t* destination, const int32_t (&value)[4]) {
+    __stcs(reinterpret_cast<int4*>(destination), make_int4(value[0], value[1], value[2], value[3]));
+  }
+};
+
+template <>
+struct Access<1> {
+  static __device__ void Load(const int32_t* source, int32_t (&value)[1]) {
+    value[0] = __ldg(source);
+  }
+  static __device__ void Store(int32_t* destination, const int32_t (&value)[1]) {
+    __stcs(destination, value[0]);
+  }
+};
+
+// One request's rows in a table.
+struct RequestContent {
+  int32_t cache_seqlen;
+  int32_t q;
+  int32_t max_len;
+  RowContent least;
+
+  __device__ RowContent of_kv_len(int32_t kv_len) const {
+    const int32_t live = Max(Min(kv_len, max_len), least.live);
+    return {live, Max(live, least.end)};
+  }
+
+  __device__ RowContent row(int32_t j) const {
+    return of_kv_len(Rows::kv_len(cache_seqlen, q, j));
+  }
+
+  // Of its last row, which sees the most tokens.
+  __device__ RowContent longest() const { return of_kv_len(cache_seqlen); }
+};
+
+// What a thread moves of a tile, in registers.
+template <int kWidth>
+struct Tile {
+  static constexpr int kAccesses = kTileColumns / kThreads / kWidth;
+
+  int32_t value[kAccesses][kWidth];
+
+  // The first column of this thread's u-th access in the tile that begins at `begin`.
+  static __device__ int32_t Column(int32_t begin, int u) {
+    return begin + (u * kThreads + static_cast<int32_t>(threadIdx.x)) * kWidth;
+  }
+
+  __device__ void Load(const int32_t* source, int32_t begin, int32_t live) {
+#pragma unroll
+    for (int u = 0; u < kAccesses; ++u) {
+      const int32_t column = Column(begin, u);
+      if (column + kWidth <= live) {
+        Access<kWidth>::Load(source + column, value[u]);
+        continue;
+      }
+#pragma unroll
+      for (int e = 0; e < kWidth; ++e) value[u][e] = column + e < live ? source[column + e] : 0;
+    }
+  }
+
+  // Stores the tile in a row of `page_indices`, and the pages that begin in it in
+  // `real_page_table` if that is wanted. A page begins with an access or in none.
+  template <int kCapacity>
+  __device__ void Store(const Parameters<kCapacity>& args, int32_t begin, int64_t row,
+                        RowContent content) const {
+    const int32_t backends = args.num_backends;
+#pragma unroll
+    for (int u = 0; u < kAccesses; ++u) {
+      const int32_t column = Column(begin, u);
+      const int64_t offset = row * args.page_indices_stride + column;
+      int32_t stored[kWidth];
+#pragma unroll
+      for (int e = 0; e < kWidth; ++e) stored[e] = column + e < content.live ? value[u][e] : 0;
+      if (column + kWidth <= content.end) {
+        ForEach(args.tables, backends, [&](const Tables& to) {
+          Access<kWidth>::Store(to.page_indices + offset, stored);
+        });
+      } else {
+        ForEach(args.tables, backends, [&](const Tables& to) {
+#pragma unroll
+          for (int e = 0; e < kWidth; ++e) {
+            if (column + e < content.end) to.page_indices[offset + e] = stored[e];
+          }
+        });
+      }
+      const int32_t page = args.page_size.Divide(column);
+      if (args.tables[0].real_page_table == nullptr || page * args.page_size.value != column ||
+          column >= content.end) {
+        continue;
+      }
+      const int64_t page_offset = row * args.real_page_table_stride + page;
+      const int32_t number = args.page_size.Divide(stored[0]);
+      ForEach(args.tables, backends,
+              [&](const Tables& to) { to.real_page_table[page_offset] = number; });
+    }
+  }
+};
+
+// Writes a block's share of request i's rows in both tables, and of the padding rows: tiles in a
+// grid stride of gridDim.x blocks.
+template <int kWidth, bool kRagged, int kCapacity>
+__device__ void WriteTables(const Parameters<kCapacity>& args, int32_t i) {
+  // Where there are no requests, one that does not exist clears the padding rows.
+  const bool exists = !kRagged || i < args.rows.requests;
+  // Both loads are issued before either value is used.
+  const int32_t index = exists ? args.req_pool_indices[i] : 0;
+  const int32_t seq_len = exists ? args.seq_lens[i] : 0;
+  const int32_t q = !kRagged ? args.rows_per_request : exists ? args.rows.q(i) : 0;
+  const RequestContent request{Rows::cache_seqlen_of(seq_len, args.added_tokens), q, args.max_len,
+                               args.least};
+  const int32_t* const source = args.pool.row(index);
+
+  // Rows from `total` on are padding rows.
+  int64_t first_row = static_cast<int64_t>(i) * q, total = args.rows.count;
+  int32_t count = q;
+  if (kRagged) {
+    const auto q_of = [&](int64_t k) -> int64_t { return args.rows.q(k); };
+    first_row = BlockSum<int64_t>(0, i, q_of);
+    if (args.clears_padding) {
+      total = first_row + q + BlockSum<int64_t>(i + 1, args.rows.requests, q_of);
+    }
+    const int64_t room = first_row < args.rows.count ? args.rows.count - first_row : 0;
+    count = room < q ? static_cast<int32_t>(room) : q;
+  }
+  const RowContent padding{0, kRagged && args.clears_padding ? args.max_len : 0};
+  const RowContent longest = !kRagged || count > 0 ? request.longest() : padding;
+  // Calls `write` with every row and what it gets.
+  const auto for_rows = [&](auto write) {
+#pragma unroll 1
+    for (int32_t j = 0; j < count; ++j) write(first_row + j, request.row(j));
+    if constexpr (kRagged) {
+#pragma unroll 1
+      for (int64_t row = total + i; row < args.rows.count; row += args.table_requests) {
+        write(row, padding);
+      }
+    }
+  };
+
+  const auto block = static_cast<int32_t>(blockIdx.x), blocks = static_cast<int32_t>(gridDim.x);
+  if (args.tables[0].page_indices != nullptr) {
+#pragma unroll 1
+    for (int32_t begin = block * kTileColumns; begin < longest.end;
+         begin += blocks * kTileColumns) {
+      Tile<kWidth> tile;
+      tile.Load(source, begin, longest.live);
+      for_rows([&](int64_t row, RowContent content) { tile.Store(args, begin, row, content); });
+    }
+    return;
+  }
+  // Only the first token of each page is read.
+#pragma unroll 1
+  for (int32_t page = block * kThreads + static_cast<int32_t>(threadIdx.x);;
+       page += blocks * kThreads) {
+    const int64_t token = int64_t{page} * args.page_size.value;
+    if (token >= longest.end) return;
+    const int32_t number =
+        token < longest.live ? args.page_size.Divide(__ldg(source + token)) : 0;
+    for_rows([&](int64_t row, RowContent content) {
+      if (token >= content.end) return;
+      const int64_t offset = row * args.real_page_table_stride + page;
+      const int32_t stored = token < content.live ? number : 0;
+      ForEach(args.tables, args.num_backends,
+              [&](const Tables& to) { to.real_page_table[offset] = stored; });
+    });
+  }
+}
+
+}  // namespace jaxnsa
+
+#endif  // JAXNSA_CUDA_TABLES_CUH_

@@ -1,0 +1,153 @@
+"""Writes the C++ description of the arrays of `NSAMetadata` out of `jaxnsa/metadata.py`.
+
+CMake runs it whenever one of the two changes. Kernels store through the structs and functions that
+it writes: a value struct cannot be constructed without a value for each of its arrays, so that a
+kernel that leaves an array out does not compile.
+"""
+
+import importlib.util
+import re
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+HEADER = """\
+// Written by generate_fields.py out of jaxnsa/metadata.py: do not edit.
+#ifndef JAXNSA_FIELDS_H_
+#define JAXNSA_FIELDS_H_
+
+#include <cstdint>
+
+#include "integers.h"
+
+namespace jaxnsa {
+"""
+
+FOOTER = """
+}  // namespace jaxnsa
+
+#endif  // JAXNSA_FIELDS_H_
+"""
+
+VALUES = {
+    "requests": ("RequestValues", "The arrays of [requests]: what they hold for a request."),
+    "requests + 1": ("RequestSums", "The arrays of [requests + 1]: sums over the requests before."),
+    "rows": ("RowValues", "The arrays of [rows]: what they hold for a row."),
+    "rows + 1": ("RowSums", "The arrays of [rows + 1]: sums over the rows before."),
+}
+"""By extent, the struct of what a kernel stores at one index."""
+
+
+def main(metadata_path: str, header_path: str) -> None:
+    """Writes the header."""
+    metadata = load(Path(metadata_path))
+    Path(header_path).write_text(header(metadata.FIELDS, metadata.Extent))
+
+
+def load(path: Path) -> ModuleType:
+    """`jaxnsa/metadata.py` by itself, without importing the package that is being built."""
+    spec = importlib.util.spec_from_file_location("jaxnsa_metadata", path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # where dataclasses look their module up
+    spec.loader.exec_module(module)
+    return module
+
+
+def header(fields: Any, extents: Any) -> str:
+    """The header for a mapping of `Field` by name and the enum of extents."""
+    tables = [name for name, field in fields.items() if field.extent.value == "table"]
+    lengths = [name for name in fields if name not in tables]
+    parts = [
+        HEADER,
+        "// What an array has an element for, and a table a row.\n"
+        + _enum("enum class Extent : int32_t", [extent.value for extent in extents]),
+        "// The arrays of a backend.\n" + _enum("enum Field : int32_t", fields),
+        f"constexpr int kFields = {len(fields)};\n",
+        _descriptions(fields),
+        _pointers(
+            "Lengths", "The arrays of a backend that are no tables; null: not wanted.", lengths
+        ),
+        _pointers("Tables", "The tables of a backend; null: not wanted.", tables),
+        _backend(fields, tables),
+    ]
+    for extent, (struct, comment) in VALUES.items():
+        names = [name for name, field in fields.items() if field.extent.value == extent]
+        parts += [_values(struct, comment, names), _store(struct, names)]
+    return "\n".join(parts) + FOOTER
+
+
+def _constant(name: str) -> str:
+    return "k" + "".join(
+        word.capitalize() for word in re.split(r"[_ ]+", name.replace("+", "plus"))
+    )
+
+
+def _enum(declaration: str, names: Iterable[str]) -> str:
+    body = "".join(f"  {_constant(name)},\n" for name in names)
+    return f"{declaration} {{\n{body}}};\n"
+
+
+def _descriptions(fields: Any) -> str:
+    rows = "".join(
+        f'    {{"{name}", "{field.extent.value}", Extent::{_constant(field.extent.value)}}},\n'
+        for name, field in fields.items()
+    )
+    return (
+        "struct FieldDescription {\n"
+        "  const char* name;\n"
+        "  const char* extent_name;\n"
+        "  Extent extent;\n"
+        "};\n\n"
+        "// By Field.\n"
+        f"constexpr FieldDescription kFieldDescriptions[kFields] = {{\n{rows}}};\n"
+    )
+
+
+def _pointers(struct: str, comment: str, names: list[str]) -> str:
+    body = "".join(f"  int32_t* {name};\n" for name in names)
+    return f"// {comment}\nstruct {struct} {{\n{body}}};\n"
+
+
+def _backend(fields: Any, tables: list[str]) -> str:
+    members = [f"{'tables' if name in tables else 'lengths'}.{name}" for name in fields]
+    cases = "".join(
+        f"    case {_constant(name)}:\n      return backend.{member};\n"
+        for name, member in zip(fields, members, strict=True)
+    )
+    return (
+        "// All arrays of a backend.\n"
+        "struct Backend {\n  Lengths lengths;\n  Tables tables;\n};\n\n"
+        "inline int32_t*& ArrayOf(Backend& backend, Field field) {\n"
+        f"  switch (field) {{\n{cases}  }}\n"
+        "  __builtin_unreachable();\n}\n"
+    )
+
+
+def _values(struct: str, comment: str, names: list[str]) -> str:
+    members = "".join(f"  int32_t {name};\n" for name in names)
+    parameters = ", ".join(f"int32_t {name}_value" for name in names)
+    initializers = ", ".join(f"{name}({name}_value)" for name in names)
+    return (
+        f"// {comment}\n"
+        f"struct {struct} {{\n{members}\n"
+        f"  JAXNSA_HOST_DEVICE explicit {struct}({parameters})\n"
+        f"      : {initializers} {{}}\n"
+        "};\n"
+    )
+
+
+def _store(struct: str, names: list[str]) -> str:
+    body = "".join(
+        f"  if (to.{name} != nullptr) to.{name}[index] = values.{name};\n" for name in names
+    )
+    return (
+        "JAXNSA_HOST_DEVICE void Store(const Lengths& to, int64_t index, "
+        f"const {struct}& values) {{\n{body}}}\n"
+    )
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,36 @@
+// Integer arithmetic that the CPU and the CUDA code share.
+#ifndef JAXNSA_INTEGERS_H_
+#define JAXNSA_INTEGERS_H_
+
+#include <cstdint>
+
+#ifdef __CUDACC__
+#define JAXNSA_HOST_DEVICE __host__ __device__ __forceinline__
+#else
+#define JAXNSA_HOST_DEVICE inline
+#endif
+
+namespace jaxnsa {
+
+constexpr int32_t kInt32Max = 0x7fffffff;
+
+JAXNSA_HOST_DEVICE int32_t Min(int32_t a, int32_t b) { return a < b ? a : b; }
+JAXNSA_HOST_DEVICE int32_t Max(int32_t a, int32_t b) { return a > b ? a : b; }
+
+// Wraps.
+JAXNSA_HOST_DEVICE int32_t Add(int32_t a, int32_t b) {
+  return static_cast<int32_t>(static_cast<uint32_t>(a) + static_cast<uint32_t>(b));
+}
+
+// Rounds towards minus infinity.
+JAXNSA_HOST_DEVICE int32_t FloorDiv(int32_t x, int32_t divisor) {
+  const int32_t quotient = x / divisor;
+  return quotient - (x % divisor < 0);
+}
+
+// For a >= 0 and b > 0.
+JAXNSA_HOST_DEVICE int64_t CeilDiv(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+}  // namespace jaxnsa
+
+#endif  // JAXNSA_INTEGERS_H_

@@ -1,0 +1,117 @@
+#include "prepared_launch.h"
+
+#include <algorithm>
+#include <cstring>
+
+namespace jaxnsa {
+
+namespace nb = nanobind;
+
+void PreparedLaunch::Watch(nb::handle exchange_api, nb::list tensors, bool unchanged,
+                           std::vector<Span> written, int64_t min_columns) {
+  const ExchangeApi* const api = ExchangeApiOf(exchange_api.ptr());
+  if (api == nullptr) {
+    declined_ = "the DLPack C exchange API is of another version than 1";
+    return;
+  }
+  expected_.clear();
+  unchanged_.clear();
+  for (nb::handle tensor : tensors) {
+    Tensor described;
+    if (!Describe(*api, tensor.ptr(), &described)) {
+      declined_ = "a registered tensor cannot be described by DLPack";
+      return;
+    }
+    expected_.push_back(described);
+    if (unchanged) unchanged_.push_back(nb::borrow(tensor));
+  }
+  written_ = std::move(written);
+  min_columns_ = min_columns;
+  api_ = api;
+}
+
+bool PreparedLaunch::TryLaunch(const Rows& rows, nb::handle seq_lens, nb::handle req_pool_indices,
+                               nb::handle req_to_token, nb::handle extend_seq_lens) {
+  if (api_ == nullptr) return false;
+  if (!IsCurrentDevice(expected_[0].device_id)) return Decline("another device is current");
+  for (size_t k = 0; k < unchanged_.size(); ++k) {
+    Tensor now;
+    if (!Describe(*api_, unchanged_[k].ptr(), &now) ||
+        std::memcmp(&now, &expected_[k], sizeof(now)) != 0) {
+      return Decline("registered tensor " + std::to_string(k) + " has changed");
+    }
+  }
+  args_.rows = rows;
+  if (rows.ragged() == extend_seq_lens.is_none()) {
+    return Decline("extend_seq_lens: there, or not, against the forward mode");
+  }
+  if (!TakeVector(seq_lens, "seq_lens", rows.requests, &args_.rows.seq_lens) ||
+      !TakeVector(req_pool_indices, "req_pool_indices", rows.requests, &args_.req_pool_indices) ||
+      !TakePool(req_to_token) ||
+      (rows.ragged() && !TakeVector(extend_seq_lens, "extend_seq_lens", rows.requests,
+                                    &args_.rows.extend_seq_lens))) {
+    return false;
+  }
+  Stream stream;
+  if (!CurrentStream(*api_, expected_[0], &stream)) return Decline("there is no current stream");
+  FusedMetadata(stream, args_);
+  return true;
+}
+
+void PreparedLaunch::Launch(Stream stream, const Rows& rows, Vector seq_lens,
+                            Vector req_pool_indices, const CheckedPool& pool,
+                            std::optional<Vector> extend_seq_lens) {
+  args_.rows = rows;
+  args_.rows.seq_lens = seq_lens;
+  args_.req_pool_indices = req_pool_indices;
+  args_.pool = Pool::Of(reinterpret_cast<const int32_t*>(pool.address), pool.rows, pool.stride);
+  args_.max_len = static_cast<int32_t>(std::min<int64_t>(max_len_, pool.columns));
+  if (extend_seq_lens) args_.rows.extend_seq_lens = *extend_seq_lens;
+  FusedMetadata(stream, args_);
+}
+
+bool PreparedLaunch::DescribeInput(nb::handle object, const char* name, int32_t dimensions,
+                                   Tensor* out) {
+  const Tensor& there = expected_[0];
+  if (Describe(*api_, object.ptr(), out) && out->dimensions == dimensions &&
+      out->device_type == there.device_type && out->device_id == there.device_id) {
+    return true;
+  }
+  return Decline(std::string(name) + ": DLPack does not describe it as expected");
+}
+
+bool PreparedLaunch::TakeVector(nb::handle object, const char* name, int64_t size, Vector* out) {
+  Tensor tensor;
+  if (!DescribeInput(object, name, 1, &tensor)) return false;
+  if ((tensor.int_bits != 32 && tensor.int_bits != 64) || tensor.shape[0] != size ||
+      (size > 1 && tensor.strides[0] != 1) || (size > 0 && tensor.address == 0)) {
+    return Decline(std::string(name) + ": of another type, size or stride than expected");
+  }
+  *out = {reinterpret_cast<const void*>(tensor.address), tensor.int_bits / 8};
+  return IsApart(name, tensor.address, tensor.address + size * out->itemsize);
+}
+
+bool PreparedLaunch::TakePool(nb::handle object) {
+  constexpr const char* kName = "req_to_token";
+  Tensor tensor;
+  if (!DescribeInput(object, kName, 2, &tensor)) return false;
+  const int64_t rows = tensor.shape[0], columns = tensor.shape[1], stride = tensor.strides[0];
+  if (tensor.int_bits != 32 || rows < 1 || columns < min_columns_ || tensor.address == 0 ||
+      (columns > 1 && tensor.strides[1] != 1) || (rows > 1 && stride < columns)) {
+    return Decline("req_to_token: of another type, shape or stride than expected");
+  }
+  args_.pool = Pool::Of(reinterpret_cast<const int32_t*>(tensor.address), rows, stride);
+  args_.max_len = static_cast<int32_t>(std::min<int64_t>(max_len_, columns));
+  const auto span = static_cast<uint64_t>((rows - 1) * stride + columns) * sizeof(int32_t);
+  return IsApart(kName, tensor.address, tensor.address + span);
+}
+
+bool PreparedLaunch::IsApart(const char* name, uint64_t begin, uint64_t end) {
+  const auto next =
+      std::upper_bound(written_.begin(), written_.end(), begin,
+                       [](uint64_t address, const Span& span) { return address < span.second; });
+  if (begin == end || next == written_.end() || end <= next->first) return true;
+  return Decline(std::string(name) + ": touches memory that is written");
+}
+
+}  // namespace jaxnsa

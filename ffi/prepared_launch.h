@@ -1,0 +1,78 @@
+// A launch of fused_metadata for an engine whose tensors stay the same from step to step.
+#ifndef JAXNSA_PREPARED_LAUNCH_H_
+#define JAXNSA_PREPARED_LAUNCH_H_
+
+#include <nanobind/nanobind.h>
+
+#include <cstdint>
+#include <optional>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "computations.h"
+#include "dlpack_tensors.h"
+
+namespace jaxnsa {
+
+// Memory from one address to before another.
+using Span = std::pair<uint64_t, uint64_t>;
+
+// Everything that a launch needs but for a step's own arguments. All functions are called with
+// Python's GIL held, so that threads launch one after the other.
+class PreparedLaunch {
+ public:
+  // A step's pool: address, rows, elements from row to row, columns.
+  struct CheckedPool {
+    uint64_t address;
+    int64_t rows;
+    int64_t stride;
+    int64_t columns;
+  };
+
+  // `fixed` lacks a step's rows and inputs; its max_len is the most that a step writes, which
+  // writes no more columns than its pool has.
+  explicit PreparedLaunch(const FusedMetadataArguments& fixed)
+      : args_(fixed), max_len_(fixed.max_len) {}
+
+  // Lets TryLaunch look at tensors by itself. It declines where one of `tensors` is not what it is
+  // now, if `unchanged` says so; where an input is not on their device or touches `written`, memory
+  // in order and apart; and where the pool has fewer columns than `min_columns`.
+  void Watch(nanobind::handle exchange_api, nanobind::list tensors, bool unchanged,
+             std::vector<Span> written, int64_t min_columns);
+
+  // Takes a step's tensors as they are and launches on their framework's current stream. Returns
+  // false, having launched nothing, where anything is not as it should be: why is in `declined`.
+  bool TryLaunch(const Rows& rows, nanobind::handle seq_lens, nanobind::handle req_pool_indices,
+                 nanobind::handle req_to_token, nanobind::handle extend_seq_lens);
+
+  // Launches on a stream with a step's inputs, which the caller has checked.
+  void Launch(Stream stream, const Rows& rows, Vector seq_lens, Vector req_pool_indices,
+              const CheckedPool& pool, std::optional<Vector> extend_seq_lens);
+
+  // Why TryLaunch last declined.
+  const std::string& declined() const { return declined_; }
+
+ private:
+  bool Decline(std::string reason) {
+    declined_ = std::move(reason);
+    return false;
+  }
+  bool DescribeInput(nanobind::handle object, const char* name, int32_t dimensions, Tensor* out);
+  bool TakeVector(nanobind::handle object, const char* name, int64_t size, Vector* out);
+  bool TakePool(nanobind::handle object);
+  bool IsApart(const char* name, uint64_t begin, uint64_t end);
+
+  FusedMetadataArguments args_;
+  const int32_t max_len_;
+  const ExchangeApi* api_ = nullptr;
+  std::vector<nanobind::object> unchanged_;
+  std::vector<Tensor> expected_;  // of unchanged_; the first one is on the device of all
+  std::vector<Span> written_;
+  int64_t min_columns_ = 1;
+  std::string declined_ = "there is no DLPack C exchange API";
+};
+
+}  // namespace jaxnsa
+
+#endif  // JAXNSA_PREPARED_LAUNCH_H_

@@ -1,0 +1,77 @@
+// How table rows map to requests and what each row sees: jaxnsa/spec.py and jaxnsa/metadata.py in
+// C++. Shared by the CPU and the CUDA code; plain data, so that it can be a kernel parameter.
+#ifndef JAXNSA_ROWS_H_
+#define JAXNSA_ROWS_H_
+
+#include <cstdint>
+
+#include "fields.h"
+#include "integers.h"
+
+namespace jaxnsa {
+
+// int32 or int64 values, low word first; int64 values are brought into int32's range.
+struct Vector {
+  const void* data;
+  int32_t itemsize;  // bytes
+
+  JAXNSA_HOST_DEVICE int32_t operator[](int64_t i) const {
+    const auto* const words =
+        reinterpret_cast<const int32_t*>(static_cast<const char*>(data) + i * itemsize);
+    const int32_t low = words[0];
+    if (itemsize == 4) return low;
+    const int32_t high = words[1];
+    return high == low >> 31 ? low : high >> 31 ^ kInt32Max;
+  }
+};
+
+// Request i owns q(i) consecutive rows, its KV length is cache_seqlen(i), and its row j sees
+// kv_len(cache_seqlen(i), q(i), j) tokens. No KV length leaves [0, 2^31 - 1]. The three forward
+// modes are three values of this. Rows past the last request's are padding rows.
+struct Rows {
+  int32_t requests;
+  int32_t count;             // rows; where they are ragged, the capacity
+  int32_t rows_per_request;  // 0: ragged, as many as extend_seq_lens says
+  int32_t added_tokens;      // tokens that the step appends to each request
+  Vector seq_lens;
+  Vector extend_seq_lens;
+
+  JAXNSA_HOST_DEVICE bool ragged() const { return rows_per_request == 0; }
+
+  JAXNSA_HOST_DEVICE int32_t q(int64_t i) const {
+    return ragged() ? Max(extend_seq_lens[i], 0) : rows_per_request;
+  }
+
+  JAXNSA_HOST_DEVICE int32_t cache_seqlen(int64_t i) const {
+    return cache_seqlen_of(seq_lens[i], added_tokens);
+  }
+
+  static JAXNSA_HOST_DEVICE int32_t cache_seqlen_of(int32_t seq_len, int32_t added_tokens) {
+    return Min(Max(seq_len, 0), kInt32Max - added_tokens) + added_tokens;
+  }
+
+  // For 0 <= j < q.
+  static JAXNSA_HOST_DEVICE int32_t kv_len(int32_t cache_seqlen, int32_t q, int32_t j) {
+    return Max(cache_seqlen - q + (j + 1), 0);
+  }
+};
+
+// What the arrays of [rows] hold for a row that sees `kv_len` tokens.
+JAXNSA_HOST_DEVICE RowValues RowValuesOf(int32_t kv_len, int32_t nsa_index_topk) {
+  return RowValues(kv_len, Min(kv_len, nsa_index_topk));
+}
+
+// Column c of a table stands for the tokens from c * tokens_per_column on. It is live where a row
+// sees the first of them.
+JAXNSA_HOST_DEVICE bool IsLive(int64_t column, int64_t tokens_per_column, int32_t kv_len) {
+  return column * tokens_per_column < kv_len;
+}
+
+// How many columns are live in an unlimited table: all from the first one to the last.
+JAXNSA_HOST_DEVICE int64_t LiveColumns(int64_t tokens_per_column, int32_t kv_len) {
+  return CeilDiv(Max(kv_len, 0), tokens_per_column);
+}
+
+}  // namespace jaxnsa
+
+#endif  // JAXNSA_ROWS_H_

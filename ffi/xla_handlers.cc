@@ -1,0 +1,338 @@
+// The XLA FFI handlers: they check what XLA hands over, operand by operand, and call the
+// computation with it. They allocate nothing on the device and do not synchronise, so that XLA may
+// capture them in a CUDA graph.
+#include "xla_handlers.h"
+
+#include <algorithm>
+#include <memory>
+#include <stdexcept>
+#include <string>
+#include <string_view>
+#include <vector>
+
+#include "computations.h"
+#include "xla/ffi/api/ffi.h"
+#include "xla_stream.h"
+
+namespace jaxnsa {
+namespace {
+
+namespace ffi = xla::ffi;
+
+void Expect(bool condition, const std::string& problem) {
+  if (!condition) throw std::invalid_argument(problem);
+}
+
+int32_t Int32(int64_t value, int64_t low, const std::string& name) {
+  Expect(value >= low && value <= kInt32Max,
+         name + ": expected an int32 of at least " + std::to_string(low));
+  return static_cast<int32_t>(value);
+}
+
+// Expects the given dimensions, of which -1 takes any, and int32 elements.
+void ExpectArray(const ffi::AnyBuffer& buffer, const std::string& name,
+                 const std::vector<int64_t>& shape, bool allow_int64 = false) {
+  const ffi::DataType type = buffer.element_type();
+  Expect(type == ffi::DataType::S32 || (type == ffi::DataType::S64 && allow_int64),
+         name + ": expected " + (allow_int64 ? "int32 or int64" : "int32"));
+  const auto dims = buffer.dimensions();
+  bool matches = dims.size() == shape.size();
+  std::string got, expected;
+  for (const int64_t d : dims) got += (got.empty() ? "" : ", ") + std::to_string(d);
+  for (size_t k = 0; k < shape.size(); ++k) {
+    expected += (k > 0 ? ", " : "") + (shape[k] < 0 ? "*" : std::to_string(shape[k]));
+    matches = matches && (shape[k] < 0 || shape[k] == dims[k]);
+  }
+  Expect(matches, name + ": got shape [" + got + "], expected [" + expected + "]");
+}
+
+int32_t* Data(const ffi::AnyBuffer& buffer) {
+  return static_cast<int32_t*>(buffer.untyped_data());
+}
+
+Vector LengthsOf(const ffi::AnyBuffer& buffer, const std::string& name, int64_t size) {
+  ExpectArray(buffer, name, {size}, /*allow_int64=*/true);
+  return {buffer.untyped_data(), buffer.element_type() == ffi::DataType::S64 ? 8 : 4};
+}
+
+// The function of a handler: what is thrown in it becomes XLA's error, with the handler's name.
+template <typename Compute>
+auto Handler(const char* name, Compute compute) {
+  return [name, compute](auto... arguments) {
+    try {
+      compute(arguments...);
+    } catch (const std::invalid_argument& error) {
+      return ffi::Error::InvalidArgument(std::string(name) + ": " + error.what());
+    } catch (const std::exception& error) {
+      return ffi::Error::Internal(error.what());
+    }
+    return ffi::Error::Success();
+  };
+}
+
+// Calls `launch(first, count)` for all backends, as many at once as a launch takes.
+template <typename Launch>
+void ForLaunches(int64_t num_backends, Launch launch) {
+  for (int64_t first = 0; first < num_backends; first += kMaxBackends) {
+    launch(first, static_cast<int32_t>(std::min<int64_t>(num_backends - first, kMaxBackends)));
+  }
+}
+
+void PrefixSumOfBuffers(Stream stream, ffi::AnyBuffer x, ffi::Result<ffi::AnyBuffer> out,
+                        std::string_view variant) {
+  ExpectArray(x, "x", {-1});
+  const int64_t n = x.dimensions()[0];
+  ExpectArray(*out, "result", {n + 1});
+  PrefixSum(stream, FromName<PrefixSumVariant>("variant", variant, kPrefixSumVariantNames), Data(x),
+            n, Data(*out));
+}
+
+void FillDraftExtendMetadataOfBuffers(Stream stream, ffi::AnyBuffer extend_seq_lens,
+                                      ffi::AnyBuffer seq_lens,
+                                      ffi::Result<ffi::AnyBuffer> seqlens_expanded,
+                                      ffi::Result<ffi::AnyBuffer> nsa_cache_seqlens,
+                                      ffi::Result<ffi::AnyBuffer> total_tokens,
+                                      ffi::Result<ffi::AnyBuffer> offsets, int64_t nsa_index_topk,
+                                      std::string_view variant_name) {
+  const auto variant =
+      FromName<DraftExtendVariant>("variant", variant_name, kDraftExtendVariantNames);
+  FillDraftExtendMetadataArguments args{};
+  Rows& rows = args.rows;
+  rows.seq_lens = LengthsOf(seq_lens, "seq_lens", -1);
+  const int64_t requests = seq_lens.dimensions()[0];
+  rows.requests = Int32(requests, 0, "requests");
+  rows.extend_seq_lens = LengthsOf(extend_seq_lens, "extend_seq_lens", requests);
+  ExpectArray(*seqlens_expanded, "seqlens_expanded", {-1});
+  rows.count = Int32(seqlens_expanded->dimensions()[0], 0, "rows");
+  ExpectArray(*nsa_cache_seqlens, "nsa_cache_seqlens", {rows.count});
+  ExpectArray(*total_tokens, "total_tokens", {});
+  // Only the variants that launch twice keep offsets.
+  ExpectArray(*offsets, "offsets", {variant == DraftExtendVariant::kOptimized ? 0 : requests + 1});
+  args.nsa_index_topk = Int32(nsa_index_topk, 1, "nsa_index_topk");
+  args.lengths.seqlens_expanded = Data(*seqlens_expanded);
+  args.lengths.nsa_cache_seqlens = Data(*nsa_cache_seqlens);
+  args.total_tokens = Data(*total_tokens);
+  args.offsets = Data(*offsets);
+  args.clears_padding = true;
+  FillDraftExtendMetadata(stream, variant, args);
+}
+
+// Operands: the arrays of the source, kv_lens where tables are copied as far as they are live, and
+// the destinations where they are filled in place. Results: the arrays of every backend.
+// `tokens_per_column` tells for each array what a column stands for, 0 for one copied in full.
+void CopyOfBuffers(Stream stream, ffi::RemainingArgs operands, ffi::RemainingRets results,
+                   int64_t num_backends, ffi::Span<const int64_t> tokens_per_column) {
+  const size_t arrays = tokens_per_column.size();
+  const bool live = std::any_of(tokens_per_column.begin(), tokens_per_column.end(),
+                                [](int64_t tokens) { return tokens != 0; });
+  const size_t sources = arrays + live;
+  Int32(num_backends, 1, "num_backends");
+  Expect(arrays >= 1 && arrays <= kFields,
+         "tokens_per_column: expected 1 to " + std::to_string(kFields) + " arrays");
+  Expect(results.size() == num_backends * arrays, "results: expected num_backends sets");
+  Expect(operands.size() == sources || operands.size() == sources + results.size(),
+         "operands: expected the source, and nothing or all destinations");
+
+  const auto args = std::make_unique<CopyArguments>();
+  args->num_arrays = static_cast<int32_t>(arrays);
+  int64_t rows = -1;
+  for (size_t a = 0; a < arrays; ++a) {
+    const ffi::AnyBuffer source = *operands.get<ffi::AnyBuffer>(a);
+    const auto dims = source.dimensions();
+    const std::string name = "source array " + std::to_string(a);
+    const int64_t tokens = tokens_per_column[a];
+    Expect(source.element_type() == ffi::DataType::S32, name + ": expected int32");
+    Int32(tokens, 0, "tokens_per_column");
+    if (tokens > 0) {
+      Expect(dims.size() == 2, name + ": expected [rows, columns]");
+      Expect(rows < 0 || dims[0] == rows, name + ": expected the rows of the other table");
+      rows = dims[0];
+      args->arrays[a] = {Data(source), dims[0], dims[1], dims[1], tokens};
+    } else {
+      const auto size = static_cast<int64_t>(source.element_count());
+      args->arrays[a] = {Data(source), 1, size, size, 0};
+    }
+  }
+  if (live) {
+    const ffi::AnyBuffer kv_lens = *operands.get<ffi::AnyBuffer>(arrays);
+    ExpectArray(kv_lens, "kv_lens", {rows});
+    args->kv_lens = Data(kv_lens);
+  }
+  for (size_t k = 0; k < results.size(); ++k) {
+    const ffi::AnyBuffer source = *operands.get<ffi::AnyBuffer>(k % arrays);
+    const auto dims = source.dimensions();
+    ExpectArray(**results.get<ffi::AnyBuffer>(k), "result " + std::to_string(k),
+                std::vector<int64_t>(dims.begin(), dims.end()));
+  }
+  ForLaunches(num_backends, [&](int64_t first, int32_t count) {
+    args->num_backends = count;
+    for (int32_t b = 0; b < count; ++b) {
+      for (size_t a = 0; a < arrays; ++a) {
+        args->destinations[b][a] = Data(**results.get<ffi::AnyBuffer>((first + b) * arrays + a));
+      }
+    }
+    Copy(stream, *args);
+  });
+}
+
+// The shape of one backend's array.
+std::vector<int64_t> ShapeOf(const FusedMetadataArguments& args, Field field) {
+  const Rows& rows = args.rows;
+  switch (kFieldDescriptions[field].extent) {
+    case Extent::kRequests:
+      return {rows.requests};
+    case Extent::kRequestsPlus1:
+      return {int64_t{rows.requests} + 1};
+    case Extent::kRows:
+      return {rows.count};
+    case Extent::kRowsPlus1:
+      return {int64_t{rows.count} + 1};
+    case Extent::kTable:
+      return {rows.count, args.columns(field)};
+  }
+  throw std::logic_error("a field of an unknown extent");
+}
+
+// The arrays that are wanted, as attributes name them: indices of FIELDS in ascending order.
+std::vector<Field> FieldsOf(ffi::Span<const int64_t> indices) {
+  std::vector<Field> fields;
+  for (const int64_t index : indices) {
+    Expect(index > (fields.empty() ? -1 : fields.back()) && index < kFields,
+           "fields: expected indices of fields in ascending order");
+    fields.push_back(static_cast<Field>(index));
+  }
+  return fields;
+}
+
+// Operands: seq_lens, req_pool_indices, req_to_token, extend_seq_lens where rows_per_request is 0,
+// and the destinations where they are filled in place. Results: the arrays `fields` of every
+// backend in their order; stacked ones lead with [num_backends]. `tokens_per_column` tells for each
+// of `fields` what a column stands for, 0 where it is no table.
+void FusedMetadataOfBuffers(Stream stream, ffi::RemainingArgs operands, ffi::RemainingRets results,
+                            ffi::Span<const int64_t> field_indices,
+                            ffi::Span<const int64_t> tokens_per_column, int64_t count,
+                            int64_t rows_per_request, int64_t added_tokens, int64_t max_len,
+                            int64_t nsa_index_topk, std::string_view tail, int64_t num_backends,
+                            bool stacked) {
+  const auto args = std::make_unique<FusedMetadataArguments>();
+  Rows& rows = args->rows;
+  rows.count = Int32(count, 0, "rows");
+  rows.rows_per_request = Int32(rows_per_request, 0, "rows_per_request");
+  rows.added_tokens = Int32(added_tokens, 0, "added_tokens");
+  args->max_len = Int32(max_len, 1, "max_len");
+  Expect(max_len <= kMaxLen, "max_len: expected at most 2^30");
+  args->nsa_index_topk = Int32(nsa_index_topk, 1, "nsa_index_topk");
+  args->tail = FromName<Tail>("tail", tail, kTailNames);
+  Int32(num_backends, 1, "num_backends");
+  const std::vector<Field> fields = FieldsOf(field_indices);
+  const size_t inputs = rows.ragged() ? 4 : 3;
+  Expect(tokens_per_column.size() == fields.size(),
+         "tokens_per_column: expected a number for each field");
+  Expect(results.size() == fields.size() * (stacked ? 1 : num_backends),
+         "results: expected " + std::to_string(fields.size()) + " arrays of each backend");
+  Expect(operands.size() == inputs || operands.size() == inputs + results.size(),
+         "operands: expected the inputs, and nothing or all destinations");
+
+  const ffi::AnyBuffer seq_lens = *operands.get<ffi::AnyBuffer>(0);
+  const ffi::AnyBuffer pool = *operands.get<ffi::AnyBuffer>(2);
+  rows.seq_lens = LengthsOf(seq_lens, "seq_lens", -1);
+  const int64_t requests = seq_lens.dimensions()[0];
+  rows.requests = Int32(requests, 0, "requests");
+  args->req_pool_indices =
+      LengthsOf(*operands.get<ffi::AnyBuffer>(1), "req_pool_indices", requests);
+  ExpectArray(pool, "req_to_token", {-1, -1});
+  const int64_t pool_rows = pool.dimensions()[0], pool_columns = pool.dimensions()[1];
+  Expect(pool_rows >= 1, "req_to_token: expected at least one row");
+  Expect(pool_columns >= max_len, "req_to_token: expected at least max_len columns");
+  args->pool = Pool::Of(Data(pool), pool_rows, pool_columns);
+  if (rows.ragged()) {
+    rows.extend_seq_lens =
+        LengthsOf(*operands.get<ffi::AnyBuffer>(3), "extend_seq_lens", requests);
+  } else {
+    Expect(count == requests * rows_per_request,
+           "rows: expected rows_per_request for each request");
+  }
+
+  std::vector<Backend> backends(num_backends, Backend{});
+  for (size_t k = 0; k < results.size(); ++k) {
+    const Field field = fields[k % fields.size()];
+    const char* const name = kFieldDescriptions[field].name;
+    if (kFieldDescriptions[field].extent == Extent::kTable) {
+      const int64_t tokens = tokens_per_column[k % fields.size()];
+      args->tables[field].tokens_per_column =
+          Int32(tokens, 1, std::string(name) + ": tokens_per_column");
+      args->tables[field].stride = args->columns(field);
+    }
+    const ffi::AnyBuffer result = **results.get<ffi::AnyBuffer>(k);
+    std::vector<int64_t> shape = ShapeOf(*args, field);
+    if (stacked) shape.insert(shape.begin(), num_backends);
+    ExpectArray(result, name, shape);
+    if (!stacked) {
+      ArrayOf(backends[k / fields.size()], field) = Data(result);
+      continue;
+    }
+    const int64_t size = static_cast<int64_t>(result.element_count()) / num_backends;
+    for (int64_t b = 0; b < num_backends; ++b) {
+      ArrayOf(backends[b], field) = Data(result) + b * size;
+    }
+  }
+  ForLaunches(num_backends, [&](int64_t first, int32_t count) {
+    args->num_backends = count;
+    std::copy_n(backends.begin() + first, count, args->backends);
+    FusedMetadata(stream, *args);
+  });
+}
+
+using Array = ffi::AnyBuffer;
+using Integers = ffi::Span<const int64_t>;
+
+auto Bind() { return ffi::Ffi::Bind().Ctx<XlaStream>(); }
+
+}  // namespace
+
+std::vector<XlaHandler> XlaHandlers() {
+  XLA_FFI_DEFINE_HANDLER(prefix_sum, Handler("prefix_sum", PrefixSumOfBuffers),
+                         Bind().Arg<Array>().Ret<Array>().Attr<std::string_view>("variant"),
+                         {ffi::Traits::kCmdBufferCompatible});
+  XLA_FFI_DEFINE_HANDLER(
+      fill_draft_extend_metadata,
+      Handler("fill_draft_extend_metadata", FillDraftExtendMetadataOfBuffers),
+      Bind()
+          .Arg<Array>()
+          .Arg<Array>()
+          .Ret<Array>()
+          .Ret<Array>()
+          .Ret<Array>()
+          .Ret<Array>()
+          .Attr<int64_t>("nsa_index_topk")
+          .Attr<std::string_view>("variant"),
+      {ffi::Traits::kCmdBufferCompatible});
+  XLA_FFI_DEFINE_HANDLER(copy, Handler("copy", CopyOfBuffers),
+                         Bind()
+                             .RemainingArgs()
+                             .RemainingRets()
+                             .Attr<int64_t>("num_backends")
+                             .Attr<Integers>("tokens_per_column"),
+                         {ffi::Traits::kCmdBufferCompatible});
+  XLA_FFI_DEFINE_HANDLER(fused_metadata, Handler("fused_metadata", FusedMetadataOfBuffers),
+                         Bind()
+                             .RemainingArgs()
+                             .RemainingRets()
+                             .Attr<Integers>("fields")
+                             .Attr<Integers>("tokens_per_column")
+                             .Attr<int64_t>("rows")
+                             .Attr<int64_t>("rows_per_request")
+                             .Attr<int64_t>("added_tokens")
+                             .Attr<int64_t>("max_len")
+                             .Attr<int64_t>("nsa_index_topk")
+                             .Attr<std::string_view>("tail")
+                             .Attr<int64_t>("num_backends")
+                             .Attr<bool>("stacked"),
+                         {ffi::Traits::kCmdBufferCompatible});
+  return {{"jaxnsa_prefix_sum", prefix_sum},
+          {"jaxnsa_fill_draft_extend_metadata", fill_draft_extend_metadata},
+          {"jaxnsa_copy", copy},
+          {"jaxnsa_fused_metadata", fused_metadata}};
+}
+
+}  // namespace jaxnsa

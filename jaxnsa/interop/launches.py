@@ -1,0 +1,77 @@
+"""Launches of the native library for PyTorch: its current stream, and tensors as arguments."""
+
+import collections
+import logging
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+
+from jaxnsa.implementations.native_library import (
+    NativeLibrary,
+    NativeRows,
+    PreparedLaunch,
+    library,
+)
+from jaxnsa.interop.tensor_checks import platform_of
+from jaxnsa.metadata import FIELDS, Extent
+from jaxnsa.spec import Rows, Spec
+
+declined: collections.Counter[str] = collections.Counter()
+"""How often the library declined to launch for tensors that Python finds nothing wrong with: each
+time costs Python's checks. By reason; `report_declined` counts."""
+
+_logger = logging.getLogger("jaxnsa")
+
+
+def report_declined(reason: str) -> None:
+    """Counts a launch that was declined for no good reason, and logs the first of each reason."""
+    declined[reason] += 1
+    if declined[reason] == 1:
+        _logger.warning(
+            "updates take some microseconds more, as Python checks the tensors: %s", reason
+        )
+
+
+def library_for(device: torch.device) -> NativeLibrary:
+    """The native library for a device; RuntimeError where there is none."""
+    return library(platform_of(device))
+
+
+def native_rows(native: NativeLibrary, rows: Rows) -> NativeRows:
+    """Rows as the library takes them."""
+    return native.Rows(rows.requests, rows.count, rows.rows_per_request or 0, rows.added_tokens)
+
+
+def prepared(
+    native: NativeLibrary, spec: Spec, backends: Sequence[Mapping[str, torch.Tensor]]
+) -> PreparedLaunch:
+    """A launch of `spec` that fills these tensors, whose tables have equal strides.
+
+    Fields that a backend has no tensor for are left out.
+    """
+    tables = [field for field in spec.fields(Extent.TABLE) if field.name in backends[0]]
+    return native.PreparedLaunch(
+        [
+            {name: tensor.data_ptr() for name, tensor in backend.items() if name in FIELDS}
+            for backend in backends
+        ],
+        strides={field.name: backends[0][field.name].stride(0) for field in tables},
+        tokens_per_column={field.name: spec.tokens_per_column(field) for field in tables},
+        max_len=spec.max_len,
+        nsa_index_topk=spec.nsa_index_topk,
+        tail=spec.tail,
+    )
+
+
+def on_device(device: torch.device, call: Callable[[], None]) -> None:
+    """Calls with `device` as the current CUDA device, which a launch on its streams needs."""
+    if device.type == "cpu" or torch.cuda.current_device() == device.index:
+        call()
+    else:
+        with torch.cuda.device(device):
+            call()
+
+
+def stream_of(device: torch.device) -> int:
+    """The handle of PyTorch's current stream; 0 on a CPU."""
+    return torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
