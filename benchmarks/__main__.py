@@ -2,8 +2,10 @@
 
 import importlib.util
 import shlex
+import shutil
 import subprocess
 import sys
+import tempfile
 from importlib.metadata import version
 from pathlib import Path
 
@@ -20,12 +22,17 @@ from benchmarks.suite import Suite
 from benchmarks.suites import SUITES
 from jaxnsa.implementations.choice import get_kernel_info
 
+README = ROOT / "README.md"
 RESULTS = ROOT / "benchmarks" / "results"
+DEFAULT_OUT = Path(tempfile.gettempdir()) / "jaxnsa-benchmarks"
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
 def main() -> None:
-    """Measure jaxnsa. Every timed result is checked against the reference first."""
+    """Measure jaxnsa. Every timed result is checked against the reference first.
+
+    Runs write to a folder outside the source tree; `record` takes one over into the tree.
+    """
 
 
 def _options(command):
@@ -36,7 +43,7 @@ def _options(command):
         click.option(
             "--out",
             type=click.Path(file_okay=False, path_type=Path),
-            default=RESULTS,
+            default=DEFAULT_OUT,
             show_default=True,
             help="JSON, Markdown and plots go to DEVICE under this folder.",
         ),
@@ -95,21 +102,49 @@ def compare(before: Path, after: Path, threshold: float) -> None:
 
 
 @main.command()
+@click.argument("folder", type=click.Path(exists=True, file_okay=False, path_type=Path))
+def record(folder: Path) -> None:
+    """Take a run over into benchmarks/results, and write the README anew.
+
+    FOLDER is that of a device, such as OUT/nvidia-h200. Only what it holds is replaced.
+    """
+    found = sorted(folder.glob("*.json"))
+    if not found:
+        raise click.ClickException(f"{folder}: expected the reports of a run, SUITE.json")
+    try:
+        reports = [Report.read(path) for path in found]
+    except ValueError as error:
+        raise click.ClickException(str(error)) from None
+    quick = [report.suite for report in reports if "--quick" in report.command]
+    if quick:
+        raise click.ClickException(
+            f"{folder}: got --quick runs of {', '.join(quick)}, expected runs worth quoting"
+        )
+    shutil.copytree(folder, RESULTS / folder.name, dirs_exist_ok=True)
+    _write_readme()
+
+
+@main.command()
 @click.option("--check", is_flag=True, help="Change nothing; exit with status 1 if it would.")
 def readme(check: bool) -> None:
     """Write the README's performance section from the recorded results."""
-    path = ROOT / "README.md"
-    text = path.read_text()
-    try:
-        new = generate(text, RESULTS)
-    except ValueError as error:
-        raise click.ClickException(str(error)) from None
     if not check:
-        path.write_text(new)
-    elif new != text:
+        _write_readme()
+    elif _generated_readme() != README.read_text():
         raise click.ClickException(
             "README.md differs from the results: python -m benchmarks readme"
         )
+
+
+def _generated_readme() -> str:
+    try:
+        return generate(README.read_text(), RESULTS)
+    except ValueError as error:
+        raise click.ClickException(str(error)) from None
+
+
+def _write_readme() -> None:
+    README.write_text(_generated_readme())
 
 
 def _run(suite: Suite, quick: bool, out: Path, commit: str | None, device_name: str | None) -> None:
@@ -137,6 +172,7 @@ def _run(suite: Suite, quick: bool, out: Path, commit: str | None, device_name: 
     else:
         console.print("no plots, for want of matplotlib: pip install '.[bench]'", markup=False)
     console.print(report.terminal())
+    console.print(f"{folder / suite.name}.json", soft_wrap=True, highlight=False)
 
 
 def _git_commit() -> str:
