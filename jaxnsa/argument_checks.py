@@ -230,6 +230,7 @@ def _destination_problem(
 
 
 def described(value: Any) -> str:
+    """`value` as an error message shows what came."""
     if hasattr(value, "shape") and hasattr(value, "dtype"):
         return f"{value.dtype} {type(value).__name__} of shape {value.shape}"
     return repr(value) if isinstance(value, (int, float, str, bool)) else type(value).__name__

@@ -60,9 +60,10 @@ class Field:
 
 
 def _described(extent: Extent, **description: Any) -> Any:
-    described = {"sum_of": None, "tokens_per_column": None, "wanted": None} | description
-    optional = {} if described["wanted"] is None else {"default": None}
-    return dataclasses.field(metadata={"extent": extent} | described, **optional)
+    described = {"extent": extent, "sum_of": None, "tokens_per_column": None, "wanted": None}
+    described |= description
+    default = dataclasses.MISSING if described["wanted"] is None else None
+    return dataclasses.field(default=default, metadata=described)
 
 
 @jax.tree_util.register_dataclass

@@ -466,4 +466,4 @@ def _run_fill_draft_extend_metadata(
 
 @functools.partial(jax.jit, static_argnames=("implementation",))
 def _run_prefix_sum(x: Array, *, implementation: str) -> Array:
-    return IMPLEMENTATIONS[implementation].prefix_sum(x.astype(jnp.int32))
+    return IMPLEMENTATIONS[implementation].prefix_sum(jnp.asarray(x, jnp.int32))

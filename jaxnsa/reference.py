@@ -3,8 +3,8 @@
 Same names, arguments and results as the public functions, with NumPy arrays in and out. Nothing
 here calls JAX. `out` takes writable NumPy arrays and fills them in place.
 
-Lengths are int32: what is below 0 counts as 0, and a KV length past 2^31 - 1 as 2^31 - 1. Prefix sums
-wrap as int32 does.
+Lengths are int32: what is below 0 counts as 0, and a KV length past 2^31 - 1 as 2^31 - 1. Prefix
+sums wrap as int32 does.
 """
 
 import numpy as np

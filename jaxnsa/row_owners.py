@@ -38,6 +38,7 @@ def row_owners(rows: Rows, seq_lens: Array, extend_seq_lens: Array | None) -> Ro
         return RowOwners(request, _kv_len(kv_lens[request], rows.rows_per_request, token), None)
     if rows.requests == 0:
         return RowOwners(jnp.zeros_like(row), jnp.zeros_like(row), jnp.int32(0))
+    assert extend_seq_lens is not None
     q = jnp.maximum(extend_seq_lens, 0)
     # A sum of nonnegative int32 turns negative where it first leaves int32, and so past any row.
     ends = jnp.cumsum(q, dtype=jnp.int32)

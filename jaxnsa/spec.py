@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 from collections.abc import Mapping
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -33,10 +33,10 @@ class Inputs(NamedTuple):
     extend_seq_lens: Array | None
 
 
-def saturated(x: jax.Array) -> jax.Array:
+def saturated(x: Array) -> jax.Array:
     """A wider vector as int32, its values brought into int32's range; int32 itself untouched."""
     if x.dtype == jnp.int32:
-        return x
+        return jnp.asarray(x)
     return jnp.clip(x, INT32_MIN, INT32_MAX).astype(jnp.int32)
 
 
@@ -180,11 +180,11 @@ class Spec:
             for field in self.fields()
         }
 
-    def metadata(self, arrays: Mapping[str, Array]) -> NSAMetadata:
-        """The arrays of one destination as NSAMetadata; KeyError where one is missing or too many.
+    def metadata(self, arrays: Mapping[str, Any]) -> NSAMetadata:
+        """The arrays of one destination, or what stands for them, as NSAMetadata.
 
         Every implementation returns its results through this, so that an array that it forgot is
-        an error while it is traced.
+        an error while it is traced: KeyError where one is missing or too many.
         """
         wanted = self.shapes().keys()
         if arrays.keys() != wanted:

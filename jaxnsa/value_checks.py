@@ -116,13 +116,9 @@ def check_values(
     vectors = (seq_lens, req_pool_indices, extend_seq_lens)
     traced = any(isinstance(v, jax.core.Tracer) for v in vectors)
     xp = jnp if traced else np
-    seq_lens, req_pool_indices, extend_seq_lens = (
-        None if v is None else xp.asarray(v) for v in vectors
-    )
+    values = _Values(*(None if v is None else xp.asarray(v) for v in vectors))
     emit = checkify.debug_check if debug else checkify.check
-    for rule in _rules(
-        xp, seq_lens, req_pool_indices, extend_seq_lens, pool_rows, rows, max_len, nsa_index_topk
-    ):
+    for rule in _rules(xp, values, pool_rows, rows, max_len, nsa_index_topk):
         if rule.values.size == 0:
             continue
         if traced:
@@ -139,6 +135,14 @@ def check_values(
             )
 
 
+class _Values(NamedTuple):
+    """The inputs of `check_values`, on the host or traced."""
+
+    seq_lens: Any
+    req_pool_indices: Any
+    extend_seq_lens: Any
+
+
 class _Rule(NamedTuple):
     argument: str
     expected: str
@@ -148,14 +152,13 @@ class _Rule(NamedTuple):
 
 def _rules(
     xp: ModuleType,
-    seq_lens: Any,
-    req_pool_indices: Any,
-    extend_seq_lens: Any,
+    values: _Values,
     pool_rows: int | None,
     rows: Rows,
     max_len: int | None,
     nsa_index_topk: int,
 ) -> Iterator[_Rule]:
+    seq_lens, req_pool_indices, extend_seq_lens = values
     yield _Rule("seq_lens", "lengths >= 0", seq_lens < 0, seq_lens)
     if max_len is not None:
         yield _Rule("seq_lens", f"at most max_len = {max_len}", seq_lens > max_len, seq_lens)

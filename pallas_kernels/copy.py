@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
-from jaxnsa.metadata import FIELDS, Extent, ForwardMode, NSAMetadata
+from jaxnsa.metadata import FIELDS, Array, Extent, ForwardMode, NSAMetadata
 from jaxnsa.spec import Rows, Spec
 from pallas_kernels.lanes import Lanes, access_width
 from pallas_kernels.launch import launch
@@ -102,7 +102,7 @@ def _is_table(name: str) -> bool:
     return FIELDS[name].extent is Extent.TABLE
 
 
-def _view(name: str, array: jax.Array, live: Spec | None) -> jax.Array:
+def _view(name: str, array: Array, live: Spec | None) -> jax.Array:
     """What is copied whole is one long row, where an index reaches its end."""
     flat = not (live and _is_table(name)) and array.size <= _MAX_FLAT
-    return array.reshape(1, -1) if flat else array
+    return jnp.reshape(array, (1, -1) if flat else array.shape)

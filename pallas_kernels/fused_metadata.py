@@ -92,7 +92,7 @@ def fused_metadata(
     plan = _TablePlan.of(spec, inputs.req_to_token.shape, config)
     pool_rows = inputs.req_to_token.shape[0]
     lanes = Lanes(bool(interpret))
-    read = {"inputs": inputs}
+    read: dict[str, Any] = {"inputs": inputs}
     if plan.reads_pages:
         read["pages"] = inputs.req_to_token.reshape(pool_rows, -1, spec.real_page_size)
 

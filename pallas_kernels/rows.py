@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxnsa.spec import INT32_MAX, Rows
+from jaxnsa.spec import Rows
 from pallas_kernels.lanes import Lanes, sum_over_requests
 
 
@@ -84,9 +84,8 @@ class Request:
     ) -> "Request":
         """Request i."""
         cache_seqlen = _cache_seqlen(rows, lengths.seq_lens[i])
-        q = rows.rows_per_request
-        if q is None:
-            q = jnp.maximum(lengths.extend_seq_lens[i], 0)
+        each = rows.rows_per_request
+        q = jnp.maximum(lengths.extend_seq_lens[i], 0) if each is None else each
         return cls(lanes, rows, lengths, scratch, i, cache_seqlen, q)
 
     def kv_len(self, j: jax.Array | int) -> jax.Array:
@@ -115,12 +114,12 @@ class Request:
 
     def sums_before(self, topk: int) -> LengthSums:
         """Sums over the requests before it."""
-        rows = self.rows
-        ragged = rows.rows_per_request is None
+        rows, each = self.rows, self.rows.rows_per_request
+        ragged = each is None
 
         def terms(index, exists, seq_lens, *extend):
             cache_seqlens = _cache_seqlen(rows, seq_lens)
-            q = jnp.maximum(extend[0], 0) if ragged else rows.rows_per_request
+            q = jnp.maximum(extend[0], 0) if each is None else each
             nsa = _nsa_sum(cache_seqlens, q, topk)
             before = index < self.i
             return (

@@ -41,8 +41,8 @@ def _implementations():
 def implementation(request):
     """Every implementation that can run on this machine; on one with a GPU, marked gpu.
 
-    Without a GPU also the kernels of `pallas` and `triton`, run by their interpreters: in tests that
-    are not marked large, and so many of a test's cases that each of its parameters takes every value.
+    Without a GPU also the kernels of `pallas` and `triton`, run by their interpreters: in tests
+    that are not marked large, and so many of a test's cases that each parameter takes every value.
     """
     name = request.param
     if name not in interpreted.NAMES:

@@ -67,7 +67,8 @@ def fused_metadata(
             return prefix_sum(values[field.sum_of])
         if field.extent is Extent.TABLE:
             stride = spec.tokens_per_column(field)
-            return _Table.of(field, spec, owners, inputs.req_to_token, source_rows, stride)
+            pool = jnp.asarray(inputs.req_to_token)
+            return _Table.of(field, spec, owners, pool, source_rows, stride)
         return values[field.name]
 
     return _stored({field.name: value(field) for field in spec.fields()}, out, spec)
@@ -230,8 +231,7 @@ def _keep_by_row(table: _Table, destinations: tuple[jax.Array, ...]) -> tuple[ja
 
     def row_step(row: jax.Array, destinations: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
         def update(destination: jax.Array, start: jax.Array, columns: jax.Array) -> jax.Array:
-            index = (*(0,) * (destination.ndim - 2), row, start)
-            return lax.dynamic_update_slice(destination, columns, index)
+            return lax.dynamic_update_slice(destination, columns, _index(destination, row, start))
 
         def tile_step(k: jax.Array, destinations: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
             start = k * tile
@@ -248,11 +248,16 @@ def _keep_by_row(table: _Table, destinations: tuple[jax.Array, ...]) -> tuple[ja
         is_live = start + jnp.arange(tile) < live[row]
 
         def masked_update(destination: jax.Array) -> jax.Array:
-            index = (*(0,) * (destination.ndim - 2), row, start)
-            held = lax.dynamic_slice(destination, index, (*destination.shape[:-2], 1, tile))
+            shape = (*destination.shape[:-2], 1, tile)
+            held = lax.dynamic_slice(destination, _index(destination, row, start), shape)
             return update(destination, start, jnp.where(is_live, columns, held))
 
         return tuple(masked_update(d) for d in destinations)
 
     rows = jnp.int32(len(live)) if table.owners.total is None else table.owners.total
     return lax.fori_loop(jnp.int32(0), rows, row_step, destinations)
+
+
+def _index(table: jax.Array, row: jax.Array, column: jax.Array) -> list[jax.Array | int]:
+    """Where a row's column is, in the first of the copies that a table leads with."""
+    return [*[0] * (table.ndim - 2), row, column]
