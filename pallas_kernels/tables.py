@@ -36,7 +36,8 @@ class Source(NamedTuple):
         if self.page_size == 1:
             return self.ref[self.row, index]
         if len(self.ref.shape) == 3:
-            return floor_div(lanes.laid_out(self.ref[self.row, index, 0]), self.page_size)
+            starts = self.ref[self.row, index, 0]
+            return floor_div(lanes.laid_out(starts) if starts.ndim else starts, self.page_size)
         return floor_div(self.ref[self.row, index * self.page_size], self.page_size)
 
 

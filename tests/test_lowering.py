@@ -21,11 +21,21 @@ def name(request):
 @pytest.mark.parametrize("mode", ForwardMode)
 @pytest.mark.parametrize("in_place", (False, True))
 @pytest.mark.parametrize("stacked", (False, True))
-@pytest.mark.parametrize("max_len, page", ((2048, 64), (1001, 48), (37, 1)))
-def test_broadcast_is_one_custom_call(name, mode, in_place, stacked, max_len, page):
+@pytest.mark.parametrize(
+    "bs, max_len, page, wide_table",
+    (
+        (7, 2048, 64, True),
+        (7, 1001, 48, True),
+        (1, 37, 1, True),
+        (7, 100, 64, False),
+        (7, 2000, 2, False),
+    ),
+)
+def test_broadcast_is_one_custom_call(name, mode, in_place, stacked, bs, max_len, page, wide_table):
     options = {"num_backends": 3, "forward_mode": mode, "stacked": stacked}
-    options |= {"max_len": max_len, "real_page_size": page} | mode_options(mode, 7)
-    arguments = inputs(7, pool_cols=2048)
+    options |= {"max_len": max_len, "real_page_size": page, "wide_table": wide_table}
+    options |= mode_options(mode, bs)
+    arguments = inputs(bs, pool_cols=2048)
     extend = options.pop("extend_seq_lens", None)
     compute = functools.partial(
         jaxnsa.fused_metadata_precompute_and_broadcast, implementation=name, **options

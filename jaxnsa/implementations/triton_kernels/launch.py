@@ -189,12 +189,14 @@ def entry(signature: Signature, aliased: int = 0) -> Any:
     types: dict[str, type] = {}
     parameters: list[str] = []
 
-    def argument(name: str, structure: jax.tree_util.PyTreeDef) -> str:
+    def argument(name: str, structure: jax.tree_util.PyTreeDef, value: str = "{}") -> str:
         names = [f"{name}{k}" for k in range(structure.num_leaves)]
         parameters.extend(names)
-        return _source(jax.tree.unflatten(structure, names), types)
+        values = map(value.format, names)
+        return _source(jax.tree.unflatten(structure, values), types)
 
-    sizes = argument("size", signature.sizes)
+    # A number that is 1 arrives as a constant, which Triton 3.6 loses in a NamedTuple.
+    sizes = argument("size", signature.sizes, "core.to_tensor({})")
     inputs = argument("input", signature.inputs)
     parameters += [f"aliased{k}" for k in range(aliased)]
     results = argument("result", signature.results)
@@ -208,7 +210,7 @@ def {name}({", ".join(parameters)}):
     # Triton reads the source of its kernels: it has to be where the standard library looks.
     file = f"<{name} {len(linecache.cache)}>"
     linecache.cache[file] = (len(source), None, source.splitlines(keepends=True), file)
-    namespace = {"kernel": signature.kernel, "tl": tl, "__name__": __name__} | types
+    namespace = {"kernel": signature.kernel, "tl": tl, "core": tl.core, "__name__": __name__} | types
     exec(compile(source, file, "exec"), namespace)
     return triton.jit(namespace[name])
 
