@@ -587,12 +587,19 @@ def test_numbers_that_change_are_not_remembered(device):
         engine.check()
 
 
-def test_the_dlpack_path_sees_a_pool_that_jax_copies(device):
+def test_the_dlpack_path_takes_no_pool_in_vain(device):
+    """At an address for which JAX copies a pool on a CPU, and takes none on a GPU."""
     engine = Engine.of(device)
     bytes_of_pool = torch.zeros(4 * engine.pool.numel() + 64, dtype=torch.uint8, device=device)
     pool = bytes_of_pool[4:][: 4 * engine.pool.numel()].view(torch.int32).view(engine.pool.shape)
     pool.copy_(engine.pool)
     engine.pool = pool
+    if device.type == "cuda":
+        with pytest.raises(ValueError, match="req_to_token: got memory at .*, expected a multiple"):
+            registered(engine, "dlpack", 16)
+        with pytest.raises(ValueError, match=r"tree\['x'\]: got memory at .*, expected a multiple"):
+            from_torch({"x": pool})
+        return
     buffers = registered(engine, "dlpack", 16)
     lengths, indices, _ = inputs(6, pool_cols=300, pool_rows=10)
     for _ in range(2):

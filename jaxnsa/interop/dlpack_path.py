@@ -17,7 +17,7 @@ from jaxnsa.config import settings
 from jaxnsa.implementations import IMPLEMENTATIONS
 from jaxnsa.implementations.choice import choose
 from jaxnsa.interop.registration import Registered
-from jaxnsa.interop.tensor_checks import Checked, checked_pool, platform_of
+from jaxnsa.interop.tensor_checks import Checked, check_for_jax, checked_pool, platform_of
 from jaxnsa.metadata import Extent, Field, ForwardMode, NSAMetadata
 from jaxnsa.spec import INT32_MAX, INT32_MIN, Inputs, Rows, Spec
 
@@ -50,11 +50,7 @@ class DlpackPath:
         device = registered.device
         self._pool = checked_pool(options.req_to_token, device)
         for name, tensor in (("req_to_token", self._pool.tensor), *registered.named()):
-            if not tensor.is_contiguous():
-                raise ValueError(
-                    f"{name}: got strides {tensor.stride()}, expected a contiguous tensor: JAX "
-                    f"takes no other by DLPack"
-                )
+            check_for_jax(name, tensor)
         platform = platform_of(device)
         requests = registered.spec.rows.requests
         implementation = choose(options.implementation, settings(), platform, requests=requests)

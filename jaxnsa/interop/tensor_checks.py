@@ -165,6 +165,20 @@ class WrittenMemory:
                 )
 
 
+def check_for_jax(name: str, tensor: torch.Tensor) -> None:
+    """Raises ValueError where JAX does not take a tensor by DLPack."""
+    if not tensor.is_contiguous():
+        raise ValueError(
+            f"{name}: got strides {tensor.stride()}, expected a contiguous tensor: JAX takes no "
+            f"other by DLPack"
+        )
+    if tensor.device.type == "cuda" and tensor.data_ptr() % 16:
+        raise ValueError(
+            f"{name}: got memory at {tensor.data_ptr():#x}, expected a multiple of 16: JAX takes "
+            f"no other on a GPU"
+        )
+
+
 def platform_of(device: torch.device) -> str:
     """The native library that a device takes: "cpu" or "gpu".
 

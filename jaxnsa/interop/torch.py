@@ -11,7 +11,12 @@ from jaxnsa.implementations import native_library
 from jaxnsa.interop.direct_path import DirectPath
 from jaxnsa.interop.dlpack_path import DlpackOptions, DlpackPath
 from jaxnsa.interop.registration import Registered
-from jaxnsa.interop.tensor_checks import checked_pool, checked_vector, platform_of
+from jaxnsa.interop.tensor_checks import (
+    check_for_jax,
+    checked_pool,
+    checked_vector,
+    platform_of,
+)
 from jaxnsa.metadata import ForwardMode
 from jaxnsa.spec import INT32_MAX, INT32_MIN
 
@@ -64,15 +69,15 @@ def from_torch(tree: Any) -> Any:
 
     Raises:
       TypeError: a leaf is no torch.Tensor.
-      ValueError: a tensor is not contiguous, or its memory was freed.
+      ValueError: a tensor is not contiguous, on a GPU at an address that is no multiple of 16, or
+        its memory was freed.
     """
 
     def array(path: Any, tensor: Any) -> jax.Array:
         name = f"tree{jax.tree_util.keystr(path)}"
         if not isinstance(tensor, torch.Tensor):
             raise TypeError(f"{name}: got {type(tensor).__name__}, expected a torch.Tensor")
-        if not tensor.is_contiguous():
-            raise ValueError(f"{name}: got strides {tensor.stride()}, expected a contiguous tensor")
+        check_for_jax(name, tensor)
         if tensor.numel() and not tensor.data_ptr():
             raise ValueError(f"{name}: got a tensor whose memory was freed")
         if tensor.dtype is torch.int64 and not jax.config.jax_enable_x64:  # type: ignore[attr-defined]

@@ -210,7 +210,12 @@ def {name}({", ".join(parameters)}):
     # Triton reads the source of its kernels: it has to be where the standard library looks.
     file = f"<{name} {len(linecache.cache)}>"
     linecache.cache[file] = (len(source), None, source.splitlines(keepends=True), file)
-    namespace = {"kernel": signature.kernel, "tl": tl, "core": tl.core, "__name__": __name__} | types
+    namespace = {
+        "kernel": signature.kernel,
+        "tl": tl,
+        "core": tl.core,
+        "__name__": __name__,
+    } | types
     exec(compile(source, file, "exec"), namespace)
     return triton.jit(namespace[name])
 
