@@ -90,6 +90,8 @@ class Request:
 
     def kv_len(self, j: jax.Array | int) -> jax.Array:
         """Tokens that its row j sees."""
+        if isinstance(self.q, int) and self.q == 1:
+            return self.cache_seqlen
         return jnp.maximum(self.cache_seqlen - self.q + 1 + j, 0)
 
     def locate(self) -> Location:

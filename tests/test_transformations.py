@@ -26,7 +26,7 @@ specify = reference.fused_metadata_precompute_and_broadcast
 
 @pytest.mark.parametrize("mode", ForwardMode)
 def test_inside_jit(mode, implementation):
-    arguments, options = inputs(7), mode_options(mode, 7)
+    arguments, options = inputs(3, pool_cols=70), mode_options(mode, 3)
     extend = options.pop("extend_seq_lens", None)
 
     @functools.partial(jax.jit, static_argnames="mode")
@@ -67,8 +67,8 @@ def test_forward_mode_is_an_argument_of_jit(implementation):
 @pytest.mark.parametrize("strategy", ("ultra_fast", "fast", "fallback"))
 @pytest.mark.parametrize("tail", ("copy", "keep"))
 def test_donation_inside_jit_is_in_place(mode, strategy, tail, implementation):
-    arguments = inputs(7)
-    options = {"num_backends": 2, "forward_mode": mode, "tail": tail} | mode_options(mode, 7)
+    arguments = inputs(2, pool_cols=70)
+    options = {"num_backends": 2, "forward_mode": mode, "tail": tail} | mode_options(mode, 2)
     kept = held(specify(*arguments, **(options | {"tail": None})))
     out = on_device(kept)
     before = pointers(out)
@@ -87,8 +87,8 @@ def test_donation_inside_jit_is_in_place(mode, strategy, tail, implementation):
 @pytest.mark.parametrize("strategy", ("ultra_fast", "fast", "fallback"))
 def test_destinations_may_be_slices(strategy, implementation):
     """Slices at aligned offsets, which XLA may try to pass on without a copy."""
-    arguments = inputs(16, pool_cols=128)
-    options = {"num_backends": 2, "tail": "keep"}
+    arguments = inputs(16, pool_cols=16)
+    options = {"num_backends": 2, "tail": "keep", "real_page_size": 4}
     kept = held(specify(*arguments, **(options | {"tail": None})))
     whole = jax.tree.map(lambda a: jnp.stack([jnp.full_like(a, 3), a]), on_device(kept))
 
@@ -112,8 +112,8 @@ def test_donated_arrays_are_gone(implementation):
 @pytest.mark.parametrize("mode", ForwardMode)
 @pytest.mark.parametrize("in_place", (False, True))
 def test_vmap(mode, in_place, implementation):
-    seq_lens, indices, pool = inputs(7)
-    options = {"num_backends": 2, "forward_mode": mode} | mode_options(mode, 7)
+    seq_lens, indices, pool = inputs(3, pool_cols=70)
+    options = {"num_backends": 2, "forward_mode": mode} | mode_options(mode, 3)
     batches = np.stack([seq_lens, seq_lens[::-1], np.zeros_like(seq_lens)])
     kept = [held(specify(seq_lens, indices, pool, **options)) for _ in batches]
     out = jax.tree.map(lambda *a: jnp.stack(a), *kept) if in_place else None
