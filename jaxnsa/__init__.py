@@ -2,7 +2,9 @@
 
 from importlib.metadata import version
 
+from jaxnsa import reference
 from jaxnsa.config import override
+from jaxnsa.implementations import ffi
 from jaxnsa.implementations.choice import ImplementationUnavailableError, get_kernel_info
 from jaxnsa.metadata import DraftExtendSeqlens, ForwardMode, NSAMetadata
 from jaxnsa.operations import (
@@ -23,6 +25,7 @@ __all__ = [
     "ForwardMode",
     "ImplementationUnavailableError",
     "NSAMetadata",
+    "ffi",
     "fill_draft_extend_metadata",
     "fused_metadata_copy",
     "fused_metadata_precompute_and_broadcast",
@@ -32,5 +35,6 @@ __all__ = [
     "precompute_draft_extend_metadata",
     "precompute_target_verify_metadata",
     "prefix_sum",
+    "reference",
     "validate_inputs",
 ]
