@@ -80,7 +80,7 @@ def test_page_sizes_and_widths(page, max_len, mode, implementation):
         (301, 290, 48),  # no access wider than one element, pool rows and tiles of no whole pages
         (640, 600, 2),  # columns that fill no vector, page starts as vectors
         (640, 600, 700),  # pages wider than the table
-        (40, 40, 2**31 - 1),  # pages as long as int32 reaches
+        (640, 600, 2**31 - 1),  # pages as long as int32 reaches, more tiles than pages
         (2304, 2100, 64),  # several tiles
     ],
 )
@@ -212,6 +212,7 @@ def test_extreme_values(pool_cols, tail, implementation):
             num_backends=1,
             forward_mode=mode,
             real_page_size=3,
+            nsa_index_topk=100_000,  # the sum of so many lengths leaves int32
             **options,
         )
 

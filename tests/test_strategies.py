@@ -9,8 +9,8 @@ from helpers import check_broadcast, inputs, large, mode_options
 
 import jaxnsa
 from jaxnsa import ForwardMode, operations
-from jaxnsa.implementations import IMPLEMENTATIONS, xla
 from jaxnsa.app.launch_count import count_launches
+from jaxnsa.implementations import IMPLEMENTATIONS, xla
 
 
 @pytest.mark.parametrize("strategy", ("ultra_fast", "fast", "fallback"))
@@ -28,6 +28,7 @@ def test_same_bits(strategy, mode, stacked, tail, in_place, bs, implementation):
         num_backends=3,
         forward_mode=mode,
         stacked=stacked,
+        nsa_index_topk=60,
         **mode_options(mode, bs),
     )
 
