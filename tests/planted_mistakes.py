@@ -228,7 +228,7 @@ MISTAKES = [
         "pallas_kernels/fused_metadata.py",
         "nsa_cu_seqlens_k=sums.nsa_total)",
         "nsa_cu_seqlens_k=sums.nsa_cache_seqlens)",
-        pallas("draft_extend_capacity"),
+        pallas("padding_rows_and_dead_columns"),
     ),
     Mistake(
         "pallas: fields are swapped",
@@ -238,10 +238,10 @@ MISTAKES = [
         pallas("batch_sizes"),
     ),
     Mistake(
-        "pallas: rows saturate nowhere",
+        "pallas: totals of rows wrap",
         "pallas_kernels/rows.py",
-        "q = jnp.clip(extend, 0, rows.count)",
-        "q = jnp.maximum(extend, 0)",
+        "limit=rows.count",
+        "limit=None",
         pallas("draft_extend_totals_past_int32_fill_the_capacity"),
     ),
     Mistake(
@@ -249,7 +249,7 @@ MISTAKES = [
         "pallas_kernels/rows.py",
         "first + m * rows.requests",
         "first + m",
-        pallas("draft_extend_capacity"),
+        pallas("padding_rows_and_dead_columns"),
     ),
     Mistake(
         "pallas: a series of clamped lengths overflows",
@@ -263,28 +263,28 @@ MISTAKES = [
         "pallas_kernels/tables.py",
         'live = table.live_tokens(self.request.kv_len(j)) if table.tail == "zero" else None',
         "live = None",
-        pallas("tiles_and_tails"),
+        pallas("padding_rows_and_dead_columns"),
     ),
     Mistake(
         "pallas: tail zero is copy in narrow tables",
         "pallas_kernels/tables.py",
         'if table.tail == "zero":\n                    value =',
         "if False:\n                    value =",
-        pallas("page_sizes_and_widths"),
+        pallas("padding_rows_and_dead_columns"),
     ),
     Mistake(
         "pallas: tail keep writes whole vectors",
         "pallas_kernels/tables.py",
         "last_token = (start + (table.vector - 1)) * tokens",
         "last_token = start * tokens",
-        pallas("tiles_and_tails"),
+        pallas("padding_rows_and_dead_columns"),
     ),
     Mistake(
         "pallas: tail keep writes a column too many in narrow tables",
         "pallas_kernels/tables.py",
         'token < live if table.tail == "keep"',
         'token <= live if table.tail == "keep"',
-        pallas("tiles_and_tails"),
+        pallas("padding_rows_and_dead_columns"),
     ),
     Mistake(
         "pallas: columns that fill no vector are unwritten",
@@ -298,14 +298,14 @@ MISTAKES = [
         "pallas_kernels/tables.py",
         "for_rows(location, write_row)\n        self.request.for_padding_rows(location, clear_row)",
         "for_rows(location, write_row)",
-        pallas("in_place"),
+        pallas("padding_rows_and_dead_columns"),
     ),
     Mistake(
         "pallas: padding rows of narrow tables are not cleared",
         "pallas_kernels/tables.py",
         'if table.tail != "keep":\n            self.request.for_padding_rows',
         "if False:\n            self.request.for_padding_rows",
-        pallas("draft_extend_capacity"),
+        pallas("padding_rows_and_dead_columns"),
     ),
     Mistake(
         "pallas: tiles without their grid stride",
@@ -347,7 +347,7 @@ MISTAKES = [
         "pallas_kernels/lanes.py",
         "(column < end)",
         "(column <= end)",
-        pallas("tiles_and_tails"),
+        pallas("padding_rows_and_dead_columns"),
     ),
     Mistake(
         "pallas: the last vectors of requests are the first",
@@ -397,7 +397,7 @@ MISTAKES = [
         f"{TRITON}/fused_metadata.py",
         'if ROWS.rows_per_request is None and TABLES.tail != "keep":',
         "if False:",
-        triton("in_place"),
+        triton("padding_rows_and_dead_columns"),
     ),
     Mistake(
         "triton: tiles of the wrong grid stride",
@@ -418,7 +418,7 @@ MISTAKES = [
         f"{TRITON}/rows.py",
         "RowSums(sums.nsa_total)",
         "RowSums(sums.nsa_cache_seqlens)",
-        triton("draft_extend_capacity"),
+        triton("padding_rows_and_dead_columns"),
     ),
     Mistake(
         "triton: draft tokens take lengths past int32",
@@ -446,7 +446,7 @@ MISTAKES = [
         f"{TRITON}/tables.py",
         "elif start * TOKENS_PER_COLUMN < end:",
         "elif start * TOKENS_PER_COLUMN < live:",
-        triton("tiles_and_tails"),
+        triton("padding_rows_and_dead_columns"),
     ),
     Mistake(
         "triton: tokens are counted in 32 bits",
@@ -630,7 +630,7 @@ MISTAKES = [
         "cuda: prefix sums carry nothing from tile to tile",
         "ffi/cuda/prefix_sum.cu",
         "if (thread == 0) carry += total;",
-        "",
+        "if (thread == 0) carry = total;",
         "test_ffi.py::test_prefix_sum_variants",
     ),
     Mistake(
@@ -645,7 +645,7 @@ MISTAKES = [
         "handlers: the second launch takes the first backends",
         HANDLERS,
         "std::copy_n(backends.begin() + first, count",
-        "std::copy_n(backends.begin(), count",
+        "std::copy_n(backends.begin() + 0 * first, count",
         "test_ffi.py::test_numbers_of_backends",
     ),
     Mistake(
@@ -915,21 +915,21 @@ MISTAKES = [
         "benchmarks/problem.py",
         "if not np.array_equal(getattr(backend, field), array):",
         "if False:",
-        "test_benchmarks.py",
+        "test_benchmarks.py::test_a_wrong_result_stops_the_run",
     ),
     Mistake(
         "benchmarks: wrong tensors are timed",
         "benchmarks/suites/torch_handoff.py",
         'if field != "seqlens_expanded" and not np.array_equal(got, array):',
         "if False:",
-        "test_benchmarks.py",
+        "test_benchmarks.py::test_wrong_tensors_stop_the_run",
     ),
     Mistake(
         "benchmarks: comparisons are the wrong way round",
         "benchmarks/compare.py",
         "return self.after / self.before",
         "return self.before / self.after",
-        "test_benchmarks.py",
+        "test_benchmarks.py::test_compare",
     ),
 ]
 

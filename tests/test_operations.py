@@ -102,6 +102,33 @@ def test_tiles_and_tails(
     )
 
 
+@pytest.mark.parametrize(
+    "tail_and_width",  # one parameter, so that interpreters take all of its values
+    [f"{tail} {width}" for tail in ("copy", "zero", "keep") for width in (20, 1100)],
+)
+def test_padding_rows_and_dead_columns(tail_and_width, implementation):
+    """More padding rows than requests, rows that end in every tile or before any."""
+    tail, max_len = tail_and_width.split()
+    max_len = int(max_len)
+    page = max_len // 5
+    _, indices, pool = inputs(4, pool_cols=max_len + 4)
+    lengths = np.array([3, 0, max_len + 9, 2 * page], np.int32)
+    extend = np.array([2, 1, 1, 2], np.int32)
+    check_broadcast(
+        (lengths, indices, pool),
+        implementation=implementation,
+        in_place=True,
+        tail=tail,
+        num_backends=2,
+        forward_mode=ForwardMode.DRAFT_EXTEND,
+        extend_seq_lens=extend,
+        max_total_tokens=6 + 9,
+        max_len=max_len,
+        nsa_index_topk=max_len // 3,
+        real_page_size=page,
+    )
+
+
 @pytest.mark.parametrize("in_place", (False, True))
 @pytest.mark.parametrize("stacked", (False, True))
 @pytest.mark.parametrize("mode", ForwardMode)
@@ -140,8 +167,10 @@ def test_many_backends(implementation):
 
 @pytest.mark.large
 def test_long_context_in_place(implementation):
+    _, indices, pool = inputs(4, pool_cols=70_001, seed=3)
+    lengths = np.array([70_001, 69_990, 4097, 35_000], np.int32)
     check_broadcast(
-        inputs(4, pool_cols=70_001, seed=3),
+        (lengths, indices, pool),
         implementation=implementation,
         in_place=True,
         num_backends=2,

@@ -22,7 +22,9 @@ from pallas_kernels.tables import Table
 INTERPRETER = InterpretGPUParams(detect_races=True)
 
 
-@pytest.mark.parametrize("requests", (1, 31, 32, 33, 127, 128, 129, 256, 1000, 1024, 1100, 2049))
+@pytest.mark.parametrize(
+    "requests", (1, 31, 32, 33, 127, 128, 129, 256, 1000, 1024, 1100, 1400, 2049)
+)
 @pytest.mark.parametrize("limit", (None, 2**31 - 1, 1000))
 def test_sums_over_requests(requests, limit, capfd):
     """More requests than a vector holds, and than are in flight at once."""
@@ -64,7 +66,8 @@ def test_sums_over_requests(requests, limit, capfd):
 
 def test_blocks_stride_over_tiles(capfd):
     """More tiles than blocks: the same with any block sizes."""
-    lengths, indices, pool = inputs(2, pool_cols=1500)
+    _, indices, pool = inputs(2, pool_cols=2600)
+    lengths = np.array([2600, 1100], np.int32)
     for tail in ("copy", "keep"):
         out = held(reference.precompute_decode_metadata(lengths, indices, pool))
         out = out if tail == "keep" else None
@@ -75,7 +78,7 @@ def test_blocks_stride_over_tiles(capfd):
         compute = jax.jit(
             functools.partial(
                 pallas_kernels.fused_metadata,
-                spec=Spec(Rows(2, 2, 1, 0), 1500, 64, 64, True, tail),
+                spec=Spec(Rows(2, 2, 1, 0), 2600, 64, 64, True, tail),
                 config=pallas_kernels.BlockConfig(vectors=1, scalars=4, blocks=4),
                 interpret=INTERPRETER,
             )
