@@ -674,7 +674,7 @@ MISTAKES = [
         "jaxnsa/implementations/ffi.py",
         "held = lax.optimization_barrier(jax.tree.leaves(out))",
         "held = jax.tree.leaves(out)",
-        "test_transformations.py::test_destinations_may_be_slices -k ffi",
+        "test_lowering.py::test_destinations_pass_a_barrier",
     ),
     Mistake(
         "native: a library for other fields is taken",

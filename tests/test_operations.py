@@ -227,12 +227,13 @@ def test_draft_extend_totals_past_int32_fill_the_capacity(implementation):
 @pytest.mark.parametrize("pool_cols", (4, *large(700)))
 def test_extreme_values(pool_cols, tail, implementation):
     low, high = -(2**31), 2**31 - 1
-    lengths = np.array([low, high, 0, -1, 1, high - 2], np.int32)
+    # The first ones: n * (n + 1) leaves int32, and uint32, among the rows of a request.
+    lengths = np.array([46_340, 65_535, low, high, 0, -1, 1, high - 2], np.int32)
     pool = np.resize(np.array([low, high, -1, 0, 1, -64, 63], np.int32), (2, pool_cols))
     for mode in ForwardMode:
-        options = mode_options(mode, 6)
+        options = mode_options(mode, 8)
         if mode is ForwardMode.DRAFT_EXTEND:
-            options["extend_seq_lens"] = np.array([3, 2, low, 1, 4, 1], np.int32)
+            options["extend_seq_lens"] = np.array([1, 2, 3, 2, low, 1, 4, 1], np.int32)
         check_broadcast(
             (lengths, lengths[::-1], pool),
             implementation=implementation,
@@ -241,7 +242,7 @@ def test_extreme_values(pool_cols, tail, implementation):
             num_backends=1,
             forward_mode=mode,
             real_page_size=3,
-            nsa_index_topk=100_000,  # the sum of so many lengths leaves int32
+            nsa_index_topk=100_000,
             **options,
         )
 
