@@ -51,6 +51,14 @@ def held(metadata, value=-7):
     return jax.tree.map(lambda a: np.full(a.shape, value, np.int32), metadata)
 
 
+def held_apart(tree):
+    """The same, with other values in every element."""
+    sizes = [array.size for array in jax.tree.leaves(tree)]
+    values = np.split(-np.arange(7, 7 + sum(sizes), dtype=np.int32), np.cumsum(sizes)[:-1])
+    arrays = [v.reshape(a.shape) for v, a in zip(values, jax.tree.leaves(tree), strict=True)]
+    return jax.tree.unflatten(jax.tree.structure(tree), arrays)
+
+
 def on_device(tree):
     return jax.tree.map(jnp.array, tree)
 
@@ -78,7 +86,7 @@ def check_broadcast(arguments, *, out_shape_from=None, strategy="ultra_fast", **
         fresh = reference.fused_metadata_precompute_and_broadcast(
             *arguments, **(options | {"tail": None})
         )
-        expected_out = held(fresh)
+        expected_out = held_apart(fresh)
         actual_out = on_device(expected_out)
         before = pointers(actual_out)
     actual = jaxnsa.fused_metadata_precompute_and_broadcast(

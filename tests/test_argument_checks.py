@@ -143,6 +143,21 @@ def test_broadcast_refuses(changes, error, message):
         compute(**(arguments | changes))
 
 
+def test_tables_have_as_many_columns_as_kernels_count():
+    pool = jax.ShapeDtypeStruct((1, 2**30 + 1), jnp.int32)
+
+    def columns(pool, **options):
+        table = jax.eval_shape(
+            lambda pool: compute(SEQ_LENS, INDICES, pool, num_backends=1, **options), pool
+        )[0].page_indices
+        return table.shape[1]
+
+    assert columns(pool, max_len=2**30) == 2**30
+    for wide in ({}, {"max_len": 2**30 + 1}):
+        with pytest.raises(ValueError, match=r"max_len: got 1073741825, .* in \[1, 1073741824\]"):
+            columns(pool, **wide)
+
+
 def test_out_arrays_must_be_alive_and_distinct():
     deleted = out()
     deleted.cache_seqlens.delete()

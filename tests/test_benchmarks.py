@@ -15,7 +15,7 @@ from benchmarks.__main__ import RESULTS, main
 from benchmarks.measure import rotations, timing
 from benchmarks.problem import Problem
 from benchmarks.report import Report
-from benchmarks.suites import SUITES, modes
+from benchmarks.suites import SUITES, modes, torch_handoff
 from jaxnsa import ForwardMode
 from jaxnsa.implementations import IMPLEMENTATIONS, xla
 
@@ -81,6 +81,13 @@ def test_a_wrong_result_stops_the_run(monkeypatch, tmp_path):
     assert isinstance(done.exception, AssertionError)
     assert "of backend 0 is wrong for {'mode': 'decode'" in str(done.exception)
     assert not list(tmp_path.iterdir())
+
+
+def test_wrong_tensors_stop_the_run():
+    pytest.importorskip("torch", reason="runs where PyTorch is, as .ci/run installs it")
+    problem = Problem(ForwardMode.DECODE, 3, 128, 2, 128)
+    with pytest.raises(AssertionError, match="cache_seqlens is wrong for {'mode': 'decode'"):
+        torch_handoff._measure(lambda problem, tensors: lambda: None, problem)
 
 
 def test_inputs_take_turns():

@@ -4,13 +4,14 @@ import json
 import re
 import types
 
+import jax
 import numpy as np
 import pytest
 from click.testing import CliRunner
 
 import jaxnsa
 from jaxnsa import reference
-from jaxnsa.app import verify
+from jaxnsa.app import demo, verify
 from jaxnsa.app.command_line import main
 from jaxnsa.implementations import IMPLEMENTATIONS, xla
 
@@ -67,6 +68,19 @@ def test_demo_reports_mismatches(monkeypatch):
     assert cells(result.output, "│ broken")[-1] == "3"
 
 
+def test_the_loop_beside_the_demo_counts_what_it_writes():
+    lengths, indices = np.array([130, 0, 64], np.int32), np.array([2, 0, 1], np.int32)
+    pool = np.arange(3 * 200, dtype=np.int32).reshape(3, 200)
+    expected = reference.fused_metadata_precompute_and_broadcast(
+        lengths, indices, pool, num_backends=2, tail="zero"
+    )
+    zeros = jax.tree.map(np.zeros_like, expected)
+    assert demo.numpy_loop(lengths, indices, pool, zeros) == 2 * 4 * (130 + 64 + 3 + 1)
+    for backend, wanted in zip(zeros, expected, strict=True):
+        np.testing.assert_array_equal(backend.page_indices, wanted.page_indices)
+        np.testing.assert_array_equal(backend.real_page_table, wanted.real_page_table)
+
+
 def test_demo_refuses(tmp_path):
     trace = tmp_path / "trace.csv"
     trace.write_text("TIMESTAMP,ContextTokens,GeneratedTokens\n,60,x\n")
@@ -90,12 +104,15 @@ def test_verify_prints_a_failing_case_that_fails_when_run(broken):
     assert result.exit_code == 1
     program = result.output[result.output.index("import jax") :]
     printed = []
-    exec(program, {"print": printed.append})
+    names = {"print": printed.append}
+    exec(program, names)
     actual, expected = printed
-    assert type(actual) is type(expected) or isinstance(expected, np.ndarray)
-    assert "3" in program  # three requests are enough to fail, and were not shrunk further
-    case = program[program.index("arguments = dict(") :]
-    assert len(case.splitlines()) < 12
+    x = names["arguments"].pop("x")
+    assert not names["arguments"]
+    assert len(x) == 3  # enough to fail, and as few as it takes
+    assert ((x >= 0) & (x < 100)).all()
+    np.testing.assert_array_equal(expected, reference.prefix_sum(x))
+    np.testing.assert_array_equal(actual, expected + 1)
 
 
 def test_verify_skips_what_cannot_run_and_says_why(monkeypatch):

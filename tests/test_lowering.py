@@ -1,7 +1,9 @@
 """What XLA gets for CUDA from a package of kernels: one custom call, and nothing beside it."""
 
 import functools
+import re
 
+import jax
 import pytest
 from helpers import inputs, lowered_operations, mode_options, on_device
 
@@ -55,6 +57,26 @@ def test_broadcast_is_one_custom_call(name, mode, in_place, stacked, bs, max_len
         donate=0,
     )
     assert operations == ["custom_call"]
+
+
+@pytest.mark.parametrize("function", ("fused_metadata", "copy"))
+@pytest.mark.parametrize("kernels", ("pallas", "ffi", "triton"))
+def test_destinations_pass_a_barrier(kernels, function):
+    """Without it XLA hands kernels slices of larger arrays, and loses what is written there."""
+    if kernels == "triton" and (reason := triton._missing() or triton._import_error()):
+        pytest.skip(f"runs where JAX's CUDA plugin is, as .ci/run installs it: {reason}")
+    arguments = inputs(7, pool_cols=256)
+    out = on_device(reference.precompute_decode_metadata(*arguments))
+
+    def compute(out, src, *arguments):
+        if function == "copy":
+            return jaxnsa.fused_metadata_copy(src, out=(out,), implementation=kernels)
+        return jaxnsa.precompute_decode_metadata(*arguments, out=out, implementation=kernels)
+
+    traced = jax.jit(compute, donate_argnums=0).trace(out, out, *arguments)
+    text = traced.lower(lowering_platforms=("cuda",)).as_text()
+    (barrier,) = [line for line in text.splitlines() if "stablehlo.optimization_barrier" in line]
+    assert len(re.findall(r"tensor<[0-9x]+xi32>", barrier)) == len(jax.tree.leaves(out))
 
 
 def test_every_function_is_one_custom_call(name):

@@ -80,7 +80,7 @@ def test_page_sizes_and_widths(page, max_len, mode, implementation):
         (301, 290, 48),  # no access wider than one element, pool rows and tiles of no whole pages
         (640, 600, 2),  # columns that fill no vector, page starts as vectors
         (640, 600, 700),  # pages wider than the table
-        (40, 40, 2**31 - 1),  # pages as long as int32 reaches
+        (640, 600, 2**31 - 1),  # pages as long as int32 reaches, more tiles than pages
         (2304, 2100, 64),  # several tiles
     ],
 )
@@ -99,6 +99,33 @@ def test_tiles_and_tails(
         wide_table=wide_table or page == 1,
         real_page_size=page,
         **mode_options(mode, 3),
+    )
+
+
+@pytest.mark.parametrize(
+    "tail_and_width",  # one parameter, so that interpreters take all of its values
+    [f"{tail} {width}" for tail in ("copy", "zero", "keep") for width in (20, 1100)],
+)
+def test_padding_rows_and_dead_columns(tail_and_width, implementation):
+    """More padding rows than requests, rows that end in every tile or before any."""
+    tail, max_len = tail_and_width.split()
+    max_len = int(max_len)
+    page = max_len // 5
+    _, indices, pool = inputs(4, pool_cols=max_len + 4)
+    lengths = np.array([3, 0, max_len + 9, 2 * page], np.int32)
+    extend = np.array([2, 1, 1, 2], np.int32)
+    check_broadcast(
+        (lengths, indices, pool),
+        implementation=implementation,
+        in_place=True,
+        tail=tail,
+        num_backends=2,
+        forward_mode=ForwardMode.DRAFT_EXTEND,
+        extend_seq_lens=extend,
+        max_total_tokens=6 + 9,
+        max_len=max_len,
+        nsa_index_topk=max_len // 3,
+        real_page_size=page,
     )
 
 
@@ -141,8 +168,10 @@ def test_many_backends(implementation):
 
 @pytest.mark.large
 def test_long_context_in_place(implementation):
+    _, indices, pool = inputs(4, pool_cols=70_001, seed=3)
+    lengths = np.array([70_001, 69_990, 4097, 35_000], np.int32)
     check_broadcast(
-        inputs(4, pool_cols=70_001, seed=3),
+        (lengths, indices, pool),
         implementation=implementation,
         in_place=True,
         num_backends=2,
@@ -199,12 +228,13 @@ def test_draft_extend_totals_past_int32_fill_the_capacity(implementation):
 @pytest.mark.parametrize("pool_cols", (4, *large(700)))
 def test_extreme_values(pool_cols, tail, implementation):
     low, high = -(2**31), 2**31 - 1
-    lengths = np.array([low, high, 0, -1, 1, high - 2], np.int32)
+    # The first ones: n * (n + 1) leaves int32, and uint32, among the rows of a request.
+    lengths = np.array([46_340, 65_535, low, high, 0, -1, 1, high - 2], np.int32)
     pool = np.resize(np.array([low, high, -1, 0, 1, -64, 63], np.int32), (2, pool_cols))
     for mode in ForwardMode:
-        options = mode_options(mode, 6)
+        options = mode_options(mode, 8)
         if mode is ForwardMode.DRAFT_EXTEND:
-            options["extend_seq_lens"] = np.array([3, 2, low, 1, 4, 1], np.int32)
+            options["extend_seq_lens"] = np.array([1, 2, 3, 2, low, 1, 4, 1], np.int32)
         check_broadcast(
             (lengths, lengths[::-1], pool),
             implementation=implementation,
@@ -213,6 +243,7 @@ def test_extreme_values(pool_cols, tail, implementation):
             num_backends=1,
             forward_mode=mode,
             real_page_size=3,
+            nsa_index_topk=100_000,
             **options,
         )
 

@@ -16,11 +16,15 @@ from jaxnsa import reference
 from jaxnsa.spec import Inputs, Rows, Spec
 from pallas_kernels.destinations import Destinations
 from pallas_kernels.jax_internals import InterpretGPUParams, force_gpu_interpret_mode
+from pallas_kernels.lanes import access_width
+from pallas_kernels.tables import Table
 
 INTERPRETER = InterpretGPUParams(detect_races=True)
 
 
-@pytest.mark.parametrize("requests", (1, 31, 32, 33, 127, 128, 129, 256, 1000, 1024, 1100, 2049))
+@pytest.mark.parametrize(
+    "requests", (1, 31, 32, 33, 127, 128, 129, 256, 1000, 1024, 1100, 1400, 2049)
+)
 @pytest.mark.parametrize("limit", (None, 2**31 - 1, 1000))
 def test_sums_over_requests(requests, limit, capfd):
     """More requests than a vector holds, and than are in flight at once."""
@@ -62,7 +66,8 @@ def test_sums_over_requests(requests, limit, capfd):
 
 def test_blocks_stride_over_tiles(capfd):
     """More tiles than blocks: the same with any block sizes."""
-    lengths, indices, pool = inputs(2, pool_cols=1500)
+    _, indices, pool = inputs(2, pool_cols=2600)
+    lengths = np.array([2600, 1100], np.int32)
     for tail in ("copy", "keep"):
         out = held(reference.precompute_decode_metadata(lengths, indices, pool))
         out = out if tail == "keep" else None
@@ -73,7 +78,7 @@ def test_blocks_stride_over_tiles(capfd):
         compute = jax.jit(
             functools.partial(
                 pallas_kernels.fused_metadata,
-                spec=Spec(Rows(2, 2, 1, 0), 1500, 64, 64, True, tail),
+                spec=Spec(Rows(2, 2, 1, 0), 2600, 64, 64, True, tail),
                 config=pallas_kernels.BlockConfig(vectors=1, scalars=4, blocks=4),
                 interpret=INTERPRETER,
             )
@@ -81,6 +86,22 @@ def test_blocks_stride_over_tiles(capfd):
         (actual,) = compute(Inputs(lengths, indices, pool, None), before)
         assert_same(actual, expected)
     assert "RACE DETECTED" not in capfd.readouterr().out
+
+
+@pytest.mark.parametrize("pool_cols, pages", ((512, (4, 64, 100)), (514, (2, 6)), (515, (1, 7))))
+def test_pages_start_with_an_access_where_they_are_written_with_the_wide_table(pool_cols, pages):
+    """What a GPU needs: the interpreter would write other pages too."""
+    width = access_width(pool_cols)
+    config = pallas_kernels.BlockConfig(vectors=1)
+    table = Table.of(1, 512, 1, "copy", width, config)
+    assert table.width == width
+    for page in range(1, 128):
+        assert table.yields_pages(page) == (page % width == 0)
+    assert all(table.yields_pages(page) for page in pages)
+    of_pages = Table.of(1, 4096, 4, "copy", width, config)
+    narrow = Table.of(1, 100, 1, "copy", width, config)
+    assert not of_pages.yields_pages(64)
+    assert not narrow.yields_pages(64)
 
 
 def test_an_array_that_no_block_writes_is_an_error():

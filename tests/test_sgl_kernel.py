@@ -279,6 +279,19 @@ def test_fill_draft_extend(bs, flags, device):
         )
 
 
+@pytest.mark.parametrize("function", ("", "_adaptive", "_optimized"))
+@pytest.mark.parametrize("smaller", (0, 1))
+def test_the_smaller_tensor_is_the_capacity(smaller, function, device):
+    memory = torch.full((2, 20), HELD, dtype=torch.int32, device=device)
+    out = [memory[0, :12], memory[1, :12]]
+    out[smaller] = memory[smaller, :5]
+    extend, lengths = np.array([3, 4], np.int32), np.array([9, 9], np.int32)
+    fill = getattr(sgl_kernel, f"fill_draft_extend_metadata_cuda{function}")
+    assert int(fill(tensor(extend, device), tensor(lengths, device), 8, *out)) == 7
+    left = [HELD] * 15
+    assert memory.tolist() == [[7, 8, 9, 6, 7, *left], [7, 8, 8, 6, 7, *left]]
+
+
 def test_wrong_arguments_are_refused_before_anything_is_written(device):
     lengths, indices, pool = (tensor(a, device) for a in inputs(5, pool_cols=40))
     b = static_buffers(device, 5, 40, 2)

@@ -28,6 +28,7 @@ def test_same_bits(strategy, mode, stacked, tail, in_place, bs, implementation):
         num_backends=3,
         forward_mode=mode,
         stacked=stacked,
+        nsa_index_topk=60,
         **mode_options(mode, bs),
     )
 
