@@ -238,11 +238,11 @@ MISTAKES = [
         pallas("batch_sizes"),
     ),
     Mistake(
-        "pallas: totals of rows wrap",
+        "pallas: rows past the capacity",
         "pallas_kernels/rows.py",
-        "limit=rows.count",
-        "limit=None",
-        pallas("draft_extend_totals_past_int32_fill_the_capacity"),
+        "jnp.minimum(self.q, rows.count - first)",
+        "self.q",
+        pallas("draft_extend_capacity"),
     ),
     Mistake(
         "pallas: padding rows without their stride",
@@ -453,7 +453,7 @@ MISTAKES = [
         f"{TRITON}/tables.py",
         "start = tl.cast(start, tl.int64)",
         "start = tl.cast(start, tl.int32)",
-        triton("tiles_and_tails"),
+        triton("padding_rows_and_dead_columns"),
     ),
     Mistake(
         "triton: copies go past the live columns",
@@ -752,7 +752,7 @@ MISTAKES = [
         "jaxnsa/interop/sgl_kernel.py",
         "capacity = min(*expanded.shape, *clamped.shape)",
         "capacity = expanded.shape[0]",
-        "test_sgl_kernel.py -k fill",
+        "test_sgl_kernel.py::test_the_smaller_tensor_is_the_capacity",
     ),
     Mistake(
         "sgl_kernel: strides of the first backend for all",
