@@ -139,6 +139,13 @@ MISTAKES = [
         operations("xla", "in_place"),
     ),
     Mistake(
+        "xla: pages are rounded up past int32",
+        XLA,
+        "tokens // self.tokens_per_column + (tokens % self.tokens_per_column > 0)",
+        "(tokens + self.tokens_per_column - 1) // self.tokens_per_column",
+        operations("xla", "padding_rows_and_dead_columns"),
+    ),
+    Mistake(
         "xla: the last tile of keep ends past the table",
         XLA,
         "start = jnp.minimum(whole_tiles * tile, table.columns - tile)",
@@ -449,10 +456,10 @@ MISTAKES = [
         triton("padding_rows_and_dead_columns"),
     ),
     Mistake(
-        "triton: tokens are counted in 32 bits",
+        "triton: a page past the live columns",
         f"{TRITON}/tables.py",
-        "start = tl.cast(start, tl.int64)",
-        "start = tl.cast(start, tl.int32)",
+        "pages.in_tile & (pages.token < end)",
+        "pages.in_tile & (pages.token <= end)",
         triton("padding_rows_and_dead_columns"),
     ),
     Mistake(

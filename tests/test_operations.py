@@ -107,7 +107,7 @@ def test_tiles_and_tails(
     [
         *(f"{tail} 20 4" for tail in ("copy", "zero", "keep")),
         *(f"{tail} 1100 220" for tail in ("copy", "zero", "keep")),
-        f"zero 600 {2**31 - 1}",
+        f"keep 600 {2**31 - 1}",
     ],
 )
 def test_padding_rows_and_dead_columns(tail_width_page, implementation):
