@@ -139,6 +139,13 @@ MISTAKES = [
         operations("xla", "in_place"),
     ),
     Mistake(
+        "xla: pages are rounded up past int32",
+        XLA,
+        "tokens // self.tokens_per_column + (tokens % self.tokens_per_column > 0)",
+        "(tokens + self.tokens_per_column - 1) // self.tokens_per_column",
+        operations("xla", "padding_rows_and_dead_columns"),
+    ),
+    Mistake(
         "xla: the last tile of keep ends past the table",
         XLA,
         "start = jnp.minimum(whole_tiles * tile, table.columns - tile)",
@@ -238,11 +245,11 @@ MISTAKES = [
         pallas("batch_sizes"),
     ),
     Mistake(
-        "pallas: totals of rows wrap",
+        "pallas: rows past the capacity",
         "pallas_kernels/rows.py",
-        "limit=rows.count",
-        "limit=None",
-        pallas("draft_extend_totals_past_int32_fill_the_capacity"),
+        "jnp.minimum(self.q, rows.count - first)",
+        "self.q",
+        pallas("draft_extend_capacity"),
     ),
     Mistake(
         "pallas: padding rows without their stride",
@@ -449,11 +456,11 @@ MISTAKES = [
         triton("padding_rows_and_dead_columns"),
     ),
     Mistake(
-        "triton: tokens are counted in 32 bits",
+        "triton: a page past the live columns",
         f"{TRITON}/tables.py",
-        "start = tl.cast(start, tl.int64)",
-        "start = tl.cast(start, tl.int32)",
-        triton("tiles_and_tails"),
+        "pages.in_tile & (pages.token < end)",
+        "pages.in_tile & (pages.token <= end)",
+        triton("padding_rows_and_dead_columns"),
     ),
     Mistake(
         "triton: copies go past the live columns",
@@ -752,7 +759,7 @@ MISTAKES = [
         "jaxnsa/interop/sgl_kernel.py",
         "capacity = min(*expanded.shape, *clamped.shape)",
         "capacity = expanded.shape[0]",
-        "test_sgl_kernel.py -k fill",
+        "test_sgl_kernel.py::test_the_smaller_tensor_is_the_capacity",
     ),
     Mistake(
         "sgl_kernel: strides of the first backend for all",

@@ -103,16 +103,19 @@ def test_tiles_and_tails(
 
 
 @pytest.mark.parametrize(
-    "tail_and_width",  # one parameter, so that interpreters take all of its values
-    [f"{tail} {width}" for tail in ("copy", "zero", "keep") for width in (20, 1100)],
+    "tail_width_page",  # one parameter, so that interpreters take all of its values
+    [
+        *(f"{tail} 20 4" for tail in ("copy", "zero", "keep")),
+        *(f"{tail} 1100 220" for tail in ("copy", "zero", "keep")),
+        f"keep 600 {2**31 - 1}",
+    ],
 )
-def test_padding_rows_and_dead_columns(tail_and_width, implementation):
+def test_padding_rows_and_dead_columns(tail_width_page, implementation):
     """More padding rows than requests, rows that end in every tile or before any."""
-    tail, max_len = tail_and_width.split()
-    max_len = int(max_len)
-    page = max_len // 5
+    tail, *numbers = tail_width_page.split()
+    max_len, page = map(int, numbers)
     _, indices, pool = inputs(4, pool_cols=max_len + 4)
-    lengths = np.array([3, 0, max_len + 9, 2 * page], np.int32)
+    lengths = np.array([3, 0, max_len + 9, max_len // 5 * 2], np.int32)
     extend = np.array([2, 1, 1, 2], np.int32)
     check_broadcast(
         (lengths, indices, pool),
