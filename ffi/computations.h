@@ -58,6 +58,7 @@ struct FusedMetadataArguments {
   Pool pool;
   int32_t nsa_index_topk;
   int32_t max_len;
+  int32_t max_total_keys;  // of flat_page_indices
   Tail tail;
   TableLayout tables[kFields];  // by Field, of those that are tables and wanted
   int32_t num_backends;

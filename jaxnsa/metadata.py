@@ -22,6 +22,7 @@ class ForwardMode(enum.Enum):
     DECODE = "decode"
     TARGET_VERIFY = "target_verify"
     DRAFT_EXTEND = "draft_extend"
+    EXTEND = "extend"
 
 
 class Extent(enum.Enum):
@@ -32,6 +33,7 @@ class Extent(enum.Enum):
     ROWS = "rows"
     ROWS_PLUS_1 = "rows + 1"
     TABLE = "table"
+    KEYS = "keys"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,7 +46,8 @@ class Field:
     Attributes:
       name: of the array.
       extent: REQUESTS [requests]; REQUESTS_PLUS_1 [requests + 1], 0 and the inclusive prefix sum of
-        `sum_of`; ROWS [rows]; ROWS_PLUS_1 [rows + 1], likewise; TABLE [rows, columns].
+        `sum_of`; ROWS [rows]; ROWS_PLUS_1 [rows + 1], likewise; TABLE [table rows, columns]; KEYS
+        [max_total_keys].
       sum_of: the array whose prefix sum this is.
       tokens_per_column: of a table, the tokens that a column stands for: a number, or the attribute
         of `Spec` that holds it. Column c stands for the tokens from c * tokens_per_column on and is
@@ -72,8 +75,12 @@ class NSAMetadata:
     """What the attention kernels of one step read, for one backend: int32 arrays.
 
     `rows` is bs in decode, bs * num_draft_tokens in target verify and max_total_tokens in draft
-    extend. With `stacked=True` every array has one more leading axis, [num_backends]. An array that
-    was not asked for is None.
+    extend and prefill (extend). `table_rows` is bs in prefill, where a request's tokens share one
+    table row, and `rows` elsewhere. With `stacked=True` every array has one more leading axis,
+    [num_backends]. An array that was not asked for is None.
+
+    In prefill the keys of all requests lie one request behind the other: those of request i at
+    `cu_seqlens_k[i]` and after. A row's query token sees keys `indexer_ks` to before `indexer_ke`.
 
     Attributes:
       cache_seqlens: int32 [bs], KV length of each request after the step.
@@ -81,9 +88,15 @@ class NSAMetadata:
       seqlens_expanded: int32 [rows], KV length that each row's query token sees.
       nsa_cache_seqlens: int32 [rows], `seqlens_expanded` clamped to the indexer's top-k.
       nsa_cu_seqlens_k: int32 [rows + 1], 0 and the inclusive prefix sum of `nsa_cache_seqlens`.
-      page_indices: int32 [rows, max_len], KV slot of each token; None without the wide table.
-      real_page_table: int32 [rows, ceil(max_len / real_page_size)], physical page of each page of
-        tokens; None when real_page_size is 1.
+      page_indices: int32 [table_rows, max_len], KV slot of each token; None without the wide table.
+      real_page_table: int32 [table_rows, ceil(max_len / real_page_size)], physical page of each
+        page of tokens; None when real_page_size is 1.
+      token_to_request: int32 [rows], the request of each row; this and what follows in prefill.
+      indexer_ks: int32 [rows], where the keys of the row's request begin.
+      indexer_ke: int32 [rows], `indexer_ks + seqlens_expanded`.
+      topk_indices_offset: int32 [rows], what turns a request's top-k indices into indices of keys:
+        `cu_seqlens_k` of the row's request.
+      flat_page_indices: int32 [max_total_keys], KV slot of each key; None without max_total_keys.
     """
 
     cache_seqlens: Array = _described(Extent.REQUESTS)
@@ -95,6 +108,11 @@ class NSAMetadata:
     real_page_table: Array | None = _described(
         Extent.TABLE, tokens_per_column="real_page_size", wanted="real_table"
     )
+    token_to_request: Array | None = _described(Extent.ROWS, wanted="prefill")
+    indexer_ks: Array | None = _described(Extent.ROWS, wanted="prefill")
+    indexer_ke: Array | None = _described(Extent.ROWS, wanted="prefill")
+    topk_indices_offset: Array | None = _described(Extent.ROWS, wanted="prefill")
+    flat_page_indices: Array | None = _described(Extent.KEYS, wanted="flat_table")
 
     def arrays(self) -> dict[str, Array]:
         """The arrays that there are, by name."""

@@ -58,6 +58,25 @@ def precompute_draft_extend_metadata(
     return _one(seq_lens, req_pool_indices, req_to_token, ForwardMode.DRAFT_EXTEND, options)
 
 
+def precompute_extend_metadata(
+    seq_lens,
+    extend_seq_lens,
+    req_pool_indices,
+    req_to_token,
+    *,
+    max_total_tokens,
+    max_total_keys=None,
+    **options,
+) -> NSAMetadata:
+    """extend_seq_lens[i] rows for request i, which seq_lens[i] already counts, and one table row."""
+    options |= {
+        "extend_seq_lens": extend_seq_lens,
+        "max_total_tokens": max_total_tokens,
+        "max_total_keys": max_total_keys,
+    }
+    return _one(seq_lens, req_pool_indices, req_to_token, ForwardMode.EXTEND, options)
+
+
 def fused_metadata_precompute_and_broadcast(
     seq_lens,
     req_pool_indices,
@@ -68,6 +87,7 @@ def fused_metadata_precompute_and_broadcast(
     num_draft_tokens=None,
     extend_seq_lens=None,
     max_total_tokens=None,
+    max_total_keys=None,
     max_len=None,
     nsa_index_topk=2048,
     real_page_size=64,
@@ -93,7 +113,10 @@ def fused_metadata_precompute_and_broadcast(
     else:
         cache_seqlens = seq_lens
         rows = _draft_extend_rows(seq_lens, _lengths(extend_seq_lens), max_total_tokens)
-    count = max_total_tokens if forward_mode is ForwardMode.DRAFT_EXTEND else len(rows)
+    count = len(rows) if max_total_tokens is None else max_total_tokens
+    prefill = forward_mode is ForwardMode.EXTEND
+    table_rows = list(enumerate(cache_seqlens)) if prefill else rows
+    table_count = len(table_rows) if prefill else count
 
     seqlens_expanded = np.zeros(count, np.int32)
     for r, (_, kv_len) in enumerate(rows):
@@ -106,6 +129,21 @@ def fused_metadata_precompute_and_broadcast(
         "nsa_cache_seqlens": nsa_cache_seqlens,
         "nsa_cu_seqlens_k": prefix_sum(nsa_cache_seqlens),
     }
+    if prefill:
+        token_to_request, first_key = np.zeros((2, count), np.int32)
+        for r, (i, _) in enumerate(rows):
+            token_to_request[r] = i
+            first_key[r] = lengths["cu_seqlens_k"][i]
+        lengths |= {
+            "token_to_request": token_to_request,
+            "indexer_ks": first_key,
+            "indexer_ke": first_key + seqlens_expanded,
+            "topk_indices_offset": first_key,
+        }
+
+    def pool_row(i) -> np.ndarray:
+        return req_to_token[min(max(int(np.asarray(req_pool_indices)[i]), 0), len(req_to_token) - 1)]
+
     tokens_per_column = {}
     if wide_table:
         tokens_per_column["page_indices"] = 1
@@ -114,9 +152,11 @@ def fused_metadata_precompute_and_broadcast(
 
     def fresh() -> NSAMetadata:
         tables = {
-            name: np.zeros((count, -(-max_len // tokens)), np.int32)
+            name: np.zeros((table_count, -(-max_len // tokens)), np.int32)
             for name, tokens in tokens_per_column.items()
         }
+        if max_total_keys is not None:
+            tables["flat_page_indices"] = np.zeros(max_total_keys, np.int32)
         return NSAMetadata(**{name: value.copy() for name, value in lengths.items()}, **tables)
 
     def fill(metadata: NSAMetadata) -> NSAMetadata:
@@ -126,11 +166,20 @@ def fused_metadata_precompute_and_broadcast(
             table = getattr(metadata, name)
             if tail != "keep":
                 table[:] = 0
-            for r, (i, kv_len) in enumerate(rows):
+            for r, (i, kv_len) in enumerate(table_rows):
                 live = max_len if tail == "copy" else min(kv_len, max_len)
-                pool_row = min(max(int(np.asarray(req_pool_indices)[i]), 0), len(req_to_token) - 1)
-                first_tokens = req_to_token[pool_row, :live:tokens]
+                first_tokens = pool_row(i)[:live:tokens]
                 table[r, : len(first_tokens)] = first_tokens // tokens
+        if max_total_keys is not None:
+            keys = metadata.flat_page_indices
+            if tail != "keep":
+                keys[:] = 0
+            start = 0
+            for i, kv_len in enumerate(cache_seqlens):
+                slots = pool_row(i)[: min(kv_len, max_len)]
+                keys[start : start + kv_len] = 0
+                keys[start : start + len(slots)] = slots[: max(max_total_keys - start, 0)]
+                start += kv_len
         return metadata
 
     if stacked and out is not None:

@@ -13,6 +13,7 @@ from jax import lax
 from jaxnsa.config import Strategy
 from jaxnsa.implementations import IMPLEMENTATIONS
 from jaxnsa.metadata import NSAMetadata
+from jaxnsa.row_owners import Owners
 from jaxnsa.spec import Inputs, Spec, saturated
 
 
@@ -40,6 +41,8 @@ def fused_metadata(
         source: Inputs | NSAMetadata, destination: tuple[NSAMetadata] | None
     ) -> tuple[NSAMetadata, ...]:
         if isinstance(source, NSAMetadata):
+            if live and live.flat_table and destination:
+                source = _with_held_keys(source, destination[0])
             return module.copy(source, destination, num_backends=1, live=live)
         return module.fused_metadata(source, destination, one)
 
@@ -52,6 +55,16 @@ def fused_metadata(
     if spec.stacked:
         return (jax.tree.map(lambda *arrays: jnp.stack(arrays), *backends),)
     return tuple(backends)
+
+
+def _with_held_keys(source: NSAMetadata, destination: NSAMetadata) -> NSAMetadata:
+    """A result whose padding keys are those of a destination: copies take the flat table whole."""
+    keys = source.flat_page_indices
+    assert keys is not None
+    total = Owners.of(jnp.asarray(source.cache_seqlens), len(keys)).total
+    is_key = jnp.arange(len(keys)) < total
+    held = jnp.where(is_key, keys, destination.flat_page_indices)
+    return dataclasses.replace(source, flat_page_indices=held)
 
 
 def _destination(
