@@ -16,6 +16,8 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas_kernels import ptx
 
 LANES = 128
+Scalar = jax.Array | int
+_SCALAR = plgpu.Layout.WG_SPLAT(())
 _UNROLL = 8  # vectors in flight while summing over requests
 
 
@@ -40,33 +42,47 @@ class Lanes:
         """A vector from memory."""
         return self.laid_out(ref[index], width)
 
-    def load_first(self, ref, start: int, count: int) -> jax.Array:
-        """`count` elements of a vector from `start` on, and 0 behind them up to 128."""
+    def load_first(self, ref, start: Scalar, count: Scalar) -> jax.Array:
+        """At most `count` of 128 elements of a vector from `start` on, and 0 behind them."""
         if self._interpret:
-            return jnp.pad(ref[pl.ds(start, count)], (0, LANES - count))
+            if isinstance(count, int):
+                return jnp.pad(ref[pl.ds(start, count)], (0, LANES - count))
+            return lax.fori_loop(
+                0,
+                jnp.minimum(count, LANES),
+                lambda k, vector: vector.at[k].set(ref[start + k]),
+                jnp.zeros(LANES, jnp.int32),
+            )
         layout = plgpu.Layout.WG_STRIDED((LANES,), vec_size=1)
 
         @plgpu.inline_mgpu(
-            arg_types=(plgpu.RefType(),),
+            arg_types=(plgpu.RefType(), _SCALAR, _SCALAR),
             return_type=plgpu.ShapeDtypeStruct((LANES,), jnp.int32, layout=layout),
         )
-        def load(_, memory):
+        def load(_, memory, start, count):
             return ptx.load_first(memory, start, count)
 
-        return load(ref)
+        return load(ref, jnp.int32(start), jnp.int32(count))
 
-    def store_first(self, ref, start: int, vector: jax.Array, count: int) -> None:
-        """Stores the first `count` of 128 elements from `start` on, and touches nothing else."""
+    def store_first(self, ref, start: Scalar, vector: jax.Array, count: Scalar) -> None:
+        """Stores at most the first `count` of 128 elements from `start` on, and nothing else."""
         if self._interpret:
-            ref[pl.ds(start, count)] = vector[:count]
+            if isinstance(count, int):
+                ref[pl.ds(start, count)] = vector[:count]
+                return
+
+            def store_one(k, _):
+                ref[start + k] = vector[k]
+
+            lax.fori_loop(0, jnp.minimum(count, LANES), store_one, None)
             return
         layout = plgpu.Layout.WG_STRIDED((LANES,), vec_size=1)
 
-        @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), layout))
-        def store(_, memory, registers):
+        @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), layout, _SCALAR, _SCALAR))
+        def store(_, memory, registers, start, count):
             ptx.store_first(memory, registers, start, count)
 
-        store(ref, vector)
+        store(ref, vector, jnp.int32(start), jnp.int32(count))
 
     def sums(self, scratch, *vectors: jax.Array) -> list[jax.Array]:
         """The sum of each of several vectors of 128 elements; wraps as int32 does.
@@ -98,7 +114,7 @@ class Lanes:
         if self._interpret:
             return
 
-        @plgpu.inline_mgpu(arg_types=(plgpu.Layout.WG_SPLAT(()),))
+        @plgpu.inline_mgpu(arg_types=(_SCALAR,))
         def use(_, value):
             ptx.use(value)
 

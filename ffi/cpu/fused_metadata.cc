@@ -172,13 +172,12 @@ void FusedMetadata(Stream, const FusedMetadataArguments& args) {
       store_row(row + j, RowValuesOf(kv_len(j), args.nsa_index_topk, static_cast<int32_t>(i),
                                      first_key));
     }
+    const auto table_kv_len = [&](int64_t j) {
+      return rows.prefill || args.request_columns ? cache_seqlen : kv_len(j);
+    };
     const int32_t* const pool_row = args.pool.row(args.req_pool_indices[i]);
     for (Table& table : tables) {
-      if (rows.prefill) {
-        table.Write(pool_row, i, 1, [&](int64_t) { return cache_seqlen; });
-      } else {
-        table.Write(pool_row, row, count, kv_len);
-      }
+      table.Write(pool_row, rows.prefill ? i : row, rows.prefill ? 1 : count, table_kv_len);
     }
     keys.Append(pool_row, cache_seqlen);
     row += count;
