@@ -155,7 +155,7 @@ def spec(given: Arguments, rows: Rows, pool_cols: int, *, fresh: bool) -> Spec:
         max_total_keys=(
             None
             if given.max_total_keys is None
-            else integer("max_total_keys", given.max_total_keys, 0)
+            else integer("max_total_keys", given.max_total_keys, 0, MAX_LEN)
         ),
     )
     if result.tail == "keep" and fresh:

@@ -68,7 +68,7 @@ def precompute_extend_metadata(
     max_total_keys=None,
     **options,
 ) -> NSAMetadata:
-    """extend_seq_lens[i] rows for request i, which seq_lens[i] already counts, and one table row."""
+    """extend_seq_lens[i] rows, which seq_lens[i] counts already, and one table row of request i."""
     options |= {
         "extend_seq_lens": extend_seq_lens,
         "max_total_tokens": max_total_tokens,
@@ -142,7 +142,9 @@ def fused_metadata_precompute_and_broadcast(
         }
 
     def pool_row(i) -> np.ndarray:
-        return req_to_token[min(max(int(np.asarray(req_pool_indices)[i]), 0), len(req_to_token) - 1)]
+        return req_to_token[
+            min(max(int(np.asarray(req_pool_indices)[i]), 0), len(req_to_token) - 1)
+        ]
 
     tokens_per_column = {}
     if wide_table:
@@ -171,7 +173,7 @@ def fused_metadata_precompute_and_broadcast(
                 first_tokens = pool_row(i)[:live:tokens]
                 table[r, : len(first_tokens)] = first_tokens // tokens
         if max_total_keys is not None:
-            keys = metadata.flat_page_indices
+            keys = np.asarray(metadata.flat_page_indices)
             if tail != "keep":
                 keys[:] = 0
             start = 0

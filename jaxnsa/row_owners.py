@@ -15,12 +15,12 @@ class Owners(NamedTuple):
 
     Attributes:
       request: int32 [capacity], the request of each place; any valid one past the total.
-      index: int32 [capacity], which of its request's places it is.
+      token: int32 [capacity], which of its request's places it is.
       total: int32 [], the places of all requests, at most the capacity.
     """
 
     request: jax.Array
-    index: jax.Array
+    token: jax.Array
     total: jax.Array
 
     @classmethod

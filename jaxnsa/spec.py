@@ -14,7 +14,7 @@ Tail = Literal["copy", "zero", "keep"]
 
 INT32_MIN, INT32_MAX = -(2**31), 2**31 - 1
 MAX_LEN = 2**30
-"""The widest page table, in tokens: kernels count the columns of a row in 32 bits."""
+"""The widest page table, and the longest flat one, in tokens: kernels count columns in 32 bits."""
 
 
 class Inputs(NamedTuple):

@@ -59,12 +59,11 @@ def fused_metadata(
 
 def _with_held_keys(source: NSAMetadata, destination: NSAMetadata) -> NSAMetadata:
     """A result whose padding keys are those of a destination: copies take the flat table whole."""
-    keys = source.flat_page_indices
-    assert keys is not None
+    keys, held = source.flat_page_indices, destination.flat_page_indices
+    assert keys is not None and held is not None
     total = Owners.of(jnp.asarray(source.cache_seqlens), len(keys)).total
     is_key = jnp.arange(len(keys)) < total
-    held = jnp.where(is_key, keys, destination.flat_page_indices)
-    return dataclasses.replace(source, flat_page_indices=held)
+    return dataclasses.replace(source, flat_page_indices=jnp.where(is_key, keys, held))
 
 
 def _destination(

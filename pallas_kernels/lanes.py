@@ -47,12 +47,18 @@ class Lanes:
         if self._interpret:
             if isinstance(count, int):
                 return jnp.pad(ref[pl.ds(start, count)], (0, LANES - count))
-            return lax.fori_loop(
-                0,
-                jnp.minimum(count, LANES),
-                lambda k, vector: vector.at[k].set(ref[start + k]),
-                jnp.zeros(LANES, jnp.int32),
-            )
+            vector = jnp.zeros(LANES, jnp.int32)
+            for is_part, first, size in _parts(count, ref):
+                vector = lax.cond(
+                    is_part,
+                    lambda v, first, size=size: lax.dynamic_update_slice(
+                        v, ref[pl.ds(start + first, size)], (first,)
+                    ),
+                    lambda v, first: v,
+                    vector,
+                    first,
+                )
+            return vector
         layout = plgpu.Layout.WG_STRIDED((LANES,), vec_size=1)
 
         @plgpu.inline_mgpu(
@@ -70,11 +76,13 @@ class Lanes:
             if isinstance(count, int):
                 ref[pl.ds(start, count)] = vector[:count]
                 return
+            for is_part, first, size in _parts(count, ref):
 
-            def store_one(k, _):
-                ref[start + k] = vector[k]
+                @pl.when(is_part)
+                def _(first=first, size=size):
+                    part = lax.dynamic_slice(vector, (first,), (size,))
+                    ref[pl.ds(start + first, size)] = part
 
-            lax.fori_loop(0, jnp.minimum(count, LANES), store_one, None)
             return
         layout = plgpu.Layout.WG_STRIDED((LANES,), vec_size=1)
 
@@ -189,6 +197,16 @@ class Lanes:
     def zeros(self, size: int, width: int = 1) -> jax.Array:
         """A vector of zeros."""
         return self.laid_out(jnp.zeros((size,), jnp.int32), width)
+
+
+def _parts(count: jax.Array, ref) -> list[tuple[jax.Array, jax.Array, int]]:
+    """[0, count), at most 128, in parts of static sizes: whether each is one, its start, its size.
+
+    The interpreter has no access of a size that is not static.
+    """
+    count = jnp.clip(count, 0, LANES)
+    sizes = [1 << bit for bit in reversed(range(LANES.bit_length())) if 1 << bit <= ref.shape[-1]]
+    return [((count & size) > 0, count & -(2 * size), size) for size in sizes]
 
 
 def floor_div(x: jax.Array, divisor: int) -> jax.Array:

@@ -162,17 +162,30 @@ class Request:
         lax.fori_loop(0, count, lambda m, _: body(first + m * rows.requests), None)
 
 
-def for_tiles(
-    count: Scalar, share: Scalar, shares: int, body: Callable, vectors: int = 1
-) -> None:
-    """Calls `body(first)` for its share of the tiles of 128 * `vectors` of `count` places."""
-    if isinstance(count, int) and count <= LANES:
-        body(0)
-        return
-    tile = LANES * vectors
-    tiles = lax.div(count, jnp.int32(tile)) + (lax.rem(count, jnp.int32(tile)) > 0)
-    steps = lax.div(tiles - share + (shares - 1), jnp.int32(shares))
-    lax.fori_loop(0, steps, lambda k, _: body((share + k * shares) * tile), None)
+class Share(NamedTuple):
+    """One of the blocks that share the places of a request.
+
+    Attributes:
+      block: which of them, a scalar.
+      blocks: how many there are.
+    """
+
+    block: jax.Array
+    blocks: int
+
+    def of_all(self, request: Request) -> "Share":
+        """The same block among those of all requests."""
+        return Share(request.i * self.blocks + self.block, request.rows.requests * self.blocks)
+
+    def for_tiles(self, places: Scalar, body: Callable, vectors: int = 1) -> None:
+        """Calls `body(first)` for its tiles of `vectors` * 128 of so many places."""
+        if isinstance(places, int) and places <= vectors * LANES and self.blocks == 1:
+            body(0)
+            return
+        tile = jnp.int32(vectors * LANES)
+        tiles = lax.div(jnp.int32(places) + (tile - 1), tile)
+        steps = lax.div(tiles - self.block + (self.blocks - 1), jnp.int32(self.blocks))
+        lax.fori_loop(0, steps, lambda k, _: body((self.block + k * self.blocks) * tile), None)
 
 
 def row_values(

@@ -67,6 +67,7 @@ def fused_metadata(
         "nsa_cache_seqlens": jnp.minimum(owners.kv_len, spec.nsa_index_topk),
     }
     if spec.prefill:
+        assert owners.total is not None
         is_row = jnp.arange(rows.count) < owners.total
         first_key = jnp.where(is_row, prefix_sum(kv_lens)[owners.request], 0)
         values |= {
