@@ -17,6 +17,9 @@ def large(*values):
     return [pytest.param(value, marks=pytest.mark.large) for value in values]
 
 
+TABLE_MODES = [mode for mode in ForwardMode if mode is not ForwardMode.EXTEND]
+"""Those with tables of their own: prefill's are decode's, and test_prefill.py is about the rest."""
+
 BATCH_SIZES = (
     *(0, 1, 2, 3, 6, 7, 31, 33),
     *large(32, 100, 127, 128, 129, 255, 256, 257, 1000, 2049),

@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from helpers import TABLE_MODES
 
 from jaxnsa import ForwardMode, reference
 
@@ -16,7 +17,7 @@ POOL = np.array(
 
 
 def lists(metadata):
-    return {k: None if v is None else v.tolist() for k, v in vars(metadata).items()}
+    return {k: v.tolist() for k, v in metadata.arrays().items()}
 
 
 def test_decode():
@@ -69,7 +70,35 @@ def test_draft_extend_with_spare_capacity():
         "nsa_cache_seqlens": [4, 5, 0, 0, 1, 0, 0],
         "nsa_cu_seqlens_k": [0, 4, 9, 9, 9, 10, 10, 10],
         "page_indices": [[0, 1, 2]] * 2 + [[80, 81, 82]] * 3 + [[0, 0, 0]] * 2,
-        "real_page_table": None,
+    }
+
+
+def test_extend():
+    metadata = reference.precompute_extend_metadata(
+        [5, 1, 3],
+        [2, 3, 1],
+        [1, 0, 2],
+        POOL,
+        max_total_tokens=7,
+        max_total_keys=11,
+        max_len=4,
+        real_page_size=2,
+        nsa_index_topk=4,
+        tail="zero",
+    )
+    assert lists(metadata) == {
+        "cache_seqlens": [5, 1, 3],
+        "cu_seqlens_k": [0, 5, 6, 9],
+        "seqlens_expanded": [4, 5, 0, 0, 1, 3, 0],
+        "nsa_cache_seqlens": [4, 4, 0, 0, 1, 3, 0],
+        "nsa_cu_seqlens_k": [0, 4, 8, 8, 8, 9, 12, 12],
+        "page_indices": [[80, 81, 82, 83], [0, 0, 0, 0], [-1, 161, 162, 0]],
+        "real_page_table": [[40, 41], [0, 0], [-1, 81]],
+        "token_to_request": [0, 0, 1, 1, 1, 2, 0],
+        "indexer_ks": [0, 0, 5, 5, 5, 6, 0],
+        "indexer_ke": [4, 5, 5, 5, 6, 9, 0],
+        "topk_indices_offset": [0, 0, 5, 5, 5, 6, 0],
+        "flat_page_indices": [80, 81, 82, 83, 0, 0, -1, 161, 162, 0, 0],
     }
 
 
@@ -84,7 +113,7 @@ def test_draft_extend_beyond_capacity_stops_there():
 
 def test_keep_writes_the_live_columns_only():
     held = reference.precompute_decode_metadata([0, 0], [0, 1], POOL, real_page_size=4)
-    for array in vars(held).values():
+    for array in held.arrays().values():
         array[:] = -7
     reference.precompute_decode_metadata([3, 5], [0, 1], POOL, real_page_size=4, out=held)
     assert held.page_indices.tolist() == [
@@ -106,7 +135,7 @@ def test_every_backend_has_its_own_arrays():
     assert stacked.page_indices.shape == (2, 1, 8)
 
 
-@pytest.mark.parametrize("mode", ForwardMode)
+@pytest.mark.parametrize("mode", TABLE_MODES)
 def test_empty_batch(mode):
     options = {
         ForwardMode.DECODE: {},
