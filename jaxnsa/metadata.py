@@ -67,7 +67,7 @@ def _described(extent: Extent, **description: Any) -> Any:
 
 
 @jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class NSAMetadata:
     """What the attention kernels of one step read, for one backend: int32 arrays.
 
@@ -108,7 +108,7 @@ FIELDS: Mapping[str, Field] = {
 
 
 @jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class DraftExtendSeqlens:
     """The lengths of a draft-extend step, one row per extend token.
 

@@ -12,7 +12,7 @@ FLOORS = (
     ("jaxnsa.operations", "jaxnsa.strategies"),
     ("jaxnsa.implementations",),
     ("jaxnsa.argument_checks", "jaxnsa.value_checks", "jaxnsa.reference", "jaxnsa.row_owners"),
-    ("jaxnsa.config", "jaxnsa.spec", "jaxnsa.metadata"),
+    ("jaxnsa.compilation", "jaxnsa.config", "jaxnsa.spec", "jaxnsa.metadata"),
 )
 MODULES = sorted(p for name in ("jaxnsa", "pallas_kernels") for p in (ROOT / name).rglob("*.py"))
 
