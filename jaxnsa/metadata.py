@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 import jax
 import numpy as np
+from jax import export
 
 Array = jax.Array | np.ndarray
 """An array of the device, of the host, or a tracer of either."""
@@ -121,3 +122,13 @@ class DraftExtendSeqlens:
     seqlens_expanded: Array
     nsa_cache_seqlens: Array
     total_tokens: Array
+
+
+# What `jax.export` serialises holds them as results.
+for _type in (NSAMetadata, DraftExtendSeqlens):
+    export.register_pytree_node_serialization(
+        _type,
+        serialized_name=f"jaxnsa.{_type.__name__}",
+        serialize_auxdata=lambda nothing: b"",
+        deserialize_auxdata=lambda nothing: (),
+    )

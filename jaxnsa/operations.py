@@ -16,6 +16,7 @@ from jaxnsa.compilation import compiled
 from jaxnsa.config import Strategy, settings
 from jaxnsa.implementations import FUSED, IMPLEMENTATIONS
 from jaxnsa.implementations.choice import choose
+from jaxnsa.implementations.lowering import computed_by
 from jaxnsa.metadata import Array, DraftExtendSeqlens, ForwardMode, NSAMetadata
 from jaxnsa.spec import INT32_MAX, MAX_BACKENDS, MAX_ROWS, Rows, Tail, saturated
 from jaxnsa.value_checks import check_inputs, check_values
@@ -449,6 +450,7 @@ def _run_copy(
     num_backends: int,
     implementation: str,
 ) -> tuple[NSAMetadata, ...]:
+    src = computed_by(implementation, src)
     return IMPLEMENTATIONS[implementation].copy(src, out, num_backends=num_backends, live=None)
 
 
@@ -464,8 +466,7 @@ def _run_fill_draft_extend_metadata(
     implementation: str,
 ) -> DraftExtendSeqlens:
     return IMPLEMENTATIONS[implementation].fill_draft_extend_metadata(
-        saturated(extend_seq_lens),
-        saturated(seq_lens),
+        *computed_by(implementation, (saturated(extend_seq_lens), saturated(seq_lens))),
         nsa_index_topk=nsa_index_topk,
         max_total_tokens=max_total_tokens,
     )
@@ -473,4 +474,5 @@ def _run_fill_draft_extend_metadata(
 
 @functools.partial(compiled, static_argnames=("implementation",))
 def _run_prefix_sum(x: Array, *, implementation: str) -> Array:
-    return IMPLEMENTATIONS[implementation].prefix_sum(jnp.asarray(x, jnp.int32))
+    x = computed_by(implementation, jnp.asarray(x, jnp.int32))
+    return IMPLEMENTATIONS[implementation].prefix_sum(x)

@@ -12,6 +12,7 @@ from jax import lax
 
 from jaxnsa.config import Strategy
 from jaxnsa.implementations import IMPLEMENTATIONS
+from jaxnsa.implementations.lowering import computed_by
 from jaxnsa.metadata import NSAMetadata
 from jaxnsa.spec import Inputs, Spec, saturated
 
@@ -26,7 +27,7 @@ def fused_metadata(
 ) -> tuple[NSAMetadata, ...]:
     """The metadata of `spec` in each of its destinations."""
     module = IMPLEMENTATIONS[implementation]
-    inputs = jax.tree.map(saturated, inputs)
+    inputs = computed_by(implementation, jax.tree.map(saturated, inputs))
     if strategy == "ultra_fast":
         return module.fused_metadata(inputs, out, spec)
 
