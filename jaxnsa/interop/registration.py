@@ -109,6 +109,8 @@ class Registered:
                 f"{name}: got {differing} in some backends, expected it in all or none"
             )
         for field, tensor in backend.items():
+            if field not in shapes:
+                raise ValueError(f"{name}.{field}: got a tensor, expected None")
             if tuple(tensor.shape) != shapes[field].shape:
                 raise ValueError(
                     f"{name}.{field}: got shape {tuple(tensor.shape)}, expected "
