@@ -38,6 +38,18 @@ class Extent(enum.Enum):
     PARTS = "parts"
     FLASH_MLA_ITEMS_PLUS_1 = "FlashMLA items + 1"
 
+    @property
+    def dimensions(self) -> int:
+        """Of an array, without those that backends or a batch lead with."""
+        vectors = (
+            Extent.REQUESTS,
+            Extent.REQUESTS_PLUS_1,
+            Extent.ROWS,
+            Extent.ROWS_PLUS_1,
+            Extent.FLASH_MLA_ITEMS_PLUS_1,
+        )
+        return 1 if self in vectors else 2
+
 
 @dataclasses.dataclass(frozen=True)
 class Field:
@@ -76,7 +88,7 @@ def _described(extent: Extent, **description: Any) -> Any:
 
 
 @jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class NSAMetadata:
     """What the attention kernels of one step read, for one backend: int32 arrays.
 
@@ -149,7 +161,7 @@ FIELDS: Mapping[str, Field] = {
 
 
 @jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class DraftExtendSeqlens:
     """The lengths of a draft-extend step, one row per extend token.
 

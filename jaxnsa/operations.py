@@ -12,12 +12,13 @@ import numpy as np
 from jaxnsa import argument_checks as checks
 from jaxnsa import strategies
 from jaxnsa.argument_checks import Arguments
+from jaxnsa.compilation import compiled
 from jaxnsa.config import Strategy, settings
 from jaxnsa.implementations import FUSED, IMPLEMENTATIONS
 from jaxnsa.implementations.choice import choose
 from jaxnsa.metadata import Array, DraftExtendSeqlens, ForwardMode, NSAMetadata
 from jaxnsa.schedules import Schedules
-from jaxnsa.spec import Rows, Tail, saturated
+from jaxnsa.spec import INT32_MAX, MAX_BACKENDS, MAX_ROWS, Rows, Tail, saturated
 from jaxnsa.value_checks import check_inputs, check_values
 
 _logger = logging.getLogger("jaxnsa")
@@ -287,12 +288,12 @@ def fused_metadata_copy(
       ValueError, TypeError: an argument has the wrong shape, dtype or value.
       ImplementationUnavailableError: no implementation that was asked for can run here.
     """
-    checks.source(src)
+    src = checks.source(src)
     if num_backends is None:
         if not isinstance(out, (tuple, list)) or not out:
             raise ValueError("num_backends: got None, expected an int >= 1 as there is no out=")
         num_backends = len(out)
-    num_backends = checks.integer("num_backends", num_backends, 1)
+    num_backends = checks.integer("num_backends", num_backends, 1, MAX_BACKENDS)
     if out is not None:
         arrays = src.arrays()
         shapes = {name: jax.ShapeDtypeStruct(a.shape, a.dtype) for name, a in arrays.items()}
@@ -345,15 +346,16 @@ def fill_draft_extend_metadata(
                 "max_total_tokens: got None, expected an int as extend_seq_lens is traced: "
                 "its sum is not known inside jit"
             )
-        max_total_tokens = int(np.maximum(np.asarray(extend_seq_lens, np.int64), 0).sum())
-    capacity = checks.integer("max_total_tokens", max_total_tokens, 0)
-    inputs = (seq_lens, extend_seq_lens)
+        lengths = np.asarray(extend_seq_lens, np.int64)
+        max_total_tokens = int(np.clip(lengths, 0, INT32_MAX).sum())
+    capacity = checks.integer("max_total_tokens", max_total_tokens, 0, MAX_ROWS)
     here = settings()
     if here.validate:
         rows = Rows.of(ForwardMode.DRAFT_EXTEND, len(seq_lens), max_total_tokens=capacity)
         check_values(
             rows, seq_lens, extend_seq_lens=extend_seq_lens, nsa_index_topk=topk, debug=True
         )
+    inputs = extend_seq_lens, seq_lens = checks.held(extend_seq_lens), checks.held(seq_lens)
     name = choose(
         implementation, here, _platform(inputs), "fill_draft_extend_metadata", len(seq_lens)
     )
@@ -381,6 +383,10 @@ def prefix_sum(x: Array, *, implementation: str | Sequence[str] | None = None) -
       ImplementationUnavailableError: no implementation that was asked for can run here.
     """
     x = checks.array("x", x, 1, checks.INTEGERS)
+    if len(x) > MAX_ROWS:
+        raise ValueError(f"x: got {len(x)} elements, expected at most {MAX_ROWS}")
+    if isinstance(x, np.ndarray):
+        x = x.astype(np.int32)  # a copy, as `checks.held` says, whose sums wrap alike
     name = choose(implementation, settings(), _platform(x), "prefix_sum", len(x))
     return _run_prefix_sum(x, implementation=_computing(name, len(x) > 0))
 
@@ -402,6 +408,7 @@ def _fused_metadata(
     here = settings()
     if here.validate:
         check_inputs(inputs, rows, spec.max_len, spec.nsa_index_topk, debug=True)
+    inputs = checks.held_inputs(inputs)
     name = choose(implementation, here, _platform(inputs), requests=rows.requests, spec=spec)
     _log_path(name, strategy, spec.num_backends)
     return _run_fused_metadata(
@@ -442,7 +449,7 @@ def _platform(arrays: Any) -> str | None:
 
 
 # keep_unused: destinations that are only written stay arguments, so that donation reuses them.
-_run_fused_metadata = jax.jit(
+_run_fused_metadata = compiled(
     strategies.fused_metadata,
     static_argnames=("spec", "strategy", "implementation"),
     donate_argnames=("out",),
@@ -451,7 +458,7 @@ _run_fused_metadata = jax.jit(
 
 
 @functools.partial(
-    jax.jit,
+    compiled,
     static_argnames=("num_backends", "implementation"),
     donate_argnames=("out",),
     keep_unused=True,
@@ -467,7 +474,7 @@ def _run_copy(
 
 
 @functools.partial(
-    jax.jit, static_argnames=("nsa_index_topk", "max_total_tokens", "implementation")
+    compiled, static_argnames=("nsa_index_topk", "max_total_tokens", "implementation")
 )
 def _run_fill_draft_extend_metadata(
     extend_seq_lens: Array,
@@ -485,6 +492,6 @@ def _run_fill_draft_extend_metadata(
     )
 
 
-@functools.partial(jax.jit, static_argnames=("implementation",))
+@functools.partial(compiled, static_argnames=("implementation",))
 def _run_prefix_sum(x: Array, *, implementation: str) -> Array:
     return IMPLEMENTATIONS[implementation].prefix_sum(jnp.asarray(x, jnp.int32))

@@ -31,6 +31,14 @@ def flag(name: str, value: Any) -> bool:
 
 def one_of(name: str, value: Any, choices: tuple[str, ...]) -> Any:
     """`value`, which must be one of the choices."""
-    if value not in choices:
-        raise ValueError(f"{name}: got {value!r}, expected one of {', '.join(map(repr, choices))}")
+    if not isinstance(value, str) or value not in choices:
+        expected = ", ".join(map(repr, choices))
+        raise ValueError(f"{name}: got {described(value)}, expected one of {expected}")
     return value
+
+
+def described(value: Any) -> str:
+    """`value` as an error message shows what came."""
+    if hasattr(value, "shape") and hasattr(value, "dtype"):
+        return f"{value.dtype} {type(value).__name__} of shape {value.shape}"
+    return repr(value) if isinstance(value, (int, float, str, bool)) else type(value).__name__

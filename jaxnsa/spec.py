@@ -17,6 +17,10 @@ Tail = Literal["copy", "zero", "keep"]
 
 MAX_LEN = 2**30
 """The widest page table, in tokens: kernels count the columns of a row in 32 bits."""
+MAX_ROWS = 2**30
+"""The most requests and the most rows, and the longest prefix sum: kernels count them likewise."""
+MAX_BACKENDS = 1024
+"""The most backends: compiling a function takes some milliseconds for each of its results."""
 
 
 class Inputs(NamedTuple):

@@ -17,7 +17,7 @@ from jaxnsa import argument_checks as checks
 from jaxnsa.argument_checks import Arguments
 from jaxnsa.metadata import Array, ForwardMode
 from jaxnsa.row_owners import row_owners
-from jaxnsa.spec import INT32_MAX, Inputs, Rows
+from jaxnsa.spec import INT32_MAX, Inputs, Rows, saturated
 
 _SHOWN = 5  # offending rows that an error names
 
@@ -171,8 +171,13 @@ def _rules(
         yield _Rule("extend_seq_lens", "at most seq_lens", longer, extend_seq_lens)
         expected = f"a running total of at most max_total_tokens = {rows.count}"
         yield _running_total(xp, "extend_seq_lens", expected, extend_seq_lens, rows.count)
+    # What follows is of int32 lengths.
+    narrow = checks.held if xp is np else saturated
+    seq_lens = narrow(seq_lens)
+    extend_seq_lens = None if extend_seq_lens is None else narrow(extend_seq_lens)
     expected = "a prefix sum of cache_seqlens inside int32"
-    yield _running_total(xp, "seq_lens", expected, seq_lens + rows.added_tokens)
+    cache_seqlens = xp.asarray(seq_lens, None if xp is jnp else np.int64) + rows.added_tokens
+    yield _running_total(xp, "seq_lens", expected, cache_seqlens)
     kv_len = row_owners(rows, jnp.asarray(seq_lens), extend_seq_lens).kv_len
     expected = "a prefix sum of nsa_cache_seqlens inside int32"
     nsa_cache_seqlens = xp.minimum(xp.asarray(kv_len), nsa_index_topk)

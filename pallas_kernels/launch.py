@@ -9,6 +9,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels.jax_internals import aliased_kernel
 from pallas_kernels.lanes import LANES
 
 
@@ -50,24 +51,24 @@ def launch(
             kernel(
                 lax.axis_index("block"),
                 jax.tree.unflatten(structure, refs[:split]),
-                jax.tree.unflatten(out_structure, refs[split:]),
+                jax.tree.unflatten(out_structure, refs[-len(flat_shapes) :]),
                 scratch,
             )
 
         pl.run_scoped(scoped, plgpu.SMEM(shared, jnp.int32))
 
     def run(*arrays):
-        destinations = [jax.new_ref(array, memory_space=plgpu.GMEM) for array in arrays[split:]]
-        results = pl.kernel(
+        aliases = {split + k: k for k in range(len(arrays) - split)}
+        return aliased_kernel(
             body,
-            out_type=() if destinations else _varying(flat_shapes, arrays),
+            out_type=_varying(flat_shapes, arrays),
+            input_output_aliases=aliases,
             mesh=plgpu.Mesh(grid=(blocks,), grid_names=("block",)),
             # A kernel whose threads read what others have written says where they must wait.
             compiler_params=plgpu.CompilerParams(unsafe_no_auto_barriers=True),
             interpret=interpret,
             name=name,
-        )(*arrays[:split], *destinations)
-        return [ref[...] for ref in destinations] if destinations else results
+        )(*arrays)
 
     if out is None:
         results = jax.custom_batching.sequential_vmap(run)(*flat_inputs)

@@ -171,7 +171,7 @@ def test_bad_settings_are_errors_and_not_tracebacks(monkeypatch):
     monkeypatch.setenv("JAXNSA_IMPLEMENTATION", "bogus")
     result = run("info")
     assert result.exit_code == 1
-    assert "Error: implementation: got 'bogus', expected one of" in result.output
+    assert "Error: JAXNSA_IMPLEMENTATION: got 'bogus', expected one of" in result.output
     monkeypatch.setenv("JAXNSA_IMPLEMENTATION", "xla")
     monkeypatch.setenv("JAXNSA_VALIDATE", "maybe")
     assert "Error: JAXNSA_VALIDATE: got 'maybe'" in run("verify", "--cases", "1").output

@@ -19,6 +19,7 @@ FLOORS = (
         "jaxnsa.row_owners",
     ),
     (
+        "jaxnsa.compilation",
         "jaxnsa.config",
         "jaxnsa.spec",
         "jaxnsa.metadata",

@@ -6,7 +6,7 @@ from typing import Any
 
 import jax
 
-from jaxnsa.config import Settings, names, settings
+from jaxnsa.config import Settings, names, origin, settings
 from jaxnsa.implementations import FUSED, IMPLEMENTATIONS, VARIANTS
 from jaxnsa.implementations.measurements import FUSED_METADATA, rule
 from jaxnsa.spec import Spec
@@ -28,7 +28,8 @@ def candidates(
     for name in named or ():
         if name not in IMPLEMENTATIONS:
             known = ", ".join(repr(n) for n in IMPLEMENTATIONS)
-            raise ValueError(f"implementation: got {name!r}, expected one of {known}")
+            argument = origin("implementation") if requested is None else "implementation"
+            raise ValueError(f"{argument}: got {name!r}, expected one of {known}")
     if named is not None:
         return named
     order = rule(platform, function, requests).order

@@ -190,7 +190,7 @@ def _probe(platform: str) -> str | None:
     """Runs the smallest call: a runtime may refuse a handler and not say so until it is called."""
     x = np.arange(3, dtype=np.int32)
     try:
-        with jax.default_device(jax.devices(platform)[0]):
+        with jax.disable_jit(False), jax.default_device(jax.devices(platform)[0]):
             compiled = jax.jit(prefix_sum).lower(x).compile()
             result = np.asarray(compiled(x))
     except RuntimeError as error:

@@ -309,6 +309,6 @@ def _keep_by_row(table: _Table, destinations: tuple[jax.Array, ...]) -> tuple[ja
     return lax.fori_loop(jnp.int32(0), rows, row_step, destinations)
 
 
-def _index(table: jax.Array, row: jax.Array, column: jax.Array) -> list[jax.Array | int]:
+def _index(table: jax.Array, row: jax.Array, column: jax.Array) -> list[jax.Array]:
     """Where a row's column is, in the first of the copies that a table leads with."""
-    return [*[0] * (table.ndim - 2), row, column]
+    return [*[jnp.int32(0)] * (table.ndim - 2), row, column]

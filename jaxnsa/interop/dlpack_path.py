@@ -13,6 +13,7 @@ import torch
 from jax import Array
 
 from jaxnsa import argument_checks
+from jaxnsa.compilation import compiled
 from jaxnsa.config import settings
 from jaxnsa.implementations import IMPLEMENTATIONS
 from jaxnsa.implementations.choice import choose
@@ -195,7 +196,7 @@ class _Plan:
 
 
 @functools.partial(
-    jax.jit,
+    compiled,
     static_argnames=("spec", "implementation"),
     donate_argnames=("out",),
     keep_unused=True,

@@ -139,7 +139,7 @@ def _checked_backend(name: str, buffer: Any, device: torch.device | None) -> dic
         tensor = field_of(buffer, field.name)
         if tensor is None and field.wanted is not None:
             continue
-        dimensions = 2 if field.extent is Extent.TABLE else 1
+        dimensions = field.extent.dimensions
         one = checked(f"{name}.{field.name}", tensor, device=device, dimensions=dimensions)
         device = one.tensor.device
         found[field.name] = one
