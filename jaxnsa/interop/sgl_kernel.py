@@ -34,7 +34,7 @@ from jaxnsa.interop.tensor_checks import (
     checked_pool,
     checked_vector,
 )
-from jaxnsa.metadata import FIELDS, Extent, ForwardMode, NSAMetadata
+from jaxnsa.metadata import FIELDS, ForwardMode, NSAMetadata
 from jaxnsa.spec import INT32_MAX, MAX_LEN, Rows, Spec
 
 _FILLS = FillCache()
