@@ -11,8 +11,21 @@ FLOORS = (
     ("jaxnsa.interop",),
     ("jaxnsa.operations", "jaxnsa.strategies"),
     ("jaxnsa.implementations",),
-    ("jaxnsa.argument_checks", "jaxnsa.value_checks", "jaxnsa.reference", "jaxnsa.row_owners"),
-    ("jaxnsa.compilation", "jaxnsa.config", "jaxnsa.spec", "jaxnsa.metadata"),
+    (
+        "jaxnsa.argument_checks",
+        "jaxnsa.value_checks",
+        "jaxnsa.reference",
+        "jaxnsa.reference_schedules",
+        "jaxnsa.row_owners",
+    ),
+    (
+        "jaxnsa.compilation",
+        "jaxnsa.config",
+        "jaxnsa.spec",
+        "jaxnsa.metadata",
+        "jaxnsa.schedules",
+        "jaxnsa.scalar_checks",
+    ),
 )
 MODULES = sorted(p for name in ("jaxnsa", "pallas_kernels") for p in (ROOT / name).rglob("*.py"))
 

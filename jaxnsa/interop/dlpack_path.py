@@ -55,7 +55,13 @@ class DlpackPath:
             check_for_jax(name, tensor)
         platform = platform_of(device)
         requests = registered.spec.rows.requests
-        implementation = choose(options.implementation, settings(), platform, requests=requests)
+        implementation = choose(
+            options.implementation,
+            settings(),
+            platform,
+            requests=requests,
+            spec=registered.spec,
+        )
         self._device = device
         self._lock = threading.Lock()  # on the batch and what JAX holds
         # The batch, padded, in memory of this object's own.
