@@ -171,5 +171,5 @@ def _request(row: dict, columns: tuple[str, str], path: Path, number: int) -> Re
 
 def _shown(value: object) -> str:
     """`value` as an error shows what came."""
-    text = repr(value if isinstance(value, (str, int, float)) else type(value).__name__)
+    text = repr(value)
     return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}... ({len(text)} characters)"
