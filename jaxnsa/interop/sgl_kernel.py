@@ -34,7 +34,7 @@ from jaxnsa.interop.tensor_checks import (
     checked_pool,
     checked_vector,
 )
-from jaxnsa.metadata import FIELDS, Extent, ForwardMode, NSAMetadata
+from jaxnsa.metadata import FIELDS, ForwardMode, NSAMetadata
 from jaxnsa.spec import INT32_MAX, MAX_LEN, Rows, Spec
 
 _FILLS = FillCache()
@@ -169,7 +169,7 @@ def fused_metadata_copy_cuda(precomputed: Any, metadata: Any) -> None:
     written: list[Checked] = []
     for field, value in given.items():
         device = read[0].tensor.device if read else None
-        dimensions = 2 if FIELDS[field].extent is Extent.TABLE else 1
+        dimensions = FIELDS[field].extent.dimensions
         name = f"precomputed.{field}"
         source = checked(name, value, device=device, dimensions=dimensions)
         if not value.is_contiguous():
