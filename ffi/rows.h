@@ -61,15 +61,15 @@ struct Rows {
 };
 
 // What the arrays of [rows] hold for a row of a request that sees `kv_len` tokens, the first of them
-// the key `first_key`.
+// the key `first_key`. The indexer's keys are not pooled here.
 JAXNSA_HOST_DEVICE RowValues RowValuesOf(int32_t kv_len, int32_t nsa_index_topk, int32_t request,
                                          int32_t first_key) {
   return RowValues(kv_len, Min(kv_len, nsa_index_topk), request, first_key,
-                   Add(first_key, kv_len), first_key);
+                   Add(first_key, kv_len), first_key, /*pooled_cache_seqlens=*/kv_len);
 }
 
 // What they hold for a padding row.
-JAXNSA_HOST_DEVICE RowValues PaddingRowValues() { return RowValues(0, 0, 0, 0, 0, 0); }
+JAXNSA_HOST_DEVICE RowValues PaddingRowValues() { return RowValues(0, 0, 0, 0, 0, 0, 0); }
 
 // Column c of a table stands for the tokens from c * tokens_per_column on. It is live where a row
 // sees the first of them.

@@ -191,6 +191,8 @@ std::vector<int64_t> ShapeOf(const FusedMetadataArguments& args, Field field) {
       return {rows.prefill ? rows.requests : rows.count, args.columns(field)};
     case Extent::kKeys:
       return {args.max_total_keys};
+    default:
+      break;
   }
   throw std::logic_error("a field of an unknown extent");
 }

@@ -12,6 +12,7 @@ from jax import lax
 
 from jaxnsa.config import Strategy
 from jaxnsa.implementations import IMPLEMENTATIONS
+from jaxnsa.implementations.lowering import computed_by
 from jaxnsa.metadata import NSAMetadata
 from jaxnsa.row_owners import Owners
 from jaxnsa.spec import Inputs, Spec, saturated
@@ -27,7 +28,7 @@ def fused_metadata(
 ) -> tuple[NSAMetadata, ...]:
     """The metadata of `spec` in each of its destinations."""
     module = IMPLEMENTATIONS[implementation]
-    inputs = jax.tree.map(saturated, inputs)
+    inputs = computed_by(implementation, jax.tree.map(saturated, inputs))
     if strategy == "ultra_fast":
         return module.fused_metadata(inputs, out, spec)
 
@@ -41,8 +42,8 @@ def fused_metadata(
         source: Inputs | NSAMetadata, destination: tuple[NSAMetadata] | None
     ) -> tuple[NSAMetadata, ...]:
         if isinstance(source, NSAMetadata):
-            if live and live.flat_table and destination:
-                source = _with_held_keys(source, destination[0])
+            source = _up_to_the_plans_end(source, destination)
+            source = _with_held_keys(source, destination, live)
             return module.copy(source, destination, num_backends=1, live=live)
         return module.fused_metadata(source, destination, one)
 
@@ -57,13 +58,29 @@ def fused_metadata(
     return tuple(backends)
 
 
-def _with_held_keys(source: NSAMetadata, destination: NSAMetadata) -> NSAMetadata:
-    """A result whose padding keys are those of a destination: copies take the flat table whole."""
-    keys, held = source.flat_page_indices, destination.flat_page_indices
-    assert keys is not None and held is not None
+def _with_held_keys(
+    source: NSAMetadata, destination: tuple[NSAMetadata] | None, live: Spec | None
+) -> NSAMetadata:
+    """`source`, with what a destination holds in place of padding keys that are to be kept."""
+    keys = source.flat_page_indices
+    if destination is None or keys is None or live is None:
+        return source
     total = Owners.of(jnp.asarray(source.cache_seqlens), len(keys)).total
-    is_key = jnp.arange(len(keys)) < total
-    return dataclasses.replace(source, flat_page_indices=jnp.where(is_key, keys, held))
+    held = jnp.asarray(destination[0].flat_page_indices)
+    kept = jnp.where(jnp.arange(len(keys)) < total, keys, held)
+    return dataclasses.replace(source, flat_page_indices=kept)
+
+
+def _up_to_the_plans_end(
+    source: NSAMetadata, destination: tuple[NSAMetadata] | None
+) -> NSAMetadata:
+    """`source`, past the end of its top-k plan with what a destination holds there."""
+    if destination is None or source.topk_plan is None:
+        return source
+    plan = jnp.asarray(source.topk_plan)
+    is_planned = jnp.arange(len(plan))[:, None] <= plan[0, 1]
+    held = jnp.asarray(destination[0].topk_plan)
+    return dataclasses.replace(source, topk_plan=jnp.where(is_planned, plan, held))
 
 
 def _destination(

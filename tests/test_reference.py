@@ -17,7 +17,7 @@ POOL = np.array(
 
 
 def lists(metadata):
-    return {k: v.tolist() for k, v in metadata.arrays().items()}
+    return {name: array.tolist() for name, array in metadata.arrays().items()}
 
 
 def test_decode():

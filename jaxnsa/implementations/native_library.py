@@ -213,7 +213,7 @@ def library_path(platform: str) -> Path:
 
 def how_to_rebuild() -> str:
     """The command that builds the libraries anew."""
-    return "pip install --force-reinstall --no-deps --no-build-isolation PATH_TO_JAXNSA"
+    return "pip install --force-reinstall --no-deps PATH_TO_JAXNSA"
 
 
 @functools.cache
