@@ -1,5 +1,6 @@
 """The machine that the tests run on, and `implementation`: everything that computes there."""
 
+import itertools
 import os
 import shutil
 
@@ -41,8 +42,8 @@ def _implementations():
 def implementation(request):
     """Every implementation that can run on this machine; on one with a GPU, marked gpu.
 
-    Without a GPU also the kernels of `pallas` and `triton`, run by their interpreters: in tests
-    that are not marked large, and so many of a test's cases that each parameter takes every value.
+    Without a GPU also the kernels of `pallas` and `triton`, run by their interpreters, in tests
+    that are not marked large.
     """
     name = request.param
     if name not in interpreted.NAMES:
@@ -72,33 +73,40 @@ def _clean_environment(monkeypatch):
 
 
 def pytest_collection_modifyitems(config, items):
-    dropped = set()
-    if not ON_GPU:
-        dropped = {item for item in items if item.get_closest_marker("gpu")}
+    """On a GPU all cases run; without one, so many that they cover the values of parameters.
+
+    Of a test's cases those in which each two parameters take every pair of values that they have in
+    all of its cases; where kernels are interpreted, those in which each parameter takes every value.
+    """
+    if ON_GPU:
+        return
+    dropped = {item for item in items if item.get_closest_marker("gpu")}
     groups = {}
     for item in items:
-        if item.get_closest_marker("interpreted"):
-            if item.get_closest_marker("large"):
-                dropped.add(item)
-            else:
-                name = item.callspec.params["implementation"]
-                groups.setdefault((item.function, name), []).append(item)
-    for group in groups.values():
-        dropped.update(set(group) - set(_covering(group)))
-    if dropped:
-        config.hook.pytest_deselected(items=[item for item in items if item in dropped])
-        items[:] = [item for item in items if item not in dropped]
+        parameters = item.callspec.params if hasattr(item, "callspec") else {}
+        interpreted = item.get_closest_marker("interpreted") is not None
+        if interpreted and item.get_closest_marker("large"):
+            dropped.add(item)
+        elif parameters:
+            key = (item.function, parameters.get("implementation"), 1 if interpreted else 2)
+            groups.setdefault(key, []).append(item)
+    for (*_, together), group in groups.items():
+        dropped.update(set(group) - set(_covering(group, together)))
+    config.hook.pytest_deselected(items=[item for item in items if item in dropped])
+    items[:] = [item for item in items if item not in dropped]
 
 
-def _covering(group):
-    """Cases in which each parameter takes every value, each with as many new ones as there are."""
+def _covering(group, together):
+    """Cases with every combination of so many parameters' values, as few as are found greedily."""
 
-    def values(item):
-        return {(name, str(value)) for name, value in item.callspec.params.items()}
+    def combinations(item):
+        values = [(name, id(value)) for name, value in item.callspec.params.items()]
+        return set(itertools.combinations(values, min(together, len(values))))
 
-    missing, taken = set().union(*map(values, group)), []
+    combined = {item: combinations(item) for item in group}
+    missing, taken = set().union(*combined.values()), []
     while missing:
-        best = max(group, key=lambda item: len(values(item) & missing))
+        best = max(group, key=lambda item: len(combined[item] & missing))
         taken.append(best)
-        missing -= values(best)
+        missing -= combined[best]
     return taken

@@ -24,6 +24,7 @@ compute = jaxnsa.fused_metadata_precompute_and_broadcast
 specify = reference.fused_metadata_precompute_and_broadcast
 
 
+@pytest.mark.large
 @pytest.mark.parametrize("mode", ForwardMode)
 def test_inside_jit(mode, implementation):
     arguments, options = inputs(3, pool_cols=70), mode_options(mode, 3)
@@ -46,6 +47,7 @@ def test_inside_jit(mode, implementation):
     assert_same(step(arguments, extend, mode), expected)
 
 
+@pytest.mark.large
 def test_forward_mode_is_an_argument_of_jit(implementation):
     arguments = inputs(3)
 
@@ -63,6 +65,7 @@ def test_forward_mode_is_an_argument_of_jit(implementation):
     assert step(arguments, ForwardMode.TARGET_VERIFY)[0].page_indices.shape[0] == 6
 
 
+@pytest.mark.large
 @pytest.mark.parametrize("mode", ForwardMode)
 @pytest.mark.parametrize("strategy", ("ultra_fast", "fast", "fallback"))
 @pytest.mark.parametrize("tail", ("copy", "keep"))
@@ -84,6 +87,7 @@ def test_donation_inside_jit_is_in_place(mode, strategy, tail, implementation):
     assert pointers(result) == before
 
 
+@pytest.mark.large
 @pytest.mark.parametrize("strategy", ("ultra_fast", "fast", "fallback"))
 def test_destinations_may_be_slices(strategy, implementation):
     """Slices at aligned offsets, which XLA may try to pass on without a copy."""
@@ -103,6 +107,7 @@ def test_destinations_may_be_slices(strategy, implementation):
     assert all((a[0] == 3).all() and (a[1] == -7).all() for a in jax.tree.leaves(whole))
 
 
+@pytest.mark.large
 def test_donated_arrays_are_gone(implementation):
     out = jaxnsa.precompute_decode_metadata(*inputs(3))
     jaxnsa.precompute_decode_metadata(*inputs(3), out=out, implementation=implementation)
@@ -151,6 +156,7 @@ def test_vmap_of_the_small_functions(implementation):
         assert_same(jax.tree.map(lambda array, k=k: array[k], filled), expected)
 
 
+@pytest.mark.large
 @pytest.mark.parametrize("mode", ForwardMode)
 @pytest.mark.parametrize("in_place", (False, True))
 def test_shard_map_over_eight_devices(mode, in_place, implementation):
