@@ -3,7 +3,6 @@
 Each error names the argument, what came, and what was expected.
 """
 
-import operator
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -11,16 +10,9 @@ import jax
 import numpy as np
 
 from jaxnsa.metadata import FIELDS, Array, Extent, ForwardMode, NSAMetadata
-from jaxnsa.spec import (
-    INT32_MAX,
-    INT32_MIN,
-    MAX_BACKENDS,
-    MAX_LEN,
-    MAX_ROWS,
-    Inputs,
-    Rows,
-    Spec,
-)
+from jaxnsa.scalar_checks import INT32_MAX, INT32_MIN, described, flag, integer, one_of
+from jaxnsa.schedules import NO_SCHEDULES, Schedules
+from jaxnsa.spec import MAX_BACKENDS, MAX_LEN, MAX_ROWS, Inputs, Rows, Spec
 
 LENGTHS = (np.dtype(np.int32), np.dtype(np.int64))
 POOL = (np.dtype(np.int32),)
@@ -107,34 +99,6 @@ def held_inputs(given: Inputs) -> Inputs:
     )
 
 
-def integer(name: str, value: Any, low: int, high: int = INT32_MAX) -> int:
-    """`value` as an int in [low, high]."""
-    if isinstance(value, bool):
-        raise TypeError(f"{name}: got {value!r}, expected an int")
-    try:
-        value = operator.index(value)
-    except TypeError:
-        raise TypeError(f"{name}: got {value!r}, expected an int") from None
-    if not low <= value <= high:
-        raise ValueError(f"{name}: got {value}, expected an int in [{low}, {high}]")
-    return value
-
-
-def flag(name: str, value: Any) -> bool:
-    """`value`, which must be a bool."""
-    if not isinstance(value, bool):
-        raise TypeError(f"{name}: got {value!r}, expected True or False")
-    return value
-
-
-def one_of(name: str, value: Any, choices: tuple[str, ...]) -> Any:
-    """`value`, which must be one of the choices."""
-    if not isinstance(value, str) or value not in choices:
-        expected = ", ".join(map(repr, choices))
-        raise ValueError(f"{name}: got {described(value)}, expected one of {expected}")
-    return value
-
-
 class Arguments(NamedTuple):
     """The arguments of a computation as the caller gave them; the public functions document them.
 
@@ -152,6 +116,8 @@ class Arguments(NamedTuple):
     nsa_index_topk: Any = 1
     real_page_size: Any = 1
     wide_table: Any = True
+    index_kpool: Any = 1
+    schedules: Any = None
     tail: Any = None
     num_backends: Any = 1
     stacked: Any = False
@@ -199,13 +165,17 @@ def inputs(given: Arguments) -> tuple[Inputs, Rows]:
 
 def spec(given: Arguments, rows: Rows, pool_cols: int, *, fresh: bool) -> Spec:
     """The static description of a computation, whose results are fresh or in place."""
+    page_size = integer("real_page_size", given.real_page_size, 1)
     tail = ("copy" if fresh else "keep") if given.tail is None else given.tail
     result = Spec(
         rows=rows,
         max_len=max_len(given.max_len, pool_cols),
         nsa_index_topk=integer("nsa_index_topk", given.nsa_index_topk, 1),
-        real_page_size=integer("real_page_size", given.real_page_size, 1),
+        real_page_size=page_size,
         wide_table=flag("wide_table", given.wide_table),
+        # A column of the pooled table stands for so many pages, in tokens that fit int32.
+        index_kpool=integer("index_kpool", given.index_kpool, 1, INT32_MAX // page_size),
+        schedules=schedules(given.schedules),
         tail=one_of("tail", tail, ("copy", "zero", "keep")),
         num_backends=integer("num_backends", given.num_backends, 1, MAX_BACKENDS),
         stacked=flag("stacked", given.stacked),
@@ -217,6 +187,15 @@ def spec(given: Arguments, rows: Rows, pool_cols: int, *, fresh: bool) -> Spec:
             "wide_table: got False, expected True as real_page_size is 1: no table would be left"
         )
     return result
+
+
+def schedules(value: Any) -> Schedules:
+    """`value` as Schedules; None asks for none."""
+    if value is None:
+        return NO_SCHEDULES
+    if not isinstance(value, Schedules):
+        raise TypeError(f"schedules: got {described(value)}, expected a jaxnsa.Schedules or None")
+    return value
 
 
 def max_len(value: Any, pool_cols: int) -> int:
@@ -234,9 +213,9 @@ def source(src: Any) -> NSAMetadata:
         value = getattr(src, name)
         if value is None and field.wanted is not None:
             continue
-        table = field.extent is Extent.TABLE
-        value = array(f"src.{name}", value, 1 + table + stacked, (np.dtype(np.int32),))
-        arrays[name] = value if table else held(value)
+        rank = field.extent.dimensions + stacked
+        value = array(f"src.{name}", value, rank, (np.dtype(np.int32),))
+        arrays[name] = value if field.extent is Extent.TABLE else held(value)
     return NSAMetadata(**arrays)
 
 
@@ -293,10 +272,3 @@ def _destination_problem(
     if value.shape != expected.shape:
         return ValueError(f"got shape {value.shape}, expected {expected.shape}")
     return None
-
-
-def described(value: Any) -> str:
-    """`value` as an error message shows what came."""
-    if hasattr(value, "shape") and hasattr(value, "dtype"):
-        return f"{value.dtype} {type(value).__name__} of shape {value.shape}"
-    return repr(value) if isinstance(value, (int, float, str, bool)) else type(value).__name__

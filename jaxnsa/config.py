@@ -62,6 +62,11 @@ def settings() -> Settings:
     return _parsed(tuple(map(os.environ.get, _VARIABLES)), _overrides.value)
 
 
+def overridden() -> bool:
+    """Whether any `override` is in force here."""
+    return bool(_overrides.value)
+
+
 def origin(setting: str) -> str:
     """What decides a setting here: its name, an argument of `override`, or a variable."""
     if setting in dict(_overrides.value):

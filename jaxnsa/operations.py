@@ -16,7 +16,9 @@ from jaxnsa.compilation import compiled
 from jaxnsa.config import Strategy, settings
 from jaxnsa.implementations import FUSED, IMPLEMENTATIONS
 from jaxnsa.implementations.choice import choose
+from jaxnsa.implementations.lowering import computed_by
 from jaxnsa.metadata import Array, DraftExtendSeqlens, ForwardMode, NSAMetadata
+from jaxnsa.schedules import Schedules
 from jaxnsa.spec import INT32_MAX, MAX_BACKENDS, MAX_ROWS, Rows, Tail, saturated
 from jaxnsa.value_checks import check_inputs, check_values
 
@@ -32,6 +34,8 @@ def precompute_decode_metadata(
     nsa_index_topk: int = 2048,
     real_page_size: int = 64,
     wide_table: bool = True,
+    index_kpool: int = 1,
+    schedules: Schedules | None = None,
     tail: Tail | None = None,
     out: NSAMetadata | None = None,
     implementation: str | Sequence[str] | None = None,
@@ -46,6 +50,10 @@ def precompute_decode_metadata(
       nsa_index_topk: the indexer's top-k, in tokens.
       real_page_size: tokens in a physical page; 1 means no `real_page_table`.
       wide_table: False leaves out `page_indices`.
+      index_kpool: tokens that the indexer pools into one key, which changes `nsa_cache_seqlens` and
+        adds the pooled arrays; 1: none.
+      schedules: what DeepGEMM, the fused top-k and FlashMLA are to read beside the metadata; None:
+        nothing.
       tail: what tables hold past a row's live columns, those that its `seqlens_expanded` covers:
         "copy" the pool's columns, up to max_len; "zero"; "keep" what the destination held, which
         needs `out` and makes the cost follow the live lengths. None: "keep" with `out`, otherwise
@@ -69,6 +77,8 @@ def precompute_decode_metadata(
         nsa_index_topk=nsa_index_topk,
         real_page_size=real_page_size,
         wide_table=wide_table,
+        index_kpool=index_kpool,
+        schedules=schedules,
         tail=tail,
     )
     return _fused_metadata(arguments, out, implementation)[0]
@@ -84,6 +94,8 @@ def precompute_target_verify_metadata(
     nsa_index_topk: int = 2048,
     real_page_size: int = 64,
     wide_table: bool = True,
+    index_kpool: int = 1,
+    schedules: Schedules | None = None,
     tail: Tail | None = None,
     out: NSAMetadata | None = None,
     implementation: str | Sequence[str] | None = None,
@@ -98,8 +110,8 @@ def precompute_target_verify_metadata(
       req_pool_indices: int32 or int64 [bs], each request's row in the pool; clamped into it.
       req_to_token: int32 [pool_rows, pool_cols], KV slot of each token of each request.
       num_draft_tokens: tokens to verify for each request, >= 1.
-      max_len, nsa_index_topk, real_page_size, wide_table, tail, out, implementation: as in
-        `precompute_decode_metadata`.
+      max_len, nsa_index_topk, real_page_size, wide_table, index_kpool, schedules, tail, out,
+        implementation: as in `precompute_decode_metadata`.
 
     Returns:
       NSAMetadata; its docstring gives the shapes.
@@ -118,6 +130,8 @@ def precompute_target_verify_metadata(
         nsa_index_topk=nsa_index_topk,
         real_page_size=real_page_size,
         wide_table=wide_table,
+        index_kpool=index_kpool,
+        schedules=schedules,
         tail=tail,
     )
     return _fused_metadata(arguments, out, implementation)[0]
@@ -134,6 +148,8 @@ def precompute_draft_extend_metadata(
     nsa_index_topk: int = 2048,
     real_page_size: int = 64,
     wide_table: bool = True,
+    index_kpool: int = 1,
+    schedules: Schedules | None = None,
     tail: Tail | None = None,
     out: NSAMetadata | None = None,
     implementation: str | Sequence[str] | None = None,
@@ -149,8 +165,8 @@ def precompute_draft_extend_metadata(
       req_pool_indices: int32 or int64 [bs], each request's row in the pool; clamped into it.
       req_to_token: int32 [pool_rows, pool_cols], KV slot of each token of each request.
       max_total_tokens: capacity, the rows of the result.
-      max_len, nsa_index_topk, real_page_size, wide_table, tail, out, implementation: as in
-        `precompute_decode_metadata`.
+      max_len, nsa_index_topk, real_page_size, wide_table, index_kpool, schedules, tail, out,
+        implementation: as in `precompute_decode_metadata`.
 
     Returns:
       NSAMetadata; its docstring gives the shapes.
@@ -170,6 +186,8 @@ def precompute_draft_extend_metadata(
         nsa_index_topk=nsa_index_topk,
         real_page_size=real_page_size,
         wide_table=wide_table,
+        index_kpool=index_kpool,
+        schedules=schedules,
         tail=tail,
     )
     return _fused_metadata(arguments, out, implementation)[0]
@@ -189,6 +207,8 @@ def fused_metadata_precompute_and_broadcast(
     nsa_index_topk: int = 2048,
     real_page_size: int = 64,
     wide_table: bool = True,
+    index_kpool: int = 1,
+    schedules: Schedules | None = None,
     tail: Tail | None = None,
     out: Sequence[NSAMetadata] | NSAMetadata | None = None,
     stacked: bool = False,
@@ -209,8 +229,8 @@ def fused_metadata_precompute_and_broadcast(
       num_draft_tokens: in target verify, see `precompute_target_verify_metadata`.
       extend_seq_lens: in draft extend, see `precompute_draft_extend_metadata`.
       max_total_tokens: in draft extend, see `precompute_draft_extend_metadata`.
-      max_len, nsa_index_topk, real_page_size, wide_table, tail, implementation: as in
-        `precompute_decode_metadata`.
+      max_len, nsa_index_topk, real_page_size, wide_table, index_kpool, schedules, tail,
+        implementation: as in `precompute_decode_metadata`.
       out: destinations, donated and filled in place: N NSAMetadata, or one with `stacked`.
       stacked: one NSAMetadata whose arrays lead with [N], which costs fewer arrays to hand over.
       strategy: "ultra_fast" one launch; "fast" one computation and N copies; "fallback" N
@@ -235,6 +255,8 @@ def fused_metadata_precompute_and_broadcast(
         nsa_index_topk=nsa_index_topk,
         real_page_size=real_page_size,
         wide_table=wide_table,
+        index_kpool=index_kpool,
+        schedules=schedules,
         tail=tail,
         num_backends=num_backends,
         stacked=stacked,
@@ -388,7 +410,7 @@ def _fused_metadata(
     if here.validate:
         check_inputs(inputs, rows, spec.max_len, spec.nsa_index_topk, debug=True)
     inputs = checks.held_inputs(inputs)
-    name = choose(implementation, here, _platform(inputs), requests=rows.requests)
+    name = choose(implementation, here, _platform(inputs), requests=rows.requests, spec=spec)
     _log_path(name, strategy, spec.num_backends)
     return _run_fused_metadata(
         inputs,
@@ -449,6 +471,7 @@ def _run_copy(
     num_backends: int,
     implementation: str,
 ) -> tuple[NSAMetadata, ...]:
+    src = computed_by(implementation, src)
     return IMPLEMENTATIONS[implementation].copy(src, out, num_backends=num_backends, live=None)
 
 
@@ -464,8 +487,7 @@ def _run_fill_draft_extend_metadata(
     implementation: str,
 ) -> DraftExtendSeqlens:
     return IMPLEMENTATIONS[implementation].fill_draft_extend_metadata(
-        saturated(extend_seq_lens),
-        saturated(seq_lens),
+        *computed_by(implementation, (saturated(extend_seq_lens), saturated(seq_lens))),
         nsa_index_topk=nsa_index_topk,
         max_total_tokens=max_total_tokens,
     )
@@ -473,4 +495,5 @@ def _run_fill_draft_extend_metadata(
 
 @functools.partial(compiled, static_argnames=("implementation",))
 def _run_prefix_sum(x: Array, *, implementation: str) -> Array:
-    return IMPLEMENTATIONS[implementation].prefix_sum(jnp.asarray(x, jnp.int32))
+    x = computed_by(implementation, jnp.asarray(x, jnp.int32))
+    return IMPLEMENTATIONS[implementation].prefix_sum(x)

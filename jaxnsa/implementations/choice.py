@@ -9,6 +9,7 @@ import jax
 from jaxnsa.config import Settings, names, origin, settings
 from jaxnsa.implementations import FUSED, IMPLEMENTATIONS, VARIANTS
 from jaxnsa.implementations.measurements import FUSED_METADATA, rule
+from jaxnsa.spec import Spec
 
 
 class ImplementationUnavailableError(RuntimeError):
@@ -41,6 +42,7 @@ def choose(
     platform: str | None,
     function: str = FUSED_METADATA,
     requests: int = 1,
+    spec: Spec | None = None,
 ) -> str:
     """The name of the implementation that a call takes.
 
@@ -52,6 +54,7 @@ def choose(
         machine's.
       function: name of the public function.
       requests: the batch size, or the length of the vector.
+      spec: the computation, where it is one of metadata.
 
     Raises:
       ValueError: a name is unknown.
@@ -64,11 +67,24 @@ def choose(
         platform = here
     reasons = []
     for name in tried:
-        reason = IMPLEMENTATIONS[name].unavailable(platform)
+        module = IMPLEMENTATIONS[name]
+        reason = module.unavailable(platform)
+        if reason is None and spec is not None:
+            reason = module.unsupported(spec)
         if reason is None:
             return name
-        reasons.append(f"implementation {name!r} cannot run here: {reason}")
+        reasons.append(_cannot_run(name, reason))
     raise ImplementationUnavailableError("; ".join(reasons))
+
+
+def check_runs(name: str, platform: str) -> None:
+    """Raises ImplementationUnavailableError where an implementation cannot run on a platform."""
+    if reason := IMPLEMENTATIONS[name].unavailable(platform):
+        raise ImplementationUnavailableError(_cannot_run(name, reason))
+
+
+def _cannot_run(name: str, reason: str) -> str:
+    return f"implementation {name!r} cannot run here: {reason}"
 
 
 def get_kernel_info() -> dict[str, Any]:

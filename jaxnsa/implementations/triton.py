@@ -8,6 +8,7 @@ import jax
 
 from jaxnsa.implementations.gpu import reason_to_refuse, unbatched
 from jaxnsa.metadata import DraftExtendSeqlens, NSAMetadata
+from jaxnsa.schedules import NO_SCHEDULES
 from jaxnsa.spec import Inputs, Spec
 
 
@@ -20,6 +21,13 @@ def unavailable(platform: str | None) -> str | None:
     if _interpreted():
         return _interpreter_missing()
     return reason_to_refuse(platform, 8.0, "Ampere") or _import_error()
+
+
+def unsupported(spec: Spec) -> str | None:
+    """Why this cannot compute `spec`; None where it can."""
+    if spec.schedules != NO_SCHEDULES or spec.pooled:
+        return "it computes neither schedules nor a pooled index; use implementation 'xla'"
+    return None
 
 
 def version() -> str | None:

@@ -34,7 +34,7 @@ from jaxnsa.interop.tensor_checks import (
     checked_pool,
     checked_vector,
 )
-from jaxnsa.metadata import FIELDS, Extent, ForwardMode, NSAMetadata
+from jaxnsa.metadata import FIELDS, ForwardMode, NSAMetadata
 from jaxnsa.spec import INT32_MAX, MAX_LEN, Rows, Spec
 
 _FILLS = FillCache()
@@ -100,7 +100,7 @@ def fused_metadata_precompute_and_broadcast_cuda(
     key = None
     if isinstance(seq_lens, torch.Tensor) and seq_lens.dim() == 1:
         facts = (seq_lens.shape[0], *numbers, *map(len, lists.values()))
-        key = key_of(seq_lens.device, itertools.chain(*lists.values()), facts)
+        key = key_of(seq_lens, itertools.chain(*lists.values()), facts)
     if _FILLS.try_launch(key, inputs):
         return
     read = _checked_inputs(seq_lens, req_pool_indices, req_to_token)
@@ -161,16 +161,15 @@ def fused_metadata_copy_cuda(precomputed: Any, metadata: Any) -> None:
     if not given:
         raise ValueError("precomputed: got no tensors, expected those of NSAMetadata's fields")
     targets = {field: field_of(metadata, field) for field in given}
-    key, first = None, next(iter(given.values()))
-    if isinstance(first, torch.Tensor):
-        key = key_of(first.device, [*given.values(), *targets.values()], tuple(given))
-        if _COPIES.try_copy(key, first.device):
-            return
+    tensors = [*given.values(), *targets.values()]
+    key = key_of(tensors[0], tensors, tuple(given))
+    if _COPIES.try_copy(key):
+        return
     read: list[Checked] = []
     written: list[Checked] = []
     for field, value in given.items():
         device = read[0].tensor.device if read else None
-        dimensions = 2 if FIELDS[field].extent is Extent.TABLE else 1
+        dimensions = FIELDS[field].extent.dimensions
         name = f"precomputed.{field}"
         source = checked(name, value, device=device, dimensions=dimensions)
         if not value.is_contiguous():
