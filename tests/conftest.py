@@ -73,10 +73,10 @@ def _clean_environment(monkeypatch):
 
 
 def pytest_collection_modifyitems(config, items):
-    """On a GPU all cases run; without one, so many that they cover the values of parameters.
+    """On a GPU all cases of a test run; without one, those that cover its parameters' values.
 
-    Of a test's cases those in which each two parameters take every pair of values that they have in
-    all of its cases; where kernels are interpreted, those in which each parameter takes every value.
+    Every pair of values of two parameters that occurs in all of its cases occurs in those that run;
+    where kernels are interpreted, every value of each parameter.
     """
     if ON_GPU:
         return
@@ -97,7 +97,7 @@ def pytest_collection_modifyitems(config, items):
 
 
 def _covering(group, together):
-    """Cases with every combination of so many parameters' values, as few as are found greedily."""
+    """Cases with every combination of `together` parameters' values, taken greedily."""
 
     def combinations(item):
         values = [(name, id(value)) for name, value in item.callspec.params.items()]
