@@ -85,12 +85,12 @@ class Arguments(NamedTuple):
     Those that a forward mode does not take are None.
     """
 
-    forward_mode: Any
     seq_lens: Any
     req_pool_indices: Any
     req_to_token: Any
+    extend_seq_lens: Any
+    forward_mode: Any
     num_draft_tokens: Any = None
-    extend_seq_lens: Any = None
     max_total_tokens: Any = None
     max_len: Any = None
     nsa_index_topk: Any = 1

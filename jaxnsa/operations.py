@@ -12,11 +12,12 @@ import numpy as np
 from jaxnsa import argument_checks as checks
 from jaxnsa import strategies
 from jaxnsa.argument_checks import Arguments
+from jaxnsa.checked_calls import Computation, UnlikeError, compute_as_before, remember
 from jaxnsa.config import Strategy, settings
 from jaxnsa.implementations import FUSED, IMPLEMENTATIONS
 from jaxnsa.implementations.choice import choose
 from jaxnsa.metadata import Array, DraftExtendSeqlens, ForwardMode, NSAMetadata
-from jaxnsa.spec import Rows, Tail, saturated
+from jaxnsa.spec import Inputs, Rows, Spec, Tail, saturated
 from jaxnsa.value_checks import check_inputs, check_values
 
 _logger = logging.getLogger("jaxnsa")
@@ -59,18 +60,16 @@ def precompute_decode_metadata(
       ValueError, TypeError: an argument has the wrong shape, dtype or value.
       ImplementationUnavailableError: no implementation that was asked for can run here.
     """
-    arguments = Arguments(
-        ForwardMode.DECODE,
-        seq_lens,
-        req_pool_indices,
-        req_to_token,
-        max_len=max_len,
-        nsa_index_topk=nsa_index_topk,
-        real_page_size=real_page_size,
-        wide_table=wide_table,
-        tail=tail,
-    )
-    return _fused_metadata(arguments, out, implementation)[0]
+    read = (seq_lens, req_pool_indices, req_to_token, None)
+    options = {
+        "forward_mode": ForwardMode.DECODE,
+        "max_len": max_len,
+        "nsa_index_topk": nsa_index_topk,
+        "real_page_size": real_page_size,
+        "wide_table": wide_table,
+        "tail": tail,
+    }
+    return _fused_metadata(read, options, out, implementation)[0]
 
 
 def precompute_target_verify_metadata(
@@ -107,19 +106,17 @@ def precompute_target_verify_metadata(
       ValueError, TypeError: an argument has the wrong shape, dtype or value.
       ImplementationUnavailableError: no implementation that was asked for can run here.
     """
-    arguments = Arguments(
-        ForwardMode.TARGET_VERIFY,
-        seq_lens,
-        req_pool_indices,
-        req_to_token,
-        num_draft_tokens=num_draft_tokens,
-        max_len=max_len,
-        nsa_index_topk=nsa_index_topk,
-        real_page_size=real_page_size,
-        wide_table=wide_table,
-        tail=tail,
-    )
-    return _fused_metadata(arguments, out, implementation)[0]
+    read = (seq_lens, req_pool_indices, req_to_token, None)
+    options = {
+        "forward_mode": ForwardMode.TARGET_VERIFY,
+        "num_draft_tokens": num_draft_tokens,
+        "max_len": max_len,
+        "nsa_index_topk": nsa_index_topk,
+        "real_page_size": real_page_size,
+        "wide_table": wide_table,
+        "tail": tail,
+    }
+    return _fused_metadata(read, options, out, implementation)[0]
 
 
 def precompute_draft_extend_metadata(
@@ -158,20 +155,17 @@ def precompute_draft_extend_metadata(
       ValueError, TypeError: an argument has the wrong shape, dtype or value.
       ImplementationUnavailableError: no implementation that was asked for can run here.
     """
-    arguments = Arguments(
-        ForwardMode.DRAFT_EXTEND,
-        seq_lens,
-        req_pool_indices,
-        req_to_token,
-        extend_seq_lens=extend_seq_lens,
-        max_total_tokens=max_total_tokens,
-        max_len=max_len,
-        nsa_index_topk=nsa_index_topk,
-        real_page_size=real_page_size,
-        wide_table=wide_table,
-        tail=tail,
-    )
-    return _fused_metadata(arguments, out, implementation)[0]
+    read = (seq_lens, req_pool_indices, req_to_token, extend_seq_lens)
+    options = {
+        "forward_mode": ForwardMode.DRAFT_EXTEND,
+        "max_total_tokens": max_total_tokens,
+        "max_len": max_len,
+        "nsa_index_topk": nsa_index_topk,
+        "real_page_size": real_page_size,
+        "wide_table": wide_table,
+        "tail": tail,
+    }
+    return _fused_metadata(read, options, out, implementation)[0]
 
 
 def fused_metadata_precompute_and_broadcast(
@@ -222,26 +216,22 @@ def fused_metadata_precompute_and_broadcast(
       ValueError, TypeError: an argument has the wrong shape, dtype or value.
       ImplementationUnavailableError: no implementation that was asked for can run here.
     """
-    arguments = Arguments(
-        forward_mode,
-        seq_lens,
-        req_pool_indices,
-        req_to_token,
-        num_draft_tokens=num_draft_tokens,
-        extend_seq_lens=extend_seq_lens,
-        max_total_tokens=max_total_tokens,
-        max_len=max_len,
-        nsa_index_topk=nsa_index_topk,
-        real_page_size=real_page_size,
-        wide_table=wide_table,
-        tail=tail,
-        num_backends=num_backends,
-        stacked=stacked,
-    )
-    if strategy is None:
-        strategy = settings().strategy
-    backends = _fused_metadata(arguments, out, implementation, strategy, several=stacked is False)
-    return backends if stacked is False else backends[0]
+    read = (seq_lens, req_pool_indices, req_to_token, extend_seq_lens)
+    options = {
+        "forward_mode": forward_mode,
+        "num_draft_tokens": num_draft_tokens,
+        "max_total_tokens": max_total_tokens,
+        "max_len": max_len,
+        "nsa_index_topk": nsa_index_topk,
+        "real_page_size": real_page_size,
+        "wide_table": wide_table,
+        "tail": tail,
+        "num_backends": num_backends,
+        "stacked": stacked,
+    }
+    several = stacked is False
+    backends = _fused_metadata(read, options, out, implementation, strategy, several)
+    return backends if several else backends[0]
 
 
 def fused_metadata_copy(
@@ -365,31 +355,61 @@ def prefix_sum(x: Array, *, implementation: str | Sequence[str] | None = None) -
 
 
 def _fused_metadata(
-    arguments: Arguments,
+    read: tuple,
+    options: dict[str, Any],
     out: Any,
     implementation: str | Sequence[str] | None,
-    strategy: Strategy = "ultra_fast",
+    strategy: Strategy | None = "ultra_fast",
     several: bool = False,
 ) -> tuple[NSAMetadata, ...]:
-    """Checks everything, then runs; `several` says whether `out` is a tuple."""
+    """Checks what is not known to be right, then runs; `several` says whether `out` is a tuple."""
+    written = () if out is None else out if several else (out,)
+    decisive = (*options.values(), implementation, strategy, several)
+    result = compute_as_before(read, written, decisive)
+    if result is not None:
+        return result
+
+    arguments = Arguments(*read, **options)
     inputs, rows = checks.inputs(arguments)
     spec = checks.spec(arguments, rows, inputs.req_to_token.shape[1], fresh=out is None)
     if out is not None:
         count = spec.num_backends if several else None
         out = checks.destinations(out, spec.shapes(), count, inputs._asdict())
-    strategy = checks.one_of("strategy", strategy, ("ultra_fast", "fast", "fallback"))
     here = settings()
+    strategy = here.strategy if strategy is None else strategy
+    strategy = checks.one_of("strategy", strategy, ("ultra_fast", "fast", "fallback"))
     if here.validate:
         check_inputs(inputs, rows, spec.max_len, spec.nsa_index_topk, debug=True)
     name = choose(implementation, here, _platform(inputs), requests=rows.requests)
     _log_path(name, strategy, spec.num_backends)
-    return _run_fused_metadata(
-        inputs,
-        out,
-        spec=spec,
-        strategy=strategy,
-        implementation=_computing(name, not spec.is_empty),
-    )
+    computation = _computation(spec, strategy, _computing(name, not spec.is_empty))
+    if not here.validate:
+        remember(computation, tuple(spec.shapes()), read, written, decisive)
+    return computation(jax.tree.leaves(inputs), jax.tree.leaves(out))
+
+
+@functools.lru_cache(maxsize=1024)
+def _computation(spec: Spec, strategy: Strategy, implementation: str) -> Computation:
+    """What computes the metadata of `spec`, compiled for the arrays that it is called with."""
+    shapes = (spec.metadata(spec.shapes()),) * spec.destinations
+    expected, structure = jax.tree.flatten(shapes)
+
+    # keep_unused: destinations that are only written stay arguments, so that donation reuses them.
+    @functools.partial(jax.jit, donate_argnums=1, keep_unused=True)
+    def fused_metadata(read: list[jax.Array], written: list[jax.Array]) -> list[jax.Array]:
+        if written and [a.shape for a in written] != [e.shape for e in expected]:
+            raise UnlikeError
+        inputs = Inputs(*read, *[None] * (len(Inputs._fields) - len(read)))
+        out = jax.tree.unflatten(structure, written) if written else None
+        backends = strategies.fused_metadata(
+            inputs, out, spec, strategy=strategy, implementation=implementation
+        )
+        return jax.tree.leaves(backends)
+
+    def compute(read: list[jax.Array], written: list[jax.Array]) -> tuple[NSAMetadata, ...]:
+        return jax.tree.unflatten(structure, fused_metadata(read, written))
+
+    return compute
 
 
 def _computing(implementation: str, something: bool) -> str:
@@ -418,15 +438,6 @@ def _platform(arrays: Any) -> str | None:
         if isinstance(leaf, jax.Array):
             return leaf.platform()
     return jax.default_backend()
-
-
-# keep_unused: destinations that are only written stay arguments, so that donation reuses them.
-_run_fused_metadata = jax.jit(
-    strategies.fused_metadata,
-    static_argnames=("spec", "strategy", "implementation"),
-    donate_argnames=("out",),
-    keep_unused=True,
-)
 
 
 @functools.partial(

@@ -62,12 +62,12 @@ def validate_inputs(
     """
     inputs, rows = checks.inputs(
         Arguments(
-            forward_mode,
             seq_lens,
             req_pool_indices,
             req_to_token,
+            extend_seq_lens,
+            forward_mode,
             num_draft_tokens=num_draft_tokens,
-            extend_seq_lens=extend_seq_lens,
             max_total_tokens=max_total_tokens,
         )
     )
