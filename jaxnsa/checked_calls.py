@@ -17,9 +17,7 @@ from jaxnsa.config import sources
 from jaxnsa.metadata import FIELDS, NSAMetadata
 
 Computation = Callable[[list[Any], list[Any]], tuple[NSAMetadata, ...]]
-"""Of the arrays that it reads and those that it writes."""
-
-_abstract_value = operator.attrgetter("aval")
+"""Of the arrays that it reads, None where there is none, and those that it writes."""
 
 
 class UnlikeError(Exception):
@@ -49,7 +47,7 @@ def _alike(*origin: Any) -> _Alike:
 
 
 def compute_as_before(
-    inputs: Sequence[Any], destinations: Sequence[Any], options: Sequence[Any]
+    inputs: list[Any], destinations: Sequence[Any], options: Sequence[Any]
 ) -> tuple[NSAMetadata, ...] | None:
     """The result of a call that is like one before; None where it has to be checked.
 
@@ -60,8 +58,7 @@ def compute_as_before(
     """
     try:
         alike = _find(inputs, destinations, options)
-        read = [array for array in inputs if array is not None]
-        computation = alike.computations[tuple(map(_abstract_value, read))]
+        computation = alike.computations[_abstract_values(inputs)]
         written: list[Any] = []
         for destination in destinations:
             written += alike.wanted(destination)
@@ -70,11 +67,11 @@ def compute_as_before(
             for name in alike.unwanted:
                 if getattr(destination, name) is not None:
                     return None
-        arrays = read + written
+        arrays = [array for array in inputs if array is not None] + written
         # The method of one class refuses the arrays of others.
-        if any(map(type(read[0]).is_deleted, arrays)) or len({*map(id, arrays)}) < len(arrays):
+        if any(map(type(inputs[0]).is_deleted, arrays)) or len({*map(id, arrays)}) < len(arrays):
             return None
-        return computation(read, written)
+        return computation(inputs, written)
     except (AttributeError, KeyError, TypeError, UnlikeError):
         return None
 
@@ -82,7 +79,7 @@ def compute_as_before(
 def remember(
     computation: Computation,
     wanted: Sequence[str],
-    inputs: Sequence[Any],
+    inputs: list[Any],
     destinations: Sequence[Any],
     options: Sequence[Any],
 ) -> None:
@@ -93,18 +90,20 @@ def remember(
       wanted: the names of the arrays that it wants.
       inputs, destinations, options: as in `compute_as_before`.
     """
-    if not all(isinstance(array, jax.Array | None) for array in inputs):
-        return
-    if any(isinstance(array, jax.core.Tracer) for array in inputs):
-        return
+    for array in inputs:
+        if isinstance(array, jax.core.Tracer) or not isinstance(array, jax.Array | None):
+            return
     try:
         alike = _find(inputs, destinations, options)
     except TypeError:  # an option that is not hashable
         return
     alike.wanted = operator.attrgetter(*wanted)
     alike.unwanted = tuple(FIELDS.keys() - wanted)
-    read = tuple(array.aval for array in inputs if array is not None)
-    alike.computations[read] = computation
+    alike.computations[_abstract_values(inputs)] = computation
+
+
+def _abstract_values(inputs: list[Any]) -> tuple:
+    return tuple([None if array is None else array.aval for array in inputs])
 
 
 def _find(inputs: Sequence[Any], destinations: Sequence[Any], options: Sequence[Any]) -> _Alike:

@@ -70,6 +70,18 @@ def sources() -> tuple[tuple[bytes | None, ...], tuple[tuple[str, Any], ...]]:
     return tuple(map(_environment.get, _keys)), _overrides.value
 
 
+def overridden() -> bool:
+    """Whether any `override` is in force here."""
+    return bool(_overrides.value)
+
+
+def origin(setting: str) -> str:
+    """What decides a setting here: its name, an argument of `override`, or a variable."""
+    if setting in dict(_overrides.value):
+        return setting
+    return next((v for v in ENVIRONMENT[setting] if os.environ.get(v)), setting)
+
+
 @functools.lru_cache(maxsize=64)
 def _parsed(texts: tuple[bytes | None, ...], overrides: tuple[tuple[str, Any], ...]) -> Settings:
     environment = {v: os.fsdecode(t) for v, t in zip(_VARIABLES, texts, strict=True) if t}

@@ -135,8 +135,11 @@ void FusedMetadata(Stream, const FusedMetadataArguments& args) {
     store(i + 1, RequestSums(cache_sum));
     const int64_t count = std::min<int64_t>(q, rows.count - row);
     for (int64_t j = 0; j < count; ++j) store_row(row + j, kv_len(j));
+    const auto table_kv_len = [&](int64_t j) {
+      return args.request_columns ? cache_seqlen : kv_len(j);
+    };
     const int32_t* const pool_row = args.pool.row(args.req_pool_indices[i]);
-    for (Table& table : tables) table.Write(pool_row, row, count, kv_len);
+    for (Table& table : tables) table.Write(pool_row, row, count, table_kv_len);
     row += count;
   }
   for (int64_t padding = row; padding < rows.count; ++padding) store_row(padding, 0);

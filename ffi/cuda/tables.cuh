@@ -44,6 +44,7 @@ struct RequestContent {
   int32_t q;
   int32_t max_len;
   RowContent least;
+  bool request_columns;
 
   __device__ RowContent of_kv_len(int32_t kv_len) const {
     const int32_t live = Max(Min(kv_len, max_len), least.live);
@@ -51,7 +52,7 @@ struct RequestContent {
   }
 
   __device__ RowContent row(int32_t j) const {
-    return of_kv_len(Rows::kv_len(cache_seqlen, q, j));
+    return of_kv_len(request_columns ? cache_seqlen : Rows::kv_len(cache_seqlen, q, j));
   }
 
   // Of its last row, which sees the most tokens.
@@ -132,7 +133,7 @@ __device__ void WriteTables(const Parameters<kCapacity>& args, int32_t i) {
   const int32_t seq_len = exists ? args.seq_lens[i] : 0;
   const int32_t q = !kRagged ? args.rows_per_request : exists ? args.rows.q(i) : 0;
   const RequestContent request{Rows::cache_seqlen_of(seq_len, args.added_tokens), q, args.max_len,
-                               args.least};
+                               args.least, args.request_columns};
   const int32_t* const source = args.pool.row(index);
 
   // Rows from `total` on are padding rows.

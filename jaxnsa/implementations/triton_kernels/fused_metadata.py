@@ -172,14 +172,20 @@ def fused_metadata(
       out: destinations to fill in place, or None for fresh ones.
       spec: what to compute, at least one row. Tail "keep" without `out` leaves the columns
         unspecified.
-      config: block sizes; None: `BlockConfig.heuristic`.
+      config: block sizes; None: what `BlockConfig` advises.
 
     Returns:
       As many NSAMetadata as `spec` has destinations.
     """
     rows, max_len = spec.rows, spec.max_len
     pool_rows, pool_cols = inputs.req_to_token.shape
-    config = config or BlockConfig.heuristic(rows.count, max_len)
+    pages = -(-max_len // spec.real_page_size)
+    if config is None:
+        config = (
+            BlockConfig.heuristic(rows.count, max_len)
+            if spec.wide_table
+            else BlockConfig.of_pages(rows.requests, pages)
+        )
     constants = TableConstants.of(spec, pool_cols, config)
     tiles = -(-max_len // constants.tile)
     programs = 1 + min(tiles, max(1, config.programs // rows.requests))
@@ -193,7 +199,7 @@ def fused_metadata(
         sizes=Sizes(
             RowSizes.of(rows, spec.nsa_index_topk),
             max_len,
-            -(-max_len // spec.real_page_size),
+            pages,
             pool_rows,
             pool_cols // constants.pool_unit,
             max_len // constants.wide_unit,
