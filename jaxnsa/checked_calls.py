@@ -56,7 +56,10 @@ def compute_as_before(
       destinations: the NSAMetadata that it writes.
       options: everything else.
     """
+    first = inputs[0]
     try:
+        if isinstance(first, jax.core.Tracer) or first.is_deleted():
+            return None
         alike = _find(inputs, destinations, options)
         computation = alike.computations[_abstract_values(inputs)]
         written: list[Any] = []
@@ -69,10 +72,13 @@ def compute_as_before(
                     return None
         arrays = [array for array in inputs if array is not None] + written
         # The method of one class refuses the arrays of others.
-        if any(map(type(inputs[0]).is_deleted, arrays)) or len({*map(id, arrays)}) < len(arrays):
+        if any(map(type(first).is_deleted, arrays)) or len({*map(id, arrays)}) < len(arrays):
             return None
+    except (AttributeError, KeyError, TypeError):
+        return None
+    try:
         return computation(inputs, written)
-    except (AttributeError, KeyError, TypeError, UnlikeError):
+    except UnlikeError:
         return None
 
 
