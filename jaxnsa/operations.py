@@ -235,11 +235,11 @@ def precompute_extend_metadata(
       ValueError, TypeError: an argument has the wrong shape, dtype or value.
       ImplementationUnavailableError: no implementation that was asked for can run here.
     """
-    arguments = Arguments(
-        ForwardMode.EXTEND,
-        seq_lens,
-        req_pool_indices,
-        req_to_token,
+    given = dict(
+        forward_mode=ForwardMode.EXTEND,
+        seq_lens=seq_lens,
+        req_pool_indices=req_pool_indices,
+        req_to_token=req_to_token,
         extend_seq_lens=extend_seq_lens,
         max_total_tokens=max_total_tokens,
         max_total_keys=max_total_keys,
@@ -249,7 +249,7 @@ def precompute_extend_metadata(
         wide_table=wide_table,
         tail=tail,
     )
-    return _fused_metadata(arguments, out, implementation)[0]
+    return _fused_metadata(given, out, implementation)[0]
 
 
 def fused_metadata_precompute_and_broadcast(
