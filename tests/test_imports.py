@@ -9,7 +9,7 @@ ROOT = Path(__file__).parents[1]
 FLOORS = (
     ("jaxnsa.app",),
     ("jaxnsa.interop",),
-    ("jaxnsa.operations", "jaxnsa.strategies"),
+    ("jaxnsa.operations", "jaxnsa.checked_calls", "jaxnsa.strategies"),
     ("jaxnsa.implementations",),
     (
         "jaxnsa.argument_checks",
