@@ -12,6 +12,7 @@ import numpy as np
 from jaxnsa import argument_checks as checks
 from jaxnsa import strategies
 from jaxnsa.argument_checks import Arguments
+from jaxnsa.checked_calls import Computation, UnlikeError, compute_as_before, remember
 from jaxnsa.compilation import compiled
 from jaxnsa.config import Strategy, settings
 from jaxnsa.implementations import FUSED, IMPLEMENTATIONS
@@ -19,7 +20,7 @@ from jaxnsa.implementations.choice import choose
 from jaxnsa.implementations.lowering import computed_by
 from jaxnsa.metadata import Array, DraftExtendSeqlens, ForwardMode, NSAMetadata
 from jaxnsa.schedules import Schedules
-from jaxnsa.spec import INT32_MAX, MAX_BACKENDS, MAX_ROWS, Rows, Tail, saturated
+from jaxnsa.spec import INT32_MAX, MAX_BACKENDS, MAX_ROWS, Inputs, Rows, Spec, Tail, saturated
 from jaxnsa.value_checks import check_inputs, check_values
 
 _logger = logging.getLogger("jaxnsa")
@@ -68,11 +69,11 @@ def precompute_decode_metadata(
       ValueError, TypeError: an argument has the wrong shape, dtype or value.
       ImplementationUnavailableError: no implementation that was asked for can run here.
     """
-    arguments = Arguments(
-        ForwardMode.DECODE,
-        seq_lens,
-        req_pool_indices,
-        req_to_token,
+    given = dict(
+        forward_mode=ForwardMode.DECODE,
+        seq_lens=seq_lens,
+        req_pool_indices=req_pool_indices,
+        req_to_token=req_to_token,
         max_len=max_len,
         nsa_index_topk=nsa_index_topk,
         real_page_size=real_page_size,
@@ -81,7 +82,7 @@ def precompute_decode_metadata(
         schedules=schedules,
         tail=tail,
     )
-    return _fused_metadata(arguments, out, implementation)[0]
+    return _fused_metadata(given, out, implementation)[0]
 
 
 def precompute_target_verify_metadata(
@@ -120,11 +121,11 @@ def precompute_target_verify_metadata(
       ValueError, TypeError: an argument has the wrong shape, dtype or value.
       ImplementationUnavailableError: no implementation that was asked for can run here.
     """
-    arguments = Arguments(
-        ForwardMode.TARGET_VERIFY,
-        seq_lens,
-        req_pool_indices,
-        req_to_token,
+    given = dict(
+        forward_mode=ForwardMode.TARGET_VERIFY,
+        seq_lens=seq_lens,
+        req_pool_indices=req_pool_indices,
+        req_to_token=req_to_token,
         num_draft_tokens=num_draft_tokens,
         max_len=max_len,
         nsa_index_topk=nsa_index_topk,
@@ -134,7 +135,7 @@ def precompute_target_verify_metadata(
         schedules=schedules,
         tail=tail,
     )
-    return _fused_metadata(arguments, out, implementation)[0]
+    return _fused_metadata(given, out, implementation)[0]
 
 
 def precompute_draft_extend_metadata(
@@ -175,11 +176,11 @@ def precompute_draft_extend_metadata(
       ValueError, TypeError: an argument has the wrong shape, dtype or value.
       ImplementationUnavailableError: no implementation that was asked for can run here.
     """
-    arguments = Arguments(
-        ForwardMode.DRAFT_EXTEND,
-        seq_lens,
-        req_pool_indices,
-        req_to_token,
+    given = dict(
+        forward_mode=ForwardMode.DRAFT_EXTEND,
+        seq_lens=seq_lens,
+        req_pool_indices=req_pool_indices,
+        req_to_token=req_to_token,
         extend_seq_lens=extend_seq_lens,
         max_total_tokens=max_total_tokens,
         max_len=max_len,
@@ -190,7 +191,7 @@ def precompute_draft_extend_metadata(
         schedules=schedules,
         tail=tail,
     )
-    return _fused_metadata(arguments, out, implementation)[0]
+    return _fused_metadata(given, out, implementation)[0]
 
 
 def precompute_extend_metadata(
@@ -234,11 +235,11 @@ def precompute_extend_metadata(
       ValueError, TypeError: an argument has the wrong shape, dtype or value.
       ImplementationUnavailableError: no implementation that was asked for can run here.
     """
-    arguments = Arguments(
-        ForwardMode.EXTEND,
-        seq_lens,
-        req_pool_indices,
-        req_to_token,
+    given = dict(
+        forward_mode=ForwardMode.EXTEND,
+        seq_lens=seq_lens,
+        req_pool_indices=req_pool_indices,
+        req_to_token=req_to_token,
         extend_seq_lens=extend_seq_lens,
         max_total_tokens=max_total_tokens,
         max_total_keys=max_total_keys,
@@ -248,7 +249,7 @@ def precompute_extend_metadata(
         wide_table=wide_table,
         tail=tail,
     )
-    return _fused_metadata(arguments, out, implementation)[0]
+    return _fused_metadata(given, out, implementation)[0]
 
 
 def fused_metadata_precompute_and_broadcast(
@@ -303,11 +304,11 @@ def fused_metadata_precompute_and_broadcast(
       ValueError, TypeError: an argument has the wrong shape, dtype or value.
       ImplementationUnavailableError: no implementation that was asked for can run here.
     """
-    arguments = Arguments(
-        forward_mode,
-        seq_lens,
-        req_pool_indices,
-        req_to_token,
+    given = dict(
+        forward_mode=forward_mode,
+        seq_lens=seq_lens,
+        req_pool_indices=req_pool_indices,
+        req_to_token=req_to_token,
         num_draft_tokens=num_draft_tokens,
         extend_seq_lens=extend_seq_lens,
         max_total_tokens=max_total_tokens,
@@ -322,10 +323,9 @@ def fused_metadata_precompute_and_broadcast(
         num_backends=num_backends,
         stacked=stacked,
     )
-    if strategy is None:
-        strategy = settings().strategy
-    backends = _fused_metadata(arguments, out, implementation, strategy, several=stacked is False)
-    return backends if stacked is False else backends[0]
+    several = stacked is False
+    backends = _fused_metadata(given, out, implementation, strategy, several)
+    return backends if several else backends[0]
 
 
 def fused_metadata_copy(
@@ -454,32 +454,67 @@ def prefix_sum(x: Array, *, implementation: str | Sequence[str] | None = None) -
 
 
 def _fused_metadata(
-    arguments: Arguments,
+    given: dict[str, Any],
     out: Any,
     implementation: str | Sequence[str] | None,
-    strategy: Strategy = "ultra_fast",
+    strategy: Strategy | None = "ultra_fast",
     several: bool = False,
 ) -> tuple[NSAMetadata, ...]:
-    """Checks everything, then runs; `several` says whether `out` is a tuple."""
+    """Checks what is not known to be right, then runs.
+
+    Args:
+      given: `Arguments` by name.
+      out, implementation, strategy: as the public functions document them.
+      several: whether `out` is a tuple.
+    """
+    read = [given.pop(name, None) for name in Inputs._fields]
+    written = () if out is None else out if several else (out,)
+    options = (*given.values(), implementation, strategy, several)
+    result = compute_as_before(read, written, options)
+    if result is not None:
+        return result
+
+    arguments = Arguments(**given, **dict(zip(Inputs._fields, read, strict=True)))
     inputs, rows = checks.inputs(arguments)
     spec = checks.spec(arguments, rows, inputs.req_to_token.shape[1], fresh=out is None)
     if out is not None:
         count = spec.num_backends if several else None
         out = checks.destinations(out, spec.shapes(), count, inputs._asdict())
-    strategy = checks.one_of("strategy", strategy, ("ultra_fast", "fast", "fallback"))
     here = settings()
+    strategy = here.strategy if strategy is None else strategy
+    strategy = checks.one_of("strategy", strategy, ("ultra_fast", "fast", "fallback"))
     if here.validate:
         check_inputs(inputs, spec, debug=True)
     inputs = checks.held_inputs(inputs)
     name = choose(implementation, here, _platform(inputs), requests=rows.requests, spec=spec)
     _log_path(name, strategy, spec.num_backends)
-    return _run_fused_metadata(
-        inputs,
-        out,
-        spec=spec,
-        strategy=strategy,
-        implementation=_computing(name, not spec.is_empty),
-    )
+    computation = _computation(spec, strategy, _computing(name, not spec.is_empty))
+    if not here.validate:
+        remember(computation, list(spec.shapes()), read, written, options)
+    return computation(list(inputs), jax.tree.leaves(out))
+
+
+@functools.lru_cache(maxsize=1024)
+def _computation(spec: Spec, strategy: Strategy, implementation: str) -> Computation:
+    """What computes the metadata of `spec`, compiled for the arrays that it is called with."""
+    shapes = (spec.metadata(spec.shapes()),) * spec.destinations
+    expected, structure = jax.tree.flatten(shapes)
+
+    # keep_unused: destinations that are only written stay arguments, so that donation reuses them.
+    @functools.partial(compiled, donate_argnums=1, keep_unused=True)
+    def fused_metadata(read: list[Any], written: list[jax.Array]) -> list[jax.Array]:
+        if written and [a.shape for a in written] != [e.shape for e in expected]:
+            raise UnlikeError
+        out = jax.tree.unflatten(structure, written) if written else None
+        backends = strategies.fused_metadata(
+            Inputs(*read), out, spec, strategy=strategy, implementation=implementation
+        )
+        return jax.tree.leaves(backends)
+
+    def compute(read: list[Any], written: list[jax.Array]) -> tuple[NSAMetadata, ...]:
+        return jax.tree.unflatten(structure, fused_metadata(read, written))
+
+    return compute
 
 
 def _computing(implementation: str, something: bool) -> str:
@@ -508,15 +543,6 @@ def _platform(arrays: Any) -> str | None:
         if isinstance(leaf, jax.Array):
             return leaf.platform()
     return jax.default_backend()
-
-
-# keep_unused: destinations that are only written stay arguments, so that donation reuses them.
-_run_fused_metadata = compiled(
-    strategies.fused_metadata,
-    static_argnames=("spec", "strategy", "implementation"),
-    donate_argnames=("out",),
-    keep_unused=True,
-)
 
 
 @functools.partial(

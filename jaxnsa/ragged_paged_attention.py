@@ -109,7 +109,7 @@ def ragged_paged_attention_metadata(
     )
     page_indices = decode.page_indices if page_size == 1 else decode.real_page_table
     assert page_indices is not None
-    kv_lens = decode.cache_seqlens
+    kv_lens = jnp.asarray(decode.cache_seqlens)
     pages = kv_lens // page_size + (kv_lens % page_size > 0)
     max_total_pages = checks.integer(
         "max_total_pages",

@@ -10,7 +10,7 @@ FLOORS = (
     ("jaxnsa.app",),
     ("jaxnsa.interop",),
     ("jaxnsa.ragged_paged_attention",),
-    ("jaxnsa.operations", "jaxnsa.strategies"),
+    ("jaxnsa.operations", "jaxnsa.checked_calls", "jaxnsa.strategies"),
     ("jaxnsa.implementations",),
     (
         "jaxnsa.argument_checks",
