@@ -2,6 +2,7 @@
 
 import collections
 import functools
+import importlib.util
 import itertools
 import os
 import sys
@@ -70,7 +71,7 @@ def main() -> None:
     type=click.IntRange(1, MAX_BACKENDS),
     help="Draft steps, each with its own metadata buffers.",
 )
-@click.option("--steps", default=200, show_default=True, type=click.IntRange(1))
+@click.option("--steps", default=50, show_default=True, type=click.IntRange(1))
 @click.option(
     "--implementation",
     metavar="NAME",
@@ -79,6 +80,12 @@ def main() -> None:
 @click.option(
     "--seed", default=0, show_default=True, type=click.IntRange(0), help="Of everything random."
 )
+@click.option(
+    "--plot",
+    type=click.Path(dir_okay=False, writable=True, path_type=Path),
+    metavar="FILE",
+    help="Draw each step's time; needs matplotlib.",
+)
 def demo(
     trace: Path | None,
     batch_size: int,
@@ -86,16 +93,18 @@ def demo(
     steps: int,
     implementation: str | None,
     seed: int,
+    plot: Path | None,
 ) -> None:
-    """Run the main job: metadata for all backends at every step of a serving loop.
+    """Run the main job: the metadata of a speculative server's steps, computed in several ways.
 
     Simulates continuous batching. Requests arrive from a trace, a page allocator fills the
-    request-to-token pool, each step decodes one token of every request and drafts as many tokens
-    as there are backends. At each step the metadata of all backends is computed in place and
-    checked, every element, against the NumPy reference.
+    request-to-token pool on the device, and each step drafts tokens with all backends, verifies
+    them and extends by those that are accepted. The table compares this library with the same
+    computed N times by plain jnp under jax.jit, and with PyTorch's ways where it is installed. Each
+    step is checked, every element, against the NumPy reference.
 
-    The table's last row is a plain NumPy loop of row copies that moves the same live bytes. Exits
-    with status 1 on any mismatch.
+    The roof is the bytes that have to move over the bandwidth of a large copy. Exits with status 1
+    on any mismatch.
     """
     try:
         name = choose(implementation, settings(), jax.default_backend(), requests=batch_size)
@@ -106,6 +115,10 @@ def demo(
         )
     except (ValueError, ImplementationUnavailableError) as error:
         raise click.ClickException(str(error)) from None
+    if plot is not None and importlib.util.find_spec("matplotlib") is None:
+        raise click.ClickException(
+            "--plot: needs matplotlib, which is not installed; run: pip install matplotlib"
+        )
     needed = simulation.bytes_needed(batch_size, num_backends)
     installed = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     if needed > installed:
@@ -120,25 +133,51 @@ def demo(
             batch_size=batch_size,
             num_backends=num_backends,
             steps=steps,
-            implementation=name,
+            implementation=implementation,
+            chosen=name,
             seed=seed,
             progress=lambda done: progress.update(task, completed=done),
         )
-    table = Table(
-        title=f"{batch_size} requests, {num_backends} backends, max_len "
-        f"{simulation.CONTEXT_LENGTH}, {report.live_bytes / 1e6:.2f} MB of live columns a step"
-    )
-    table.add_column("computed by")
-    for column in ("steps", "tokens", "p50 ms", "p99 ms", "launches/step", "mismatches"):
-        table.add_column(column, justify="right")
-    counts = (f"{steps:,}", f"{report.tokens:,}")
-    table.add_row(
-        name, *counts, *_percentiles(report.latencies), str(report.launches), str(report.mismatches)
-    )
-    table.add_row("NumPy loop", *counts, *_percentiles(report.loop_latencies), "-", "-")
-    console.print(table)
-    if report.mismatches:
+    console.print(_demo_table(report, batch_size, num_backends, steps))
+    if plot is not None:
+        simulation.draw(report, plot)
+    if any(row.mismatches for row in report.rows):
         sys.exit(1)
+
+
+def _demo_table(report: simulation.Report, batch_size: int, num_backends: int, steps: int) -> Table:
+    table = Table(
+        title=f"{batch_size} requests, {num_backends} backends, context "
+        f"{simulation.CONTEXT_LENGTH:,}: {_bytes(report.bytes_moved)} moved a step",
+        caption=f"{steps:,} steps of decode, verify and draft extend; "
+        f"{report.tokens:,} tokens accepted",
+    )
+    on_gpu = report.rows[0].device_us is not None
+    table.add_column("computed by")
+    for column in ("p50 ms", "p99 ms", *(["device µs"] if on_gpu else [])):
+        table.add_column(column, justify="right")
+    for column in ("launches", "of roof", "mismatches"):
+        table.add_column(column, justify="right")
+    for row in report.rows:
+        share = report.bytes_moved / report.bandwidth / row.seconds
+        table.add_row(
+            row.name,
+            *_percentiles(row.latencies),
+            *([f"{row.device_us:.1f}"] if row.device_us is not None else []),
+            "-" if row.launches is None else f"{row.launches:g}",
+            f"{100 * share:.2g}%" if share <= 1 else "in cache",
+            str(row.mismatches),
+        )
+    return table
+
+
+def _bytes(number: float) -> str:
+    """A number of bytes in three digits."""
+    for unit in ("bytes", "kB", "MB"):
+        if number < 1000:
+            return f"{number:.3g} {unit}"
+        number /= 1000
+    return f"{number:.3g} GB"
 
 
 @main.command()
