@@ -209,14 +209,15 @@ def verify(cases: int, seed: int) -> None:
                 failures[name, case.title].append(case)
     table = Table(title=f"{cases} random cases, seed {seed}")
     table.add_column("implementation")
-    table.add_column("function", overflow="fold")
+    table.add_column("function")
     table.add_column("cases", justify="right")
     table.add_column("mismatches", justify="right")
     for key in sorted(ran):
         table.add_row(*key, str(ran[key]), str(len(failures[key])))
-    for name in sorted(set(info) - set(runnable)):
-        table.add_row(name, escape(f"skipped: {info[name]['reason']}"), "0", "-")
     console.print(table)
+    for name in sorted(set(info) - set(runnable)):
+        reason = info[name]["reason"].partition("; ")[0]
+        console.print(f"skipped {name}: {escape(reason)}", no_wrap=True, overflow="ellipsis")
     failed = [(name, case) for (name, _), found in failures.items() for case in found]
     if failed:
         name, case = min(failed, key=lambda f: (len(f[1].seq_lens), f[1].req_to_token.size))
@@ -252,14 +253,21 @@ def info(explain: bool, shapes: tuple[str, ...]) -> None:
     table = Table()
     table.add_column("implementation")
     table.add_column("version")
-    table.add_column("state", overflow="fold")
+    table.add_column("state")
     for name, state in kernels["implementations"].items():
-        described = "available" if state["available"] else f"unavailable: {state['reason']}"
-        described = escape(described) + (", default" if name == kernels["default"] else "")
-        for function, variants in state["variants"].items():
-            described += f"\n{function}: {', '.join(variants)}"
-        table.add_row(name, state["version"] or "-", described)
+        described = "available" if state["available"] else "cannot run here"
+        table.add_row(
+            name,
+            state["version"] or "-",
+            described + (", default" if name == kernels["default"] else ""),
+        )
     console.print(table)
+    for name, state in kernels["implementations"].items():
+        if not state["available"]:
+            console.print(f"{name} {escape(state['reason'])}", soft_wrap=True, highlight=False)
+            continue
+        for function, variants in state["variants"].items():
+            console.print(f"{name} {function}: {', '.join(variants)}", highlight=False)
 
 
 def _shapes(texts: tuple[str, ...], platform: str) -> list[tuple[int, int, int]]:

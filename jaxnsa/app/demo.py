@@ -21,7 +21,7 @@ from jaxnsa.app.serving import CONTEXT_LENGTH, PAGE_SIZE, Batch
 from jaxnsa.metadata import NSAMetadata
 
 _PROFILED_STEPS = 20
-_COPIED = 2**28  # bytes; more than caches hold
+_COPIED = 2**27  # bytes; more than caches hold
 
 
 @dataclasses.dataclass

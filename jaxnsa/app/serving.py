@@ -72,12 +72,12 @@ class Batch:
         seq_lens, accepted, indices, pool = self.host
         tokens = int(accepted.sum())
         seq_lens += accepted
-        new = np.flatnonzero(seq_lens >= self._last_lens)
-        for i in map(int, new):
+        new = np.flatnonzero(seq_lens >= self._last_lens).tolist()
+        for i in new:
             self._free_pages += self._pages[i]
             self._pages[i] = []
             self._admit(i)
-        rows = [indices[i] for i in range(len(seq_lens)) if self._allocate(i)]
+        rows = [int(indices[i]) for i in range(len(seq_lens)) if self._allocate(i)]
         next_accepted = self._accepted(len(seq_lens))
         device = self.device
         lengths = _appended(device.seq_lens, device.accepted)
