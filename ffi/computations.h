@@ -59,9 +59,15 @@ struct FusedMetadataArguments {
   int32_t nsa_index_topk;
   int32_t max_len;
   Tail tail;
+  // Leading tokens of each request that the tables of its rows hold, whose columns are left alone;
+  // data is null: none, and where the tail is not kept.
+  Vector written_lens;
+  // By which a row's live tokens exceed those, for the size of a launch: more take longer.
+  int32_t max_new_tokens;
   TableLayout tables[kFields];  // by Field, of those that are tables and wanted
   int32_t num_backends;
-  Backend backends[kMaxBackends];  // all want the same arrays
+  Backend backends[kMaxBackends];         // all want the same arrays
+  int32_t backend_offsets[kMaxBackends];  // tokens by which each one's seq_lens are longer
 
   int64_t columns(Field table) const { return CeilDiv(max_len, tables[table].tokens_per_column); }
 };

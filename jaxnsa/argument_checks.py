@@ -99,6 +99,9 @@ class Arguments(NamedTuple):
     tail: Any = None
     num_backends: Any = 1
     stacked: Any = False
+    backend_offsets: Any = None
+    written_lens: Any = None
+    max_new_tokens: Any = None
 
 
 def inputs(given: Arguments) -> tuple[Inputs, Rows]:
@@ -132,12 +135,17 @@ def inputs(given: Arguments) -> tuple[Inputs, Rows]:
     if extend:
         extend_seq_lens = vector("extend_seq_lens", given.extend_seq_lens, bs)
         max_total_tokens = integer("max_total_tokens", given.max_total_tokens, 0)
+    written_lens = given.written_lens
+    if written_lens is not None:
+        written_lens = vector("written_lens", written_lens, bs)
     rows = Rows.of(mode, bs, num_draft_tokens, max_total_tokens)
-    return Inputs(seq_lens, req_pool_indices, req_to_token, extend_seq_lens), rows
+    read = Inputs(seq_lens, req_pool_indices, req_to_token, extend_seq_lens, written_lens)
+    return read, rows
 
 
 def spec(given: Arguments, rows: Rows, pool_cols: int, *, fresh: bool) -> Spec:
     """The static description of a computation, whose results are fresh or in place."""
+    num_backends = integer("num_backends", given.num_backends, 1)
     result = Spec(
         rows=rows,
         max_len=max_len(given.max_len, pool_cols),
@@ -145,11 +153,18 @@ def spec(given: Arguments, rows: Rows, pool_cols: int, *, fresh: bool) -> Spec:
         real_page_size=integer("real_page_size", given.real_page_size, 1),
         wide_table=flag("wide_table", given.wide_table),
         tail=one_of("tail", given.tail or ("copy" if fresh else "keep"), ("copy", "zero", "keep")),
-        num_backends=integer("num_backends", given.num_backends, 1),
+        num_backends=num_backends,
         stacked=flag("stacked", given.stacked),
+        backend_offsets=backend_offsets(given.backend_offsets, num_backends),
+        max_new_tokens=max_new_tokens(given.max_new_tokens, given.written_lens),
     )
     if result.tail == "keep" and fresh:
         raise ValueError("tail: got 'keep', expected 'copy' or 'zero' as there is no out= to keep")
+    if result.tail != "keep" and given.written_lens is not None:
+        raise ValueError(
+            f"written_lens: got {described(given.written_lens)}, expected None as there is "
+            + ("no out= that holds anything" if fresh else f"tail {result.tail!r}, not 'keep'")
+        )
     if not result.wide_table and not result.real_table:
         raise ValueError(
             "wide_table: got False, expected True as real_page_size is 1: no table would be left"
@@ -160,6 +175,30 @@ def spec(given: Arguments, rows: Rows, pool_cols: int, *, fresh: bool) -> Spec:
 def max_len(value: Any, pool_cols: int) -> int:
     """`value` as the number of columns of a page table; None takes all of the pool."""
     return integer("max_len", pool_cols if value is None else value, 1, min(pool_cols, MAX_LEN))
+
+
+def backend_offsets(value: Any, num_backends: int) -> tuple[int, ...] | None:
+    """`value` as the offset of each backend; None where all are 0."""
+    if value is None:
+        return None
+    if not isinstance(value, (tuple, list)) or len(value) != num_backends:
+        got = f"{len(value)} of them" if isinstance(value, (tuple, list)) else described(value)
+        raise ValueError(f"backend_offsets: got {got}, expected a tuple of {num_backends} ints")
+    offsets = tuple(
+        integer(f"backend_offsets[{k}]", offset, -INT32_MAX) for k, offset in enumerate(value)
+    )
+    return offsets if any(offsets) else None
+
+
+def max_new_tokens(value: Any, written_lens: Any) -> int:
+    """`value` as the tokens that a launch is sized for; None takes any number."""
+    if value is None:
+        return MAX_LEN
+    if written_lens is None:
+        raise ValueError(
+            f"max_new_tokens: got {described(value)}, expected None without written_lens"
+        )
+    return min(integer("max_new_tokens", value, 0), MAX_LEN)
 
 
 def source(src: Any) -> None:

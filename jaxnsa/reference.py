@@ -74,52 +74,57 @@ def fused_metadata_precompute_and_broadcast(
     wide_table=True,
     tail=None,
     out=None,
+    written_lens=None,
+    max_new_tokens=None,
     stacked=False,
+    backend_offsets=None,
 ) -> tuple[NSAMetadata, ...] | NSAMetadata:
-    """The same metadata for every backend, each in its own arrays."""
-    seq_lens = _lengths(seq_lens)
+    """The metadata of every backend, each in its own arrays."""
+    del max_new_tokens  # sizes launches
     req_to_token = np.asarray(req_to_token)
     max_len = req_to_token.shape[1] if max_len is None else max_len
     tail = tail or ("copy" if out is None else "keep")
-
-    # The KV length of each request; then, of each row, its request and the tokens that it sees.
-    if forward_mode is ForwardMode.DECODE:
-        cache_seqlens = seq_lens
-        rows = list(enumerate(cache_seqlens))
-    elif forward_mode is ForwardMode.TARGET_VERIFY:
-        d = num_draft_tokens
-        cache_seqlens = [min(n, _INT32.max - d) + d for n in seq_lens]
-        rows = [(i, kv - d + 1 + j) for i, kv in enumerate(cache_seqlens) for j in range(d)]
-    else:
-        cache_seqlens = seq_lens
-        rows = _draft_extend_rows(seq_lens, _lengths(extend_seq_lens), max_total_tokens)
-    count = max_total_tokens if forward_mode is ForwardMode.DRAFT_EXTEND else len(rows)
-
-    seqlens_expanded = np.zeros(count, np.int32)
-    for r, (_, kv_len) in enumerate(rows):
-        seqlens_expanded[r] = kv_len
-    nsa_cache_seqlens = np.minimum(seqlens_expanded, np.int32(nsa_index_topk))
-    lengths = {
-        "cache_seqlens": np.array(cache_seqlens, np.int32),
-        "cu_seqlens_k": prefix_sum(cache_seqlens),
-        "seqlens_expanded": seqlens_expanded,
-        "nsa_cache_seqlens": nsa_cache_seqlens,
-        "nsa_cu_seqlens_k": prefix_sum(nsa_cache_seqlens),
-    }
+    written = _lengths([0] * len(seq_lens) if written_lens is None else written_lens)
     tokens_per_column = {}
     if wide_table:
         tokens_per_column["page_indices"] = 1
     if real_page_size > 1:
         tokens_per_column["real_page_table"] = real_page_size
 
-    def fresh() -> NSAMetadata:
-        tables = {
-            name: np.zeros((count, -(-max_len // tokens)), np.int32)
-            for name, tokens in tokens_per_column.items()
-        }
-        return NSAMetadata(**{name: value.copy() for name, value in lengths.items()}, **tables)
+    def backend(offset: int, metadata: NSAMetadata | None) -> NSAMetadata:
+        lens = _lengths(_saturated(seq_lens) + offset)
+        # The KV length of each request; then, of each row, its request and the tokens that it sees.
+        if forward_mode is ForwardMode.DECODE:
+            cache_seqlens = lens
+            rows = list(enumerate(cache_seqlens))
+        elif forward_mode is ForwardMode.TARGET_VERIFY:
+            d = num_draft_tokens
+            cache_seqlens = [min(n, _INT32.max - d) + d for n in lens]
+            rows = [(i, kv - d + 1 + j) for i, kv in enumerate(cache_seqlens) for j in range(d)]
+        else:
+            cache_seqlens = lens
+            rows = _draft_extend_rows(lens, _lengths(extend_seq_lens), max_total_tokens)
+        count = max_total_tokens if forward_mode is ForwardMode.DRAFT_EXTEND else len(rows)
 
-    def fill(metadata: NSAMetadata) -> NSAMetadata:
+        seqlens_expanded = np.zeros(count, np.int32)
+        for r, (_, kv_len) in enumerate(rows):
+            seqlens_expanded[r] = kv_len
+        nsa_cache_seqlens = np.minimum(seqlens_expanded, np.int32(nsa_index_topk))
+        lengths = {
+            "cache_seqlens": np.array(cache_seqlens, np.int32),
+            "cu_seqlens_k": prefix_sum(cache_seqlens),
+            "seqlens_expanded": seqlens_expanded,
+            "nsa_cache_seqlens": nsa_cache_seqlens,
+            "nsa_cu_seqlens_k": prefix_sum(nsa_cache_seqlens),
+        }
+        if metadata is None:
+            tables = {
+                name: np.zeros((count, -(-max_len // tokens)), np.int32)
+                for name, tokens in tokens_per_column.items()
+            }
+            metadata = NSAMetadata(
+                **{name: value.copy() for name, value in lengths.items()}, **tables
+            )
         for name, value in lengths.items():
             getattr(metadata, name)[:] = value
         for name, tokens in tokens_per_column.items():
@@ -130,14 +135,17 @@ def fused_metadata_precompute_and_broadcast(
                 live = max_len if tail == "copy" else min(kv_len, max_len)
                 pool_row = min(max(int(np.asarray(req_pool_indices)[i]), 0), len(req_to_token) - 1)
                 first_tokens = req_to_token[pool_row, :live:tokens]
-                table[r, : len(first_tokens)] = first_tokens // tokens
+                first = -(-written[i] // tokens)
+                table[r, first : len(first_tokens)] = first_tokens[first:] // tokens
         return metadata
 
+    offsets = [0] * num_backends if backend_offsets is None else backend_offsets
     if stacked and out is not None:
-        for k in range(num_backends):
-            fill(_map(lambda array, k=k: array[k], out))
+        for k, offset in enumerate(offsets):
+            backend(offset, _map(lambda array, k=k: array[k], out))
         return out
-    backends = tuple(fill(m) for m in (out or [fresh() for _ in range(num_backends)]))
+    destinations = [None] * num_backends if out is None else out
+    backends = tuple(map(backend, offsets, destinations))
     return _map(lambda *arrays: np.stack(arrays), *backends) if stacked else backends
 
 
@@ -171,6 +179,11 @@ def _draft_extend_rows(seq_lens, extend_seq_lens, capacity) -> list[tuple[int, i
     for i, (kv, q) in enumerate(zip(seq_lens, extend_seq_lens, strict=True)):
         rows += [(i, max(kv - q + 1 + j, 0)) for j in range(min(q, capacity - len(rows)))]
     return rows
+
+
+def _saturated(lengths) -> np.ndarray:
+    """int64 [n], lengths in int32's range."""
+    return np.clip(np.asarray(lengths, np.int64), _INT32.min, _INT32.max)
 
 
 def _lengths(lengths) -> list[int]:

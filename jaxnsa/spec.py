@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -25,12 +25,15 @@ class Inputs(NamedTuple):
       req_pool_indices: int32 or int64 [bs].
       req_to_token: int32 [pool_rows, pool_cols].
       extend_seq_lens: int32 or int64 [bs] in draft extend, otherwise None.
+      written_lens: int32 or int64 [bs], leading tokens of each request that the tables of its rows
+        hold, whose columns are left alone; None: none.
     """
 
     seq_lens: Array
     req_pool_indices: Array
     req_to_token: Array
     extend_seq_lens: Array | None
+    written_lens: Array | None = None
 
 
 def saturated(x: Array) -> jax.Array:
@@ -45,9 +48,9 @@ class Rows:
     """How table rows map to requests. The three forward modes are three values of this.
 
     Request i owns q[i] consecutive rows and has KV length
-    `cache_seqlens[i] = clip(seq_lens[i], 0, 2^31 - 1 - added_tokens) + added_tokens`. Its row j,
-    0 <= j < q[i], sees `seqlens_expanded = max(cache_seqlens[i] - q[i] + 1 + j, 0)` tokens. No KV
-    length leaves int32, so that nothing computed from one has to expect a negative one.
+    `cache_seqlens[i] = clip(seq_lens[i] + offset, 0, 2^31 - 1 - added_tokens) + added_tokens`. Its
+    row j, 0 <= j < q[i], sees `seqlens_expanded = max(cache_seqlens[i] - q[i] + 1 + j, 0)` tokens.
+    No KV length leaves int32, so that nothing computed from one has to expect a negative one.
 
     | mode          | q[i]                       | added_tokens     |
     | ---           | ---                        | ---              |
@@ -62,12 +65,15 @@ class Rows:
       count: number of rows; in draft extend the capacity, max_total_tokens.
       rows_per_request: q where it is one number for all, None where extend_seq_lens says.
       added_tokens: tokens that the step itself appends to every request.
+      offset: what counts in place of `seq_lens` is `seq_lens + offset`: see
+        `Spec.backend_offsets`.
     """
 
     requests: int
     count: int
     rows_per_request: int | None
     added_tokens: int
+    offset: int = 0
 
     @classmethod
     def of(
@@ -87,9 +93,10 @@ class Rows:
         return cls(requests, max_total_tokens, None, 0)
 
     @property
-    def longest_seq_len(self) -> int:
-        """Where `seq_lens` saturate, so that KV lengths fit int32."""
-        return INT32_MAX - self.added_tokens
+    def seq_len_range(self) -> tuple[int, int]:
+        """The least and greatest of `seq_lens` that count as they are: KV lengths fit int32."""
+        longest = INT32_MAX - self.added_tokens
+        return max(-self.offset, INT32_MIN), min(longest - self.offset, INT32_MAX)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,6 +113,9 @@ class Spec:
         unspecified.
       num_backends: how many copies of the metadata.
       stacked: one NSAMetadata whose arrays lead with [num_backends] instead of a tuple of them.
+      backend_offsets: of each backend, the tokens by which its `seq_lens` are longer; None: all 0.
+      max_new_tokens: tokens by which a row's live ones exceed `Inputs.written_lens`, which a launch
+        is sized for: where they are more, it takes longer.
     """
 
     rows: Rows
@@ -116,6 +126,34 @@ class Spec:
     tail: Tail
     num_backends: int = 1
     stacked: bool = False
+    backend_offsets: tuple[int, ...] | None = None
+    max_new_tokens: int = MAX_LEN
+
+    @property
+    def offsets(self) -> tuple[int, ...]:
+        """Of each backend, the tokens by which its `seq_lens` are longer."""
+        return self.backend_offsets or (0,) * self.num_backends
+
+    def rows_of(self, offset: int) -> Rows:
+        """The rows of the backends of an offset."""
+        return dataclasses.replace(self.rows, offset=offset)
+
+    def of_backend(self, k: int) -> "Spec":
+        """What backend k alone is."""
+        offsets = self.backend_offsets and self.backend_offsets[k : k + 1]
+        return dataclasses.replace(self, num_backends=1, stacked=False, backend_offsets=offsets)
+
+    def destination(self, out: tuple[NSAMetadata, ...] | None, k: int) -> tuple[NSAMetadata] | None:
+        """Where backend k alone goes."""
+        if out is None:
+            return None
+        return (jax.tree.map(lambda array: array[k], out[0]) if self.stacked else out[k],)
+
+    def joined(self, backends: Sequence[NSAMetadata]) -> tuple[NSAMetadata, ...]:
+        """Backends that were computed alone, as destinations."""
+        if self.stacked:
+            return (jax.tree.map(lambda *arrays: jnp.stack(arrays), *backends),)
+        return tuple(backends)
 
     @property
     def real_table(self) -> bool:

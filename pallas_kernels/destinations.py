@@ -1,5 +1,6 @@
 """The arrays that a kernel writes, by name: each one everywhere it goes, and none forgotten."""
 
+import itertools
 from typing import Any
 
 import jax
@@ -19,23 +20,25 @@ class Destinations:
     def __init__(self, spec: Spec, refs: list[dict[str, Any]]):
         self._spec = spec
         self._refs = refs
-        self._unwritten = set(spec.shapes())
+        self._unwritten = set(itertools.product(spec.shapes(), spec.offsets))
 
-    def of(self, name: str) -> list[Destination]:
-        """Every backend's ref of one array, which the caller writes."""
-        self._unwritten.discard(name)
+    def of(self, name: str, offset: int) -> list[Destination]:
+        """One array of every backend of an offset, which the caller writes."""
+        self._unwritten.discard((name, offset))
+        backends = [k for k, other in enumerate(self._spec.offsets) if other == offset]
         if self._spec.stacked:
             (refs,) = self._refs
-            return [(refs[name], (k,)) for k in range(self._spec.num_backends)]
-        return [(refs[name], ()) for refs in self._refs]
+            return [(refs[name], (k,)) for k in backends]
+        return [(self._refs[k][name], ()) for k in backends]
 
-    def store(self, index: jax.Array | int, **values: jax.Array) -> None:
-        """Stores a value at an index of each named array of every backend."""
+    def store(self, offset: int, index: jax.Array | int, **values: jax.Array) -> None:
+        """Stores a value at an index of each named array of every backend of an offset."""
         for name, value in values.items():
-            for ref, lead in self.of(name):
+            for ref, lead in self.of(name, offset):
                 ref[(*lead, index)] = value
 
     def check_all_written(self) -> None:
         """NotImplementedError where the kernel, which has been traced, left out an array."""
         if self._unwritten:
-            raise NotImplementedError(f"the kernel does not write {sorted(self._unwritten)}")
+            names = sorted({name for name, _ in self._unwritten})
+            raise NotImplementedError(f"the kernel does not write {names}")

@@ -1,14 +1,17 @@
 """The whole computation in one launch: lengths, prefix sums and page tables, for every destination.
 
 Purpose: `NSAMetadata` of all backends of a step.
-Grid: for each request one block that writes its lengths, then those that share its tables.
+Grid: for each request blocks that write its lengths, one for each offset of backends, then those
+that share its tables.
 Block: a warpgroup. It waits for no other: sums over earlier requests it takes by itself.
-Inputs: seq_lens, req_pool_indices, extend_seq_lens where rows are ragged, req_to_token, and a view
-of req_to_token as whole pages where its rows consist of such.
+Inputs: seq_lens, req_pool_indices, extend_seq_lens where rows are ragged, written_lens if that is
+given, req_to_token, and a view of req_to_token as whole pages where its rows consist of such.
 Outputs: the arrays of `Spec.shapes` of every destination.
 """
 
 import dataclasses
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax.numpy as jnp
@@ -27,15 +30,17 @@ from pallas_kernels.tuning import BlockConfig
 
 @dataclasses.dataclass(frozen=True)
 class _TablePlan:
-    """How the blocks of a request share its tables; block 0 writes its lengths.
+    """How the blocks of a request share its work.
 
     Attributes:
+      offsets: those of backends, each once, in ascending order; a block writes the lengths of one.
       wide: the tiles of `page_indices`, if it is wanted.
       real: the tiles of `real_page_table`, if it is wanted and not written with the wide table.
       pages_with_wide: whether the blocks of the wide table write both.
       reads_pages: whether the page starts of a pool row form a vector.
     """
 
+    offsets: tuple[int, ...]
     wide: Table | None
     real: Table | None
     pages_with_wide: bool
@@ -45,21 +50,28 @@ class _TablePlan:
     def of(cls, spec: Spec, pool_shape: tuple[int, ...], config: BlockConfig) -> "_TablePlan":
         """The plan for a pool [pool_rows, pool_cols]."""
         requests, max_len, page_size = spec.rows.requests, spec.max_len, spec.real_page_size
-        pool_cols = pool_shape[1]
+        pool_cols, new = pool_shape[1], spec.max_new_tokens
         wide = real = None
         if spec.wide_table:
             width = access_width(pool_cols, max_len)
-            wide = Table.of(requests, max_len, 1, spec.tail, width, config)
+            wide = Table.of(requests, max_len, 1, spec.tail, width, config, new)
         together = spec.real_table and wide is not None and wide.yields_pages(page_size)
         whole_pages = pool_cols % page_size == 0
         if spec.real_table and not together:
-            real = Table.of(requests, max_len, page_size, spec.tail, int(whole_pages), config)
-        return cls(wide, real, together, real is not None and whole_pages)
+            width = int(whole_pages)
+            real = Table.of(requests, max_len, page_size, spec.tail, width, config, new)
+        offsets = tuple(sorted(set(spec.offsets)))
+        return cls(offsets, wide, real, together, real is not None and whole_pages)
+
+    @property
+    def first_wide_block(self) -> int:
+        """The first block that writes `page_indices`."""
+        return len(self.offsets)
 
     @property
     def first_real_block(self) -> int:
         """The first block that writes `real_page_table` alone."""
-        return 1 + (self.wide.blocks if self.wide else 0)
+        return self.first_wide_block + (self.wide.blocks if self.wide else 0)
 
     @property
     def blocks(self) -> int:
@@ -104,30 +116,41 @@ def fused_metadata(
         lengths = Lengths(inputs.seq_lens, inputs.extend_seq_lens)
         destinations = Destinations(spec, results)
 
-        @pl.when(block == 0)
-        def _():
-            request = Request.load(lanes, spec.rows, lengths, scratch, i)
-            _write_lengths(request, spec.nsa_index_topk, destinations)
+        def request_of(offset: int) -> Request:
+            return Request.load(lanes, spec.rows_of(offset), lengths, scratch, i)
 
-        def write(table: Table, first_block: int, ref: Any, page_size: int, targets: Targets):
+        for length_block, offset in enumerate(plan.offsets):
+
+            @pl.when(block == length_block)
+            def _(offset=offset):
+                _write_lengths(request_of(offset), spec.nsa_index_topk, destinations)
+
+        def write(table: Table, first_block: int, ref: Any, page_size: int, targets: Callable):
             @pl.when((block >= first_block) & (block < first_block + table.blocks))
             def _():
                 pool_row = jnp.clip(inputs.req_pool_indices[i], 0, pool_rows - 1)
                 lanes.start_load(pool_row)
-                request = Request.load(lanes, spec.rows, lengths, scratch, i)
+                written = None
+                if inputs.written_lens is not None:
+                    written = inputs.written_lens[i]
+                    lanes.start_load(written)
                 source = Source(ref, pool_row, page_size)
-                table.write(lanes, block - first_block, source, request, targets)
+                each = [targets(request_of(offset), offset) for offset in plan.offsets]
+                table.write(lanes, block - first_block, source, each, written)
+
+        def both_tables(request: Request, offset: int) -> Targets:
+            pages = destinations.of("real_page_table", offset) if plan.pages_with_wide else []
+            tables = destinations.of("page_indices", offset)
+            return Targets(request, tables, pages, spec.real_page_size)
+
+        def real_table(request: Request, offset: int) -> Targets:
+            return Targets(request, destinations.of("real_page_table", offset))
 
         if plan.wide:
-            tables, pages = destinations.of("page_indices"), []
-            if plan.pages_with_wide:
-                pages = destinations.of("real_page_table")
-            targets = Targets(tables, pages, spec.real_page_size)
-            write(plan.wide, 1, inputs.req_to_token, 1, targets)
+            write(plan.wide, plan.first_wide_block, inputs.req_to_token, 1, both_tables)
         if plan.real:
-            targets = Targets(destinations.of("real_page_table"))
             ref = read["pages"] if plan.reads_pages else inputs.req_to_token
-            write(plan.real, plan.first_real_block, ref, spec.real_page_size, targets)
+            write(plan.real, plan.first_real_block, ref, spec.real_page_size, real_table)
         destinations.check_all_written()
 
     results = launch(
@@ -143,8 +166,8 @@ def fused_metadata(
 
 
 def _write_lengths(request: Request, topk: int, destinations: Destinations) -> None:
-    """All arrays but the tables, as far as a request goes."""
-    store, i = destinations.store, request.i
+    """All arrays but the tables, as far as a request goes, in the backends that see it so."""
+    store, i = functools.partial(destinations.store, request.rows.offset), request.i
     location = request.locate()
     sums = request.sums_before(topk)
     store(i, cache_seqlens=request.cache_seqlen)

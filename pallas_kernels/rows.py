@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxnsa.spec import Rows
+from jaxnsa.spec import INT32_MAX, Rows
 from pallas_kernels.lanes import Lanes, sum_over_requests
 
 
@@ -82,7 +82,7 @@ class Request:
     def load(
         cls, lanes: Lanes, rows: Rows, lengths: Lengths, scratch: Any, i: jax.Array
     ) -> "Request":
-        """Request i."""
+        """Request i, in backends that have these rows."""
         cache_seqlen = _cache_seqlen(rows, lengths.seq_lens[i])
         each = rows.rows_per_request
         q = jnp.maximum(lengths.extend_seq_lens[i], 0) if each is None else each
@@ -160,10 +160,11 @@ def row_values(kv_len: jax.Array, topk: int) -> dict[str, jax.Array]:
 
 
 def _cache_seqlen(rows: Rows, seq_len: jax.Array) -> jax.Array:
-    seq_len = jnp.maximum(seq_len, 0)
-    if rows.added_tokens:
-        seq_len = jnp.minimum(seq_len, rows.longest_seq_len) + rows.added_tokens
-    return seq_len
+    least, greatest = rows.seq_len_range
+    seq_len = jnp.maximum(seq_len, least)
+    if greatest < INT32_MAX:
+        seq_len = jnp.minimum(seq_len, greatest)
+    return seq_len + rows.offset + rows.added_tokens
 
 
 def _nsa_sum(cache_seqlen: jax.Array, q: jax.Array | int, topk: int) -> jax.Array:
