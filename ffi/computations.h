@@ -64,6 +64,7 @@ struct FusedMetadataArguments {
   Vector written_lens;
   // By which a row's live tokens exceed those, for the size of a launch: more take longer.
   int32_t max_new_tokens;
+  bool request_columns;  // whether a column is live for all rows of a request that its last one sees
   TableLayout tables[kFields];  // by Field, of those that are tables and wanted
   int32_t num_backends;
   Backend backends[kMaxBackends];         // all want the same arrays
@@ -71,6 +72,9 @@ struct FusedMetadataArguments {
 
   int64_t columns(Field table) const { return CeilDiv(max_len, tables[table].tokens_per_column); }
 };
+
+// Arrays that a copy takes at most: those of a backend, or those of SGLang's copy.
+constexpr int kMaxArrays = kFields > 9 ? kFields : 9;
 
 // One array of a copy, contiguous in the source.
 struct CopiedArray {
@@ -83,10 +87,10 @@ struct CopiedArray {
 
 struct CopyArguments {
   int32_t num_arrays;
-  CopiedArray arrays[kFields];
+  CopiedArray arrays[kMaxArrays];
   const int32_t* kv_lens;  // [rows] of the tables that are copied as far as they are live
   int32_t num_backends;
-  int32_t* destinations[kMaxBackends][kFields];
+  int32_t* destinations[kMaxBackends][kMaxArrays];
 };
 
 // The lengths of a draft-extend step, whose rows are ragged.

@@ -33,8 +33,8 @@ using VectorTuple = std::pair<uint64_t, int32_t>;
 // Address, rows, elements from row to row, columns.
 using PoolTuple = std::tuple<uint64_t, int64_t, int64_t, int64_t>;
 
-// Source, rows, columns, destination, its elements from row to row.
-using CopyTuple = std::tuple<uint64_t, int64_t, int64_t, uint64_t, int64_t>;
+// Source, rows, columns, elements from row to row in the destinations.
+using CopyTuple = std::tuple<uint64_t, int64_t, int64_t, int64_t>;
 
 int32_t* Pointer(uint64_t address) { return reinterpret_cast<int32_t*>(address); }
 
@@ -78,7 +78,8 @@ Rows RowsOf(int32_t requests, int32_t count, int32_t rows_per_request, int32_t a
 }
 
 void Prepare(PreparedLaunch* self, nb::list backends, nb::dict strides, nb::dict tokens_per_column,
-             int32_t max_len, int32_t nsa_index_topk, const std::string& tail) {
+             int32_t max_len, int32_t nsa_index_topk, const std::string& tail,
+             bool request_columns) {
   const auto args = std::make_unique<FusedMetadataArguments>();
   if (backends.size() < 1 || backends.size() > kMaxBackends) {
     throw std::invalid_argument("backends: got " + std::to_string(backends.size()));
@@ -98,6 +99,7 @@ void Prepare(PreparedLaunch* self, nb::list backends, nb::dict strides, nb::dict
   args->nsa_index_topk = nsa_index_topk;
   args->max_len = max_len;
   args->tail = FromName<Tail>("tail", tail, kTailNames);
+  args->request_columns = request_columns;
   new (self) PreparedLaunch(*args);
 }
 
@@ -121,15 +123,20 @@ nb::object DescribeTensors(nb::handle exchange_api, nb::list tensors) {
   return nb::bytes(described.data(), described.size() * sizeof(Tensor));
 }
 
-void CopyArrays(uint64_t stream, const std::vector<CopyTuple>& arrays) {
-  if (arrays.size() > kFields) throw std::invalid_argument("arrays: more than there are fields");
+void CopyArrays(uint64_t stream, const std::vector<CopyTuple>& arrays,
+                const std::vector<std::vector<uint64_t>>& destinations) {
+  if (arrays.size() > kMaxArrays || destinations.size() > kMaxBackends) {
+    throw std::invalid_argument("arrays: more than one launch takes");
+  }
   const auto args = std::make_unique<CopyArguments>();
   args->num_arrays = static_cast<int32_t>(arrays.size());
-  args->num_backends = 1;
+  args->num_backends = static_cast<int32_t>(destinations.size());
   for (size_t a = 0; a < arrays.size(); ++a) {
-    const auto [source, rows, columns, destination, stride] = arrays[a];
+    const auto [source, rows, columns, stride] = arrays[a];
     args->arrays[a] = {Pointer(source), rows, columns, stride, 0};
-    args->destinations[0][a] = Pointer(destination);
+    for (size_t b = 0; b < destinations.size(); ++b) {
+      args->destinations[b][a] = Pointer(destinations[b].at(a));
+    }
   }
   Copy(StreamOf(stream), *args);
 }
@@ -161,7 +168,7 @@ NB_MODULE(jaxnsa_native, module) {
   module.def("xla_handlers", &HandlerCapsules);
   module.def("load_kernels", &LoadAllKernels);
   module.def("describe_tensors", &DescribeTensors, nb::arg("exchange_api"), nb::arg("tensors"));
-  module.def("copy", &CopyArrays, nb::arg("stream"), nb::arg("arrays"));
+  module.def("copy", &CopyArrays, nb::arg("stream"), nb::arg("arrays"), nb::arg("destinations"));
   module.def("fill_draft_extend_metadata", &FillRows, nb::arg("stream"), nb::kw_only(),
              nb::arg("variant"), nb::arg("rows"), nb::arg("nsa_index_topk"),
              nb::arg("extend_seq_lens"), nb::arg("seq_lens"), nb::arg("seqlens_expanded"),
@@ -179,7 +186,7 @@ NB_MODULE(jaxnsa_native, module) {
   nb::class_<PreparedLaunch>(module, "PreparedLaunch")
       .def("__init__", &Prepare, nb::arg("backends"), nb::kw_only(), nb::arg("strides"),
            nb::arg("tokens_per_column"), nb::arg("max_len"), nb::arg("nsa_index_topk"),
-           nb::arg("tail"))
+           nb::arg("tail"), nb::arg("request_columns"))
       .def("watch", &PreparedLaunch::Watch, nb::arg("exchange_api"), nb::arg("tensors"),
            nb::kw_only(), nb::arg("unchanged"), nb::arg("written"), nb::arg("min_columns"))
       .def("try_launch", &PreparedLaunch::TryLaunch, nb::arg("rows"), nb::arg("seq_lens").none(),

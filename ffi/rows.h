@@ -60,7 +60,7 @@ struct Rows {
 
 // What the arrays of [rows] hold for a row that sees `kv_len` tokens.
 JAXNSA_HOST_DEVICE RowValues RowValuesOf(int32_t kv_len, int32_t nsa_index_topk) {
-  return RowValues(kv_len, Min(kv_len, nsa_index_topk));
+  return RowValues(kv_len, Min(kv_len, nsa_index_topk), /*pooled_cache_seqlens_value=*/kv_len);
 }
 
 // Column c of a table stands for the tokens from c * tokens_per_column on. It is live where a row

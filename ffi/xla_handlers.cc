@@ -189,8 +189,9 @@ std::vector<int64_t> ShapeOf(const FusedMetadataArguments& args, Field field) {
       return {int64_t{rows.count} + 1};
     case Extent::kTable:
       return {rows.count, args.columns(field)};
+    default:
+      throw std::invalid_argument("fields: expected none of the schedules");
   }
-  throw std::logic_error("a field of an unknown extent");
 }
 
 // The arrays that are wanted, as attributes name them: indices of FIELDS in ascending order.

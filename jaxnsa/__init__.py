@@ -16,15 +16,20 @@ from jaxnsa.operations import (
     precompute_target_verify_metadata,
     prefix_sum,
 )
+from jaxnsa.schedules import FlashMlaSchedule, PagedMqaSchedule, Schedules, TopkPlan
 from jaxnsa.value_checks import validate_inputs
 
 __version__ = version("jaxnsa")
 
 __all__ = [
     "DraftExtendSeqlens",
+    "FlashMlaSchedule",
     "ForwardMode",
     "ImplementationUnavailableError",
     "NSAMetadata",
+    "PagedMqaSchedule",
+    "Schedules",
+    "TopkPlan",
     "ffi",
     "fill_draft_extend_metadata",
     "fused_metadata_copy",

@@ -3,15 +3,16 @@
 Each error names the argument, what came, and what was expected.
 """
 
-import operator
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
-from jaxnsa.metadata import FIELDS, Array, ForwardMode, NSAMetadata
-from jaxnsa.spec import INT32_MAX, INT32_MIN, MAX_LEN, Inputs, Rows, Spec
+from jaxnsa.metadata import FIELDS, Array, Extent, ForwardMode, NSAMetadata
+from jaxnsa.scalar_checks import INT32_MAX, INT32_MIN, described, flag, integer, one_of
+from jaxnsa.schedules import NO_SCHEDULES, Schedules
+from jaxnsa.spec import MAX_BACKENDS, MAX_LEN, MAX_ROWS, Inputs, Rows, Spec
 
 LENGTHS = (np.dtype(np.int32), np.dtype(np.int64))
 POOL = (np.dtype(np.int32),)
@@ -23,20 +24,43 @@ def array(name: str, value: Any, rank: int, dtypes: tuple[np.dtype, ...] = LENGT
 
     Raises:
       TypeError: not an array, or another dtype.
-      ValueError: another rank.
+      ValueError: another rank, a size that is not known, or a deleted array.
     """
-    if not hasattr(value, "dtype"):
-        value = np.asarray(value)
+    if isinstance(value, jax.Array):
+        check_known(name, value)
+    elif not isinstance(value, np.ndarray) or isinstance(value, np.ma.MaskedArray):
+        value = _as_array(name, value)
     if value.dtype not in dtypes:
-        if str(value.dtype).startswith("torch."):
-            raise TypeError(
-                f"{name}: got a torch tensor, expected an array; see jaxnsa.interop.torch"
-            )
         expected = " or ".join(map(str, dtypes))
         raise TypeError(f"{name}: got dtype {value.dtype}, expected {expected}")
     if value.ndim != rank:
         raise ValueError(f"{name}: got shape {value.shape}, expected {rank} dimension(s)")
     return value
+
+
+def check_known(name: str, value: jax.Array) -> None:
+    """Raises ValueError where an array was deleted, or a traced one has no numbers as sizes."""
+    if not isinstance(value, jax.core.Tracer):
+        if value.is_deleted():
+            raise ValueError(f"{name}: got a deleted array, expected one not donated before")
+    elif not all(isinstance(size, int) for size in value.shape):
+        raise ValueError(
+            f"{name}: got shape {value.shape}, expected numbers: a function is exported once for "
+            f"each batch size"
+        )
+
+
+def _as_array(name: str, value: Any) -> np.ndarray:
+    """What is no array, such as a list of numbers, as one."""
+    if type(value).__module__.partition(".")[0] == "torch":
+        raise TypeError(f"{name}: got a torch tensor, expected an array; see jaxnsa.interop.torch")
+    try:
+        converted = None if isinstance(value, np.ma.MaskedArray) else np.asarray(value)
+    except (TypeError, ValueError, RuntimeError):  # ragged, or of traced or deleted values
+        converted = None
+    if converted is None or converted.dtype == object:
+        raise TypeError(f"{name}: got {described(value)}, expected an array")
+    return converted
 
 
 def vector(name: str, value: Any, length: int | None = None) -> Array:
@@ -46,37 +70,29 @@ def vector(name: str, value: Any, length: int | None = None) -> Array:
         raise ValueError(
             f"{name}: got shape {value.shape}, expected ({length},), the shape of seq_lens"
         )
-    if isinstance(value, np.ndarray) and value.dtype == np.int64:
+    if len(value) > MAX_ROWS:
+        raise ValueError(f"{name}: got {len(value)} elements, expected at most {MAX_ROWS}")
+    return value
+
+
+def held(vector: Array) -> Array:
+    """A vector that the caller's later writes do not reach: what is NumPy's is copied, as int32.
+
+    A computation may read it after the call has returned.
+    """
+    if not isinstance(vector, np.ndarray):
+        return vector
+    if vector.dtype == np.int64:
         # Without x64, JAX would take the low 32 bits.
-        return np.clip(value, INT32_MIN, INT32_MAX).astype(np.int32)
-    return value
+        vector = np.clip(vector, INT32_MIN, INT32_MAX)
+    return np.array(vector, np.int32)
 
 
-def integer(name: str, value: Any, low: int, high: int = INT32_MAX) -> int:
-    """`value` as an int in [low, high]."""
-    if isinstance(value, bool):
-        raise TypeError(f"{name}: got {value!r}, expected an int")
-    try:
-        value = operator.index(value)
-    except TypeError:
-        raise TypeError(f"{name}: got {value!r}, expected an int") from None
-    if not low <= value <= high:
-        raise ValueError(f"{name}: got {value}, expected an int in [{low}, {high}]")
-    return value
-
-
-def flag(name: str, value: Any) -> bool:
-    """`value`, which must be a bool."""
-    if not isinstance(value, bool):
-        raise TypeError(f"{name}: got {value!r}, expected True or False")
-    return value
-
-
-def one_of(name: str, value: Any, choices: tuple[str, ...]) -> Any:
-    """`value`, which must be one of the choices."""
-    if value not in choices:
-        raise ValueError(f"{name}: got {value!r}, expected one of {', '.join(map(repr, choices))}")
-    return value
+def held_inputs(given: Inputs) -> Inputs:
+    """The same inputs, their vectors held; the pool, which is large, is not copied."""
+    return Inputs._make(
+        value if value is None or value is given.req_to_token else held(value) for value in given
+    )
 
 
 class Arguments(NamedTuple):
@@ -96,6 +112,8 @@ class Arguments(NamedTuple):
     nsa_index_topk: Any = 1
     real_page_size: Any = 1
     wide_table: Any = True
+    index_kpool: Any = 1
+    schedules: Any = None
     tail: Any = None
     num_backends: Any = 1
     stacked: Any = False
@@ -134,25 +152,35 @@ def inputs(given: Arguments) -> tuple[Inputs, Rows]:
         num_draft_tokens = integer("num_draft_tokens", given.num_draft_tokens, 1)
     if extend:
         extend_seq_lens = vector("extend_seq_lens", given.extend_seq_lens, bs)
-        max_total_tokens = integer("max_total_tokens", given.max_total_tokens, 0)
+        max_total_tokens = integer("max_total_tokens", given.max_total_tokens, 0, MAX_ROWS)
     written_lens = given.written_lens
     if written_lens is not None:
         written_lens = vector("written_lens", written_lens, bs)
     rows = Rows.of(mode, bs, num_draft_tokens, max_total_tokens)
+    if rows.count > MAX_ROWS:
+        raise ValueError(
+            f"num_draft_tokens: got {num_draft_tokens} for each of {bs} requests, expected at most "
+            f"{MAX_ROWS} rows in all"
+        )
     read = Inputs(seq_lens, req_pool_indices, req_to_token, extend_seq_lens, written_lens)
     return read, rows
 
 
 def spec(given: Arguments, rows: Rows, pool_cols: int, *, fresh: bool) -> Spec:
     """The static description of a computation, whose results are fresh or in place."""
-    num_backends = integer("num_backends", given.num_backends, 1)
+    num_backends = integer("num_backends", given.num_backends, 1, MAX_BACKENDS)
+    page_size = integer("real_page_size", given.real_page_size, 1)
+    tail = ("copy" if fresh else "keep") if given.tail is None else given.tail
     result = Spec(
         rows=rows,
         max_len=max_len(given.max_len, pool_cols),
         nsa_index_topk=integer("nsa_index_topk", given.nsa_index_topk, 1),
-        real_page_size=integer("real_page_size", given.real_page_size, 1),
+        real_page_size=page_size,
         wide_table=flag("wide_table", given.wide_table),
-        tail=one_of("tail", given.tail or ("copy" if fresh else "keep"), ("copy", "zero", "keep")),
+        # A column of the pooled table stands for so many pages, in tokens that fit int32.
+        index_kpool=integer("index_kpool", given.index_kpool, 1, INT32_MAX // page_size),
+        schedules=schedules(given.schedules),
+        tail=one_of("tail", tail, ("copy", "zero", "keep")),
         num_backends=num_backends,
         stacked=flag("stacked", given.stacked),
         backend_offsets=backend_offsets(given.backend_offsets, num_backends),
@@ -170,6 +198,15 @@ def spec(given: Arguments, rows: Rows, pool_cols: int, *, fresh: bool) -> Spec:
             "wide_table: got False, expected True as real_page_size is 1: no table would be left"
         )
     return result
+
+
+def schedules(value: Any) -> Schedules:
+    """`value` as Schedules; None asks for none."""
+    if value is None:
+        return NO_SCHEDULES
+    if not isinstance(value, Schedules):
+        raise TypeError(f"schedules: got {described(value)}, expected a jaxnsa.Schedules or None")
+    return value
 
 
 def max_len(value: Any, pool_cols: int) -> int:
@@ -201,15 +238,20 @@ def max_new_tokens(value: Any, written_lens: Any) -> int:
     return min(integer("max_new_tokens", value, 0), MAX_LEN)
 
 
-def source(src: Any) -> None:
-    """`src` must be NSAMetadata of int32 arrays."""
+def source(src: Any) -> NSAMetadata:
+    """`src` as NSAMetadata of int32 arrays whose vectors are held; stacked ones lead with [N]."""
     if not isinstance(src, NSAMetadata):
         raise TypeError(f"src: got {described(src)}, expected an NSAMetadata")
-    for field, value in vars(src).items():
-        if value is None and FIELDS[field].wanted is not None:
+    stacked = getattr(src.cache_seqlens, "ndim", 1) == 2
+    arrays = {}
+    for name, field in FIELDS.items():
+        value = getattr(src, name)
+        if value is None and field.wanted is not None:
             continue
-        if not hasattr(value, "dtype") or value.dtype != np.int32:
-            raise TypeError(f"src.{field}: got {described(value)}, expected an int32 array")
+        rank = field.extent.dimensions + stacked
+        value = array(f"src.{name}", value, rank, (np.dtype(np.int32),))
+        arrays[name] = value if field.extent is Extent.TABLE else held(value)
+    return NSAMetadata(**arrays)
 
 
 def destinations(
@@ -243,6 +285,7 @@ def destinations(
                 continue
             if problem := _destination_problem(value, shape):
                 raise type(problem)(f"{argument}.{field}: {problem}")
+            check_known(f"{argument}.{field}", value)
             if id(value) in seen:
                 other = ".".join(seen[id(value)])
                 raise ValueError(f"{argument}.{field}: got the array of {other}, expected its own")
@@ -263,13 +306,4 @@ def _destination_problem(
         return TypeError(f"got dtype {value.dtype}, expected {expected.dtype}")
     if value.shape != expected.shape:
         return ValueError(f"got shape {value.shape}, expected {expected.shape}")
-    if not isinstance(value, jax.core.Tracer) and value.is_deleted():
-        return ValueError("got a deleted array, expected one not donated before")
     return None
-
-
-def described(value: Any) -> str:
-    """`value` as an error message shows what came."""
-    if hasattr(value, "shape") and hasattr(value, "dtype"):
-        return f"{value.dtype} {type(value).__name__} of shape {value.shape}"
-    return repr(value) if isinstance(value, (int, float, str, bool)) else type(value).__name__

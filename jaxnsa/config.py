@@ -62,6 +62,18 @@ def settings() -> Settings:
     return _parsed(tuple(map(os.environ.get, _VARIABLES)), _overrides.value)
 
 
+def overridden() -> bool:
+    """Whether any `override` is in force here."""
+    return bool(_overrides.value)
+
+
+def origin(setting: str) -> str:
+    """What decides a setting here: its name, an argument of `override`, or a variable."""
+    if setting in dict(_overrides.value):
+        return setting
+    return next((v for v in ENVIRONMENT[setting] if os.environ.get(v)), setting)
+
+
 @functools.lru_cache(maxsize=64)
 def _parsed(texts: tuple[str | None, ...], overrides: tuple[tuple[str, Any], ...]) -> Settings:
     environment = dict(zip(_VARIABLES, texts, strict=True))

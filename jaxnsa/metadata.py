@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 import jax
 import numpy as np
+from jax import export
 
 Array = jax.Array | np.ndarray
 """An array of the device, of the host, or a tracer of either."""
@@ -25,13 +26,30 @@ class ForwardMode(enum.Enum):
 
 
 class Extent(enum.Enum):
-    """What an array has an element for, and a table a row."""
+    """What an array has an element for, and one of two dimensions a row."""
 
     REQUESTS = "requests"
     REQUESTS_PLUS_1 = "requests + 1"
     ROWS = "rows"
     ROWS_PLUS_1 = "rows + 1"
     TABLE = "table"
+    PAGED_MQA_ITEMS = "paged MQA items"
+    MULTIPROCESSORS_PLUS_1 = "multiprocessors + 1"
+    PLANNED_ROWS = "planned rows"
+    PARTS = "parts"
+    FLASH_MLA_ITEMS_PLUS_1 = "FlashMLA items + 1"
+
+    @property
+    def dimensions(self) -> int:
+        """Of an array, without those that backends or a batch lead with."""
+        vectors = (
+            Extent.REQUESTS,
+            Extent.REQUESTS_PLUS_1,
+            Extent.ROWS,
+            Extent.ROWS_PLUS_1,
+            Extent.FLASH_MLA_ITEMS_PLUS_1,
+        )
+        return 1 if self in vectors else 2
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,18 +62,22 @@ class Field:
     Attributes:
       name: of the array.
       extent: REQUESTS [requests]; REQUESTS_PLUS_1 [requests + 1], 0 and the inclusive prefix sum of
-        `sum_of`; ROWS [rows]; ROWS_PLUS_1 [rows + 1], likewise; TABLE [rows, columns].
+        `sum_of`; ROWS [rows]; ROWS_PLUS_1 [rows + 1], likewise; TABLE [rows, columns];
+        PAGED_MQA_ITEMS [items, next_n], which are the rows in their order; MULTIPROCESSORS_PLUS_1
+        [num_sms + 1, 2]; PLANNED_ROWS [rows + 1, 2], of which rows past the plan's end are left
+        alone in place; PARTS [num_sm_parts, 8]; FLASH_MLA_ITEMS_PLUS_1 [items + 1].
       sum_of: the array whose prefix sum this is.
       tokens_per_column: of a table, the tokens that a column stands for: a number, or the attribute
         of `Spec` that holds it. Column c stands for the tokens from c * tokens_per_column on and is
         live where the first of them is.
-      wanted: the attribute of `Spec` that tells whether the array is asked for; None: always.
+      wanted: the attribute of `Spec`, dotted, that is true where the array is asked for; None:
+        always.
     """
 
     name: str
     extent: Extent
     sum_of: str | None
-    tokens_per_column: Literal[1, "real_page_size"] | None
+    tokens_per_column: Literal[1, "real_page_size", "pooled_page_tokens"] | None
     wanted: str | None
 
 
@@ -67,7 +89,7 @@ def _described(extent: Extent, **description: Any) -> Any:
 
 
 @jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class NSAMetadata:
     """What the attention kernels of one step read, for one backend: int32 arrays.
 
@@ -79,11 +101,28 @@ class NSAMetadata:
       cache_seqlens: int32 [bs], KV length of each request after the step.
       cu_seqlens_k: int32 [bs + 1], 0 and the inclusive prefix sum of `cache_seqlens`.
       seqlens_expanded: int32 [rows], KV length that each row's query token sees.
-      nsa_cache_seqlens: int32 [rows], `seqlens_expanded` clamped to the indexer's top-k.
+      nsa_cache_seqlens: int32 [rows], `seqlens_expanded` clamped to the indexer's top-k. With
+        index_kpool = k, all full groups of k tokens are clamped, and the tokens past them added.
       nsa_cu_seqlens_k: int32 [rows + 1], 0 and the inclusive prefix sum of `nsa_cache_seqlens`.
       page_indices: int32 [rows, max_len], KV slot of each token; None without the wide table.
       real_page_table: int32 [rows, ceil(max_len / real_page_size)], physical page of each page of
         tokens; None when real_page_size is 1.
+      pooled_cache_seqlens: int32 [rows], `seqlens_expanded` // index_kpool; None when that is 1.
+      pooled_page_table: int32 [rows, ceil(max_len / (real_page_size * index_kpool))],
+        `real_page_table[:, ::index_kpool]`; None without either.
+      paged_mqa_ctx_lens: int32 [items, next_n], KV length of each row of an item of DeepGEMM's
+        paged MQA logits. Of target verify, unless its schedule is per row, items are requests and
+        next_n is num_draft_tokens, each of which gets the request's `cache_seqlens`; otherwise
+        items are rows, next_n is 1, and each gets its `seqlens_expanded`.
+      paged_mqa_schedule: int32 [num_sms + 1, 2], DeepGEMM's schedule: multiprocessor s works from
+        row s, (item, segment), to before row s + 1. With index_kpool, of the pooled lengths.
+      topk_plan: int32 [rows + 1, 2], first (threshold, n), then n times (row, length), rows that
+        are longer than the threshold, ascending. What follows is 0, or in place what was there.
+      flash_mla_schedule: int32 [num_sm_parts, 8], FlashMLA's schedule, a part in each row.
+      flash_mla_num_splits: int32 [items + 1], 0 and the inclusive prefix sum of the splits of each
+        of FlashMLA's items.
+
+    The last five are None unless `Schedules` asks for them.
     """
 
     cache_seqlens: Array = _described(Extent.REQUESTS)
@@ -94,6 +133,21 @@ class NSAMetadata:
     page_indices: Array | None = _described(Extent.TABLE, tokens_per_column=1, wanted="wide_table")
     real_page_table: Array | None = _described(
         Extent.TABLE, tokens_per_column="real_page_size", wanted="real_table"
+    )
+    pooled_cache_seqlens: Array | None = _described(Extent.ROWS, wanted="pooled")
+    pooled_page_table: Array | None = _described(
+        Extent.TABLE, tokens_per_column="pooled_page_tokens", wanted="pooled_table"
+    )
+    paged_mqa_ctx_lens: Array | None = _described(
+        Extent.PAGED_MQA_ITEMS, wanted="schedules.paged_mqa"
+    )
+    paged_mqa_schedule: Array | None = _described(
+        Extent.MULTIPROCESSORS_PLUS_1, wanted="schedules.paged_mqa"
+    )
+    topk_plan: Array | None = _described(Extent.PLANNED_ROWS, wanted="schedules.topk_plan")
+    flash_mla_schedule: Array | None = _described(Extent.PARTS, wanted="schedules.flash_mla")
+    flash_mla_num_splits: Array | None = _described(
+        Extent.FLASH_MLA_ITEMS_PLUS_1, wanted="schedules.flash_mla"
     )
 
     def arrays(self) -> dict[str, Array]:
@@ -108,7 +162,7 @@ FIELDS: Mapping[str, Field] = {
 
 
 @jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class DraftExtendSeqlens:
     """The lengths of a draft-extend step, one row per extend token.
 
@@ -121,3 +175,13 @@ class DraftExtendSeqlens:
     seqlens_expanded: Array
     nsa_cache_seqlens: Array
     total_tokens: Array
+
+
+# What `jax.export` serialises holds them as results.
+for _type in (NSAMetadata, DraftExtendSeqlens):
+    export.register_pytree_node_serialization(
+        _type,
+        serialized_name=f"jaxnsa.{_type.__name__}",
+        serialize_auxdata=lambda nothing: b"",
+        deserialize_auxdata=lambda nothing: (),
+    )

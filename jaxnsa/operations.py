@@ -12,11 +12,14 @@ import numpy as np
 from jaxnsa import argument_checks as checks
 from jaxnsa import strategies
 from jaxnsa.argument_checks import Arguments
+from jaxnsa.compilation import compiled
 from jaxnsa.config import Strategy, settings
 from jaxnsa.implementations import FUSED, IMPLEMENTATIONS
 from jaxnsa.implementations.choice import choose
+from jaxnsa.implementations.lowering import computed_by
 from jaxnsa.metadata import Array, DraftExtendSeqlens, ForwardMode, NSAMetadata
-from jaxnsa.spec import Rows, Tail, saturated
+from jaxnsa.schedules import Schedules
+from jaxnsa.spec import INT32_MAX, MAX_BACKENDS, MAX_ROWS, Rows, Tail, saturated
 from jaxnsa.value_checks import check_inputs, check_values
 
 _logger = logging.getLogger("jaxnsa")
@@ -31,6 +34,8 @@ def precompute_decode_metadata(
     nsa_index_topk: int = 2048,
     real_page_size: int = 64,
     wide_table: bool = True,
+    index_kpool: int = 1,
+    schedules: Schedules | None = None,
     tail: Tail | None = None,
     out: NSAMetadata | None = None,
     written_lens: Array | None = None,
@@ -47,6 +52,10 @@ def precompute_decode_metadata(
       nsa_index_topk: the indexer's top-k, in tokens.
       real_page_size: tokens in a physical page; 1 means no `real_page_table`.
       wide_table: False leaves out `page_indices`.
+      index_kpool: tokens that the indexer pools into one key, which changes `nsa_cache_seqlens` and
+        adds the pooled arrays; 1: none.
+      schedules: what DeepGEMM, the fused top-k and FlashMLA are to read beside the metadata; None:
+        nothing.
       tail: what tables hold past a row's live columns, those that its `seqlens_expanded` covers:
         "copy" the pool's columns, up to max_len; "zero"; "keep" what the destination held, which
         needs `out` and makes the cost follow the live lengths. None: "keep" with `out`, otherwise
@@ -78,6 +87,8 @@ def precompute_decode_metadata(
         nsa_index_topk=nsa_index_topk,
         real_page_size=real_page_size,
         wide_table=wide_table,
+        index_kpool=index_kpool,
+        schedules=schedules,
         tail=tail,
         written_lens=written_lens,
         max_new_tokens=max_new_tokens,
@@ -95,6 +106,8 @@ def precompute_target_verify_metadata(
     nsa_index_topk: int = 2048,
     real_page_size: int = 64,
     wide_table: bool = True,
+    index_kpool: int = 1,
+    schedules: Schedules | None = None,
     tail: Tail | None = None,
     out: NSAMetadata | None = None,
     written_lens: Array | None = None,
@@ -111,8 +124,8 @@ def precompute_target_verify_metadata(
       req_pool_indices: int32 or int64 [bs], each request's row in the pool; clamped into it.
       req_to_token: int32 [pool_rows, pool_cols], KV slot of each token of each request.
       num_draft_tokens: tokens to verify for each request, >= 1.
-      max_len, nsa_index_topk, real_page_size, wide_table, tail, out, written_lens,
-        max_new_tokens, implementation: as in `precompute_decode_metadata`.
+      max_len, nsa_index_topk, real_page_size, wide_table, index_kpool, schedules, tail, out,
+        written_lens, max_new_tokens, implementation: as in `precompute_decode_metadata`.
 
     Returns:
       NSAMetadata; its docstring gives the shapes.
@@ -131,6 +144,8 @@ def precompute_target_verify_metadata(
         nsa_index_topk=nsa_index_topk,
         real_page_size=real_page_size,
         wide_table=wide_table,
+        index_kpool=index_kpool,
+        schedules=schedules,
         tail=tail,
         written_lens=written_lens,
         max_new_tokens=max_new_tokens,
@@ -149,6 +164,8 @@ def precompute_draft_extend_metadata(
     nsa_index_topk: int = 2048,
     real_page_size: int = 64,
     wide_table: bool = True,
+    index_kpool: int = 1,
+    schedules: Schedules | None = None,
     tail: Tail | None = None,
     out: NSAMetadata | None = None,
     written_lens: Array | None = None,
@@ -166,8 +183,8 @@ def precompute_draft_extend_metadata(
       req_pool_indices: int32 or int64 [bs], each request's row in the pool; clamped into it.
       req_to_token: int32 [pool_rows, pool_cols], KV slot of each token of each request.
       max_total_tokens: capacity, the rows of the result.
-      max_len, nsa_index_topk, real_page_size, wide_table, tail, out, written_lens,
-        max_new_tokens, implementation: as in `precompute_decode_metadata`.
+      max_len, nsa_index_topk, real_page_size, wide_table, index_kpool, schedules, tail, out,
+        written_lens, max_new_tokens, implementation: as in `precompute_decode_metadata`.
 
     Returns:
       NSAMetadata; its docstring gives the shapes.
@@ -187,6 +204,8 @@ def precompute_draft_extend_metadata(
         nsa_index_topk=nsa_index_topk,
         real_page_size=real_page_size,
         wide_table=wide_table,
+        index_kpool=index_kpool,
+        schedules=schedules,
         tail=tail,
         written_lens=written_lens,
         max_new_tokens=max_new_tokens,
@@ -208,6 +227,8 @@ def fused_metadata_precompute_and_broadcast(
     nsa_index_topk: int = 2048,
     real_page_size: int = 64,
     wide_table: bool = True,
+    index_kpool: int = 1,
+    schedules: Schedules | None = None,
     tail: Tail | None = None,
     out: Sequence[NSAMetadata] | NSAMetadata | None = None,
     written_lens: Array | None = None,
@@ -231,7 +252,8 @@ def fused_metadata_precompute_and_broadcast(
       num_draft_tokens: in target verify, see `precompute_target_verify_metadata`.
       extend_seq_lens: in draft extend, see `precompute_draft_extend_metadata`.
       max_total_tokens: in draft extend, see `precompute_draft_extend_metadata`.
-      max_len, nsa_index_topk, real_page_size, wide_table, tail, written_lens, max_new_tokens,
+      max_len, nsa_index_topk, real_page_size, wide_table, index_kpool, schedules, tail,
+        written_lens, max_new_tokens,
         implementation: as in `precompute_decode_metadata`.
       out: destinations, donated and filled in place: N NSAMetadata, or one with `stacked`.
       stacked: one NSAMetadata whose arrays lead with [N], which costs fewer arrays to hand over.
@@ -260,6 +282,8 @@ def fused_metadata_precompute_and_broadcast(
         nsa_index_topk=nsa_index_topk,
         real_page_size=real_page_size,
         wide_table=wide_table,
+        index_kpool=index_kpool,
+        schedules=schedules,
         tail=tail,
         num_backends=num_backends,
         stacked=stacked,
@@ -295,12 +319,12 @@ def fused_metadata_copy(
       ValueError, TypeError: an argument has the wrong shape, dtype or value.
       ImplementationUnavailableError: no implementation that was asked for can run here.
     """
-    checks.source(src)
+    src = checks.source(src)
     if num_backends is None:
         if not isinstance(out, (tuple, list)) or not out:
             raise ValueError("num_backends: got None, expected an int >= 1 as there is no out=")
         num_backends = len(out)
-    num_backends = checks.integer("num_backends", num_backends, 1)
+    num_backends = checks.integer("num_backends", num_backends, 1, MAX_BACKENDS)
     if out is not None:
         arrays = src.arrays()
         shapes = {name: jax.ShapeDtypeStruct(a.shape, a.dtype) for name, a in arrays.items()}
@@ -353,15 +377,16 @@ def fill_draft_extend_metadata(
                 "max_total_tokens: got None, expected an int as extend_seq_lens is traced: "
                 "its sum is not known inside jit"
             )
-        max_total_tokens = int(np.maximum(np.asarray(extend_seq_lens, np.int64), 0).sum())
-    capacity = checks.integer("max_total_tokens", max_total_tokens, 0)
-    inputs = (seq_lens, extend_seq_lens)
+        lengths = np.asarray(extend_seq_lens, np.int64)
+        max_total_tokens = int(np.clip(lengths, 0, INT32_MAX).sum())
+    capacity = checks.integer("max_total_tokens", max_total_tokens, 0, MAX_ROWS)
     here = settings()
     if here.validate:
         rows = Rows.of(ForwardMode.DRAFT_EXTEND, len(seq_lens), max_total_tokens=capacity)
         check_values(
             rows, seq_lens, extend_seq_lens=extend_seq_lens, nsa_index_topk=topk, debug=True
         )
+    inputs = extend_seq_lens, seq_lens = checks.held(extend_seq_lens), checks.held(seq_lens)
     name = choose(
         implementation, here, _platform(inputs), "fill_draft_extend_metadata", len(seq_lens)
     )
@@ -389,6 +414,10 @@ def prefix_sum(x: Array, *, implementation: str | Sequence[str] | None = None) -
       ImplementationUnavailableError: no implementation that was asked for can run here.
     """
     x = checks.array("x", x, 1, checks.INTEGERS)
+    if len(x) > MAX_ROWS:
+        raise ValueError(f"x: got {len(x)} elements, expected at most {MAX_ROWS}")
+    if isinstance(x, np.ndarray):
+        x = x.astype(np.int32)  # a copy, as `checks.held` says, whose sums wrap alike
     name = choose(implementation, settings(), _platform(x), "prefix_sum", len(x))
     return _run_prefix_sum(x, implementation=_computing(name, len(x) > 0))
 
@@ -410,7 +439,8 @@ def _fused_metadata(
     here = settings()
     if here.validate:
         check_inputs(inputs, rows, spec.max_len, spec.nsa_index_topk, debug=True)
-    name = choose(implementation, here, _platform(inputs), requests=rows.requests)
+    inputs = checks.held_inputs(inputs)
+    name = choose(implementation, here, _platform(inputs), requests=rows.requests, spec=spec)
     _log_path(name, strategy, spec.num_backends)
     return _run_fused_metadata(
         inputs,
@@ -450,7 +480,7 @@ def _platform(arrays: Any) -> str | None:
 
 
 # keep_unused: destinations that are only written stay arguments, so that donation reuses them.
-_run_fused_metadata = jax.jit(
+_run_fused_metadata = compiled(
     strategies.fused_metadata,
     static_argnames=("spec", "strategy", "implementation"),
     donate_argnames=("out",),
@@ -459,7 +489,7 @@ _run_fused_metadata = jax.jit(
 
 
 @functools.partial(
-    jax.jit,
+    compiled,
     static_argnames=("num_backends", "implementation"),
     donate_argnames=("out",),
     keep_unused=True,
@@ -471,11 +501,12 @@ def _run_copy(
     num_backends: int,
     implementation: str,
 ) -> tuple[NSAMetadata, ...]:
+    src = computed_by(implementation, src)
     return IMPLEMENTATIONS[implementation].copy(src, out, num_backends=num_backends, live=None)
 
 
 @functools.partial(
-    jax.jit, static_argnames=("nsa_index_topk", "max_total_tokens", "implementation")
+    compiled, static_argnames=("nsa_index_topk", "max_total_tokens", "implementation")
 )
 def _run_fill_draft_extend_metadata(
     extend_seq_lens: Array,
@@ -486,13 +517,13 @@ def _run_fill_draft_extend_metadata(
     implementation: str,
 ) -> DraftExtendSeqlens:
     return IMPLEMENTATIONS[implementation].fill_draft_extend_metadata(
-        saturated(extend_seq_lens),
-        saturated(seq_lens),
+        *computed_by(implementation, (saturated(extend_seq_lens), saturated(seq_lens))),
         nsa_index_topk=nsa_index_topk,
         max_total_tokens=max_total_tokens,
     )
 
 
-@functools.partial(jax.jit, static_argnames=("implementation",))
+@functools.partial(compiled, static_argnames=("implementation",))
 def _run_prefix_sum(x: Array, *, implementation: str) -> Array:
-    return IMPLEMENTATIONS[implementation].prefix_sum(jnp.asarray(x, jnp.int32))
+    x = computed_by(implementation, jnp.asarray(x, jnp.int32))
+    return IMPLEMENTATIONS[implementation].prefix_sum(x)

@@ -10,6 +10,8 @@ sums wrap as int32 does.
 import numpy as np
 
 from jaxnsa.metadata import DraftExtendSeqlens, ForwardMode, NSAMetadata
+from jaxnsa.reference_schedules import flash_mla_schedule, paged_mqa_schedule, topk_plan
+from jaxnsa.schedules import NO_SCHEDULES
 
 _INT32 = np.iinfo(np.int32)
 
@@ -72,6 +74,8 @@ def fused_metadata_precompute_and_broadcast(
     nsa_index_topk=2048,
     real_page_size=64,
     wide_table=True,
+    index_kpool=1,
+    schedules=None,
     tail=None,
     out=None,
     written_lens=None,
@@ -84,12 +88,16 @@ def fused_metadata_precompute_and_broadcast(
     req_to_token = np.asarray(req_to_token)
     max_len = req_to_token.shape[1] if max_len is None else max_len
     tail = tail or ("copy" if out is None else "keep")
+    schedules = schedules or NO_SCHEDULES
     written = _lengths([0] * len(seq_lens) if written_lens is None else written_lens)
-    tokens_per_column = {}
+    # Of each table, every how many tokens it has a column, and how many slots its pages have.
+    tables = {}
     if wide_table:
-        tokens_per_column["page_indices"] = 1
+        tables["page_indices"] = (1, 1)
     if real_page_size > 1:
-        tokens_per_column["real_page_table"] = real_page_size
+        tables["real_page_table"] = (real_page_size, real_page_size)
+        if index_kpool > 1:
+            tables["pooled_page_table"] = (real_page_size * index_kpool, real_page_size)
 
     def backend(offset: int, metadata: NSAMetadata | None) -> NSAMetadata:
         lens = _lengths(_saturated(seq_lens) + offset)
@@ -109,7 +117,11 @@ def fused_metadata_precompute_and_broadcast(
         seqlens_expanded = np.zeros(count, np.int32)
         for r, (_, kv_len) in enumerate(rows):
             seqlens_expanded[r] = kv_len
-        nsa_cache_seqlens = np.minimum(seqlens_expanded, np.int32(nsa_index_topk))
+        pooled_cache_seqlens = seqlens_expanded // index_kpool
+        nsa_cache_seqlens = (
+            np.minimum(pooled_cache_seqlens * index_kpool, np.int32(nsa_index_topk))
+            + seqlens_expanded % index_kpool
+        ).astype(np.int32)
         lengths = {
             "cache_seqlens": np.array(cache_seqlens, np.int32),
             "cu_seqlens_k": prefix_sum(cache_seqlens),
@@ -117,17 +129,43 @@ def fused_metadata_precompute_and_broadcast(
             "nsa_cache_seqlens": nsa_cache_seqlens,
             "nsa_cu_seqlens_k": prefix_sum(nsa_cache_seqlens),
         }
-        if metadata is None:
-            tables = {
-                name: np.zeros((count, -(-max_len // tokens)), np.int32)
-                for name, tokens in tokens_per_column.items()
-            }
-            metadata = NSAMetadata(
-                **{name: value.copy() for name, value in lengths.items()}, **tables
+        if index_kpool > 1:
+            lengths["pooled_cache_seqlens"] = pooled_cache_seqlens
+        if schedules.paged_mqa is not None:
+            expanded = forward_mode is ForwardMode.DRAFT_EXTEND or schedules.paged_mqa.per_row
+            next_n = num_draft_tokens if not expanded and num_draft_tokens else 1
+            item_lengths = np.array(seqlens_expanded if expanded else cache_seqlens, np.int32)
+            lengths["paged_mqa_ctx_lens"] = np.tile(item_lengths[:, None], next_n)
+            if index_kpool > 1:
+                item_lengths = np.maximum(item_lengths // index_kpool, 1)
+            lengths["paged_mqa_schedule"] = paged_mqa_schedule(
+                item_lengths.tolist(), next_n, schedules.paged_mqa
             )
+        if schedules.flash_mla is not None:
+            item_lengths = {
+                "topk": [nsa_index_topk] * count,
+                "nsa_cache_seqlens": np.maximum(nsa_cache_seqlens, 1).tolist(),
+                "cache_seqlens": cache_seqlens,
+            }[schedules.flash_mla.lengths]
+            lengths["flash_mla_schedule"], lengths["flash_mla_num_splits"] = flash_mla_schedule(
+                item_lengths, schedules.flash_mla
+            )
+        plan = []
+        if schedules.topk_plan is not None:
+            plan = topk_plan(seqlens_expanded.tolist(), schedules.topk_plan)
+
+        if metadata is None:
+            arrays = {name: value.copy() for name, value in lengths.items()}
+            for name, (tokens, _) in tables.items():
+                arrays[name] = np.zeros((count, -(-max_len // tokens)), np.int32)
+            if plan:
+                arrays["topk_plan"] = np.zeros((count + 1, 2), np.int32)
+            metadata = NSAMetadata(**arrays)
         for name, value in lengths.items():
             getattr(metadata, name)[:] = value
-        for name, tokens in tokens_per_column.items():
+        if plan:
+            np.asarray(metadata.topk_plan)[: len(plan)] = plan
+        for name, (tokens, page_size) in tables.items():
             table = getattr(metadata, name)
             if tail != "keep":
                 table[:] = 0
@@ -136,7 +174,7 @@ def fused_metadata_precompute_and_broadcast(
                 pool_row = min(max(int(np.asarray(req_pool_indices)[i]), 0), len(req_to_token) - 1)
                 first_tokens = req_to_token[pool_row, :live:tokens]
                 first = -(-written[i] // tokens)
-                table[r, first : len(first_tokens)] = first_tokens[first:] // tokens
+                table[r, first : len(first_tokens)] = first_tokens[first:] // page_size
         return metadata
 
     offsets = [0] * num_backends if backend_offsets is None else backend_offsets

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import operator
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
@@ -9,12 +10,17 @@ import jax
 import jax.numpy as jnp
 
 from jaxnsa.metadata import FIELDS, Array, Extent, Field, ForwardMode, NSAMetadata
+from jaxnsa.scalar_checks import INT32_MAX, INT32_MIN
+from jaxnsa.schedules import NO_SCHEDULES, Schedules
 
 Tail = Literal["copy", "zero", "keep"]
 
-INT32_MIN, INT32_MAX = -(2**31), 2**31 - 1
 MAX_LEN = 2**30
 """The widest page table, in tokens: kernels count the columns of a row in 32 bits."""
+MAX_ROWS = 2**30
+"""The most requests and the most rows, and the longest prefix sum: kernels count them likewise."""
+MAX_BACKENDS = 1024
+"""The most backends: compiling a function takes some milliseconds for each of its results."""
 
 
 class Inputs(NamedTuple):
@@ -109,6 +115,8 @@ class Spec:
       nsa_index_topk: the indexer's top-k, in tokens.
       real_page_size: tokens in a physical page; 1 means no second table.
       wide_table: whether `page_indices` is wanted.
+      index_kpool: tokens that the indexer pools into one key; 1: it pools none.
+      schedules: what the consumers want beside the metadata.
       tail: what tables hold past a row's live columns. "keep" without destinations leaves them
         unspecified.
       num_backends: how many copies of the metadata.
@@ -126,6 +134,8 @@ class Spec:
     tail: Tail
     num_backends: int = 1
     stacked: bool = False
+    index_kpool: int = 1
+    schedules: Schedules = NO_SCHEDULES
     backend_offsets: tuple[int, ...] | None = None
     max_new_tokens: int = MAX_LEN
 
@@ -161,6 +171,36 @@ class Spec:
         return self.real_page_size > 1
 
     @property
+    def pooled(self) -> bool:
+        """Whether the indexer's keys are pooled, and `pooled_cache_seqlens` is wanted."""
+        return self.index_kpool > 1
+
+    @property
+    def pooled_table(self) -> bool:
+        """Whether `pooled_page_table` is wanted."""
+        return self.pooled and self.real_table
+
+    @property
+    def pooled_page_tokens(self) -> int:
+        """Tokens in a page of pooled keys."""
+        return self.real_page_size * self.index_kpool
+
+    @property
+    def paged_mqa_items(self) -> tuple[int, int]:
+        """Items of the paged MQA logits and the rows of each, next_n."""
+        paged_mqa, q = self.schedules.paged_mqa, self.rows.rows_per_request
+        if q is None or (paged_mqa is not None and paged_mqa.per_row):
+            return self.rows.count, 1
+        return self.rows.requests, q
+
+    @property
+    def flash_mla_items(self) -> int:
+        """Items of FlashMLA's schedule."""
+        flash_mla = self.schedules.flash_mla
+        dense = flash_mla is not None and flash_mla.lengths == "cache_seqlens"
+        return self.rows.requests if dense else self.rows.count
+
+    @property
     def destinations(self) -> int:
         """How many NSAMetadata the computation returns."""
         return 1 if self.stacked else self.num_backends
@@ -180,7 +220,7 @@ class Spec:
         return [
             field
             for field in FIELDS.values()
-            if (field.wanted is None or getattr(self, field.wanted))
+            if (field.wanted is None or operator.attrgetter(field.wanted)(self))
             and (not extents or field.extent in extents)
         ]
 
@@ -190,6 +230,10 @@ class Spec:
         assert tokens is not None
         return tokens if isinstance(tokens, int) else getattr(self, tokens)
 
+    def slots_per_page(self, field: Field) -> int:
+        """KV slots of the pages whose numbers a table holds."""
+        return 1 if field.tokens_per_column == 1 else self.real_page_size
+
     def columns(self, field: Field) -> int:
         """Columns of a table: those that stand for the first max_len tokens."""
         return -(-self.max_len // self.tokens_per_column(field))
@@ -198,23 +242,27 @@ class Spec:
     @functools.lru_cache(maxsize=256)  # noqa: B019
     def shapes(self) -> Mapping[str, jax.ShapeDtypeStruct]:
         """Shape and dtype of every array of one destination, by name, of those that are wanted."""
-        rows = self.rows
-        sizes = {
-            Extent.REQUESTS: rows.requests,
-            Extent.REQUESTS_PLUS_1: rows.requests + 1,
-            Extent.ROWS: rows.count,
-            Extent.ROWS_PLUS_1: rows.count + 1,
-            Extent.TABLE: rows.count,
-        }
+        rows, schedules = self.rows, self.schedules
+        sms = schedules.paged_mqa.num_sms if schedules.paged_mqa else 0
+        parts = schedules.flash_mla.num_sm_parts if schedules.flash_mla else 0
+
+        def shape(field: Field) -> tuple[int, ...]:
+            if field.extent is Extent.TABLE:
+                return (rows.count, self.columns(field))
+            return {
+                Extent.REQUESTS: (rows.requests,),
+                Extent.REQUESTS_PLUS_1: (rows.requests + 1,),
+                Extent.ROWS: (rows.count,),
+                Extent.ROWS_PLUS_1: (rows.count + 1,),
+                Extent.PAGED_MQA_ITEMS: self.paged_mqa_items,
+                Extent.MULTIPROCESSORS_PLUS_1: (sms + 1, 2),
+                Extent.PLANNED_ROWS: (rows.count + 1, 2),
+                Extent.PARTS: (parts, 8),
+                Extent.FLASH_MLA_ITEMS_PLUS_1: (self.flash_mla_items + 1,),
+            }[field.extent]
+
         return {
-            field.name: jax.ShapeDtypeStruct(
-                (
-                    *self.lead,
-                    sizes[field.extent],
-                    *([self.columns(field)] if field.extent is Extent.TABLE else []),
-                ),
-                jnp.int32,
-            )
+            field.name: jax.ShapeDtypeStruct((*self.lead, *shape(field)), jnp.int32)
             for field in self.fields()
         }
 

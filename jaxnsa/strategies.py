@@ -4,11 +4,15 @@ The last two exist to compare with and to bisect. On a CPU, XLA drops the barrie
 steps and merges steps that are equal: copies and computations into fresh results.
 """
 
+import dataclasses
+
 import jax
+import jax.numpy as jnp
 from jax import lax
 
 from jaxnsa.config import Strategy
 from jaxnsa.implementations import IMPLEMENTATIONS
+from jaxnsa.implementations.lowering import computed_by
 from jaxnsa.metadata import NSAMetadata
 from jaxnsa.spec import Inputs, Spec, saturated
 
@@ -23,7 +27,7 @@ def fused_metadata(
 ) -> tuple[NSAMetadata, ...]:
     """The metadata of `spec` in each of its destinations."""
     module = IMPLEMENTATIONS[implementation]
-    inputs = jax.tree.map(saturated, inputs)
+    inputs = computed_by(implementation, jax.tree.map(saturated, inputs))
     if strategy == "ultra_fast":
         return module.fused_metadata(inputs, out, spec)
 
@@ -37,6 +41,7 @@ def fused_metadata(
     ) -> tuple[NSAMetadata, ...]:
         if isinstance(source, NSAMetadata):
             live = one if spec.tail == "keep" else None
+            source = _up_to_the_plans_end(source, destination)
             return module.copy(source, destination, num_backends=1, live=live)
         return module.fused_metadata(source, destination, one)
 
@@ -46,3 +51,15 @@ def fused_metadata(
         source, backend = lax.optimization_barrier((source, backend))
         backends.append(backend)
     return spec.joined(backends)
+
+
+def _up_to_the_plans_end(
+    source: NSAMetadata, destination: tuple[NSAMetadata] | None
+) -> NSAMetadata:
+    """`source`, past the end of its top-k plan with what a destination holds there."""
+    if destination is None or source.topk_plan is None:
+        return source
+    plan = jnp.asarray(source.topk_plan)
+    is_planned = jnp.arange(len(plan))[:, None] <= plan[0, 1]
+    held = jnp.asarray(destination[0].topk_plan)
+    return dataclasses.replace(source, topk_plan=jnp.where(is_planned, plan, held))

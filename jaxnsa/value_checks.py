@@ -4,6 +4,8 @@ Concrete inputs are checked on the host. Traced ones become `jax.experimental.ch
 the same conditions.
 """
 
+import functools
+import logging
 from collections.abc import Iterator
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -17,7 +19,9 @@ from jaxnsa import argument_checks as checks
 from jaxnsa.argument_checks import Arguments
 from jaxnsa.metadata import Array, ForwardMode
 from jaxnsa.row_owners import row_owners
-from jaxnsa.spec import INT32_MAX, Inputs, Rows
+from jaxnsa.spec import INT32_MAX, Inputs, Rows, saturated
+
+_logger = logging.getLogger("jaxnsa")
 
 _SHOWN = 5  # offending rows that an error names
 
@@ -118,6 +122,8 @@ def check_values(
     xp = jnp if traced else np
     values = _Values(*(None if v is None else xp.asarray(v) for v in vectors))
     emit = checkify.debug_check if debug else checkify.check
+    if traced and debug:
+        _say_what_jit_needs()
     for rule in _rules(xp, values, pool_rows, rows, max_len, nsa_index_topk):
         if rule.values.size == 0:
             continue
@@ -133,6 +139,14 @@ def check_values(
                 f"{rule.argument}: got {', '.join(map(str, rule.values[shown]))} at row(s) "
                 f"{', '.join(map(str, shown))}{more}, expected {rule.expected}"
             )
+
+
+@functools.cache  # once
+def _say_what_jit_needs() -> None:
+    _logger.warning(
+        "validate: values are not known inside jit; they are checked where the function is "
+        "transformed by jax.experimental.checkify.checkify, and nowhere else"
+    )
 
 
 class _Values(NamedTuple):
@@ -171,8 +185,13 @@ def _rules(
         yield _Rule("extend_seq_lens", "at most seq_lens", longer, extend_seq_lens)
         expected = f"a running total of at most max_total_tokens = {rows.count}"
         yield _running_total(xp, "extend_seq_lens", expected, extend_seq_lens, rows.count)
+    # What follows is of int32 lengths.
+    narrow = checks.held if xp is np else saturated
+    seq_lens = narrow(seq_lens)
+    extend_seq_lens = None if extend_seq_lens is None else narrow(extend_seq_lens)
     expected = "a prefix sum of cache_seqlens inside int32"
-    yield _running_total(xp, "seq_lens", expected, seq_lens + rows.added_tokens)
+    cache_seqlens = xp.asarray(seq_lens, None if xp is jnp else np.int64) + rows.added_tokens
+    yield _running_total(xp, "seq_lens", expected, cache_seqlens)
     kv_len = row_owners(rows, jnp.asarray(seq_lens), extend_seq_lens).kv_len
     expected = "a prefix sum of nsa_cache_seqlens inside int32"
     nsa_cache_seqlens = xp.minimum(xp.asarray(kv_len), nsa_index_topk)

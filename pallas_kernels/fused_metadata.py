@@ -94,13 +94,18 @@ def fused_metadata(
       out: destinations to fill in place, or None for fresh ones.
       spec: what to compute, at least one row. Tail "keep" without `out` leaves the columns
         unspecified.
-      config: block sizes; None: `BlockConfig.heuristic`.
+      config: block sizes; None: what `BlockConfig` advises.
       interpret: `InterpretGPUParams` to run without a GPU.
 
     Returns:
       As many NSAMetadata as `spec` has destinations.
     """
-    config = config or BlockConfig.heuristic(spec.rows.count, spec.max_len, spec.num_backends)
+    if config is None:
+        config = (
+            BlockConfig.heuristic(spec.rows.count, spec.max_len, spec.num_backends)
+            if spec.wide_table
+            else BlockConfig.of_pages(spec.rows.requests, -(-spec.max_len // spec.real_page_size))
+        )
     plan = _TablePlan.of(spec, inputs.req_to_token.shape, config)
     pool_rows = inputs.req_to_token.shape[0]
     lanes = Lanes(bool(interpret))

@@ -1,6 +1,7 @@
 """Wrong arguments: the error names the argument, what came and what was expected."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -52,6 +53,36 @@ def out(**changes):
         ({"wide_table": False, "real_page_size": 1}, ValueError, "wide_table: got False, expected"),
         ({"tail": "drop"}, ValueError, "tail: got 'drop', expected one of 'copy', 'zero', 'keep'"),
         ({"tail": "keep"}, ValueError, "tail: got 'keep', expected 'copy' or 'zero'"),
+        ({"tail": ""}, ValueError, "tail: got '', expected one of 'copy', 'zero', 'keep'"),
+        ({"tail": False}, ValueError, "tail: got False, expected one of 'copy', 'zero', 'keep'"),
+        ({"tail": np.array(["copy"])}, ValueError, "tail: got <U4 ndarray of shape .1,., expected"),
+        ({"strategy": ""}, ValueError, "strategy: got '', expected one of 'ultra_fast', 'fast', '"),
+        ({"num_backends": 10**6}, ValueError, r"num_backends: got 1000000, .* in \[1, 1024\]"),
+        (
+            {"forward_mode": ForwardMode.TARGET_VERIFY, "num_draft_tokens": 2**30},
+            ValueError,
+            "num_draft_tokens: got 1073741824 for each of 4 requests, expected at most 1073741824",
+        ),
+        (
+            {
+                "forward_mode": ForwardMode.DRAFT_EXTEND,
+                "extend_seq_lens": SEQ_LENS,
+                "max_total_tokens": 2**30 + 1,
+            },
+            ValueError,
+            "max_total_tokens: got 1073741825",
+        ),
+        ({"seq_lens": [[1], [1, 2]]}, TypeError, "seq_lens: got list, expected an array"),
+        ({"seq_lens": [1, None]}, TypeError, "seq_lens: got list, expected an array"),
+        ({"seq_lens": None}, TypeError, "seq_lens: got NoneType, expected an array"),
+        ({"seq_lens": 3}, ValueError, r"seq_lens: got shape \(\), expected 1 dimension"),
+        ({"seq_lens": np.ma.array(SEQ_LENS)}, TypeError, "got int32 MaskedArray of shape .4,., ex"),
+        (
+            {"req_to_token": jax.ShapeDtypeStruct((2, 3), jnp.int32)},
+            TypeError,
+            "req_to_token: got int32 ShapeDtypeStruct of shape .2, 3., expected an array",
+        ),
+        ({"seq_lens": jax.random.key(0)}, TypeError, "seq_lens: got dtype key<fry>, expected int"),
         ({"num_backends": 0}, ValueError, "num_backends: got 0"),
         ({"num_backends": None}, TypeError, "num_backends: got None, expected an int"),
         ({"stacked": "yes"}, TypeError, "stacked: got 'yes'"),
@@ -158,11 +189,56 @@ def test_tables_have_as_many_columns_as_kernels_count():
             columns(pool, **wide)
 
 
+def deleted(array):
+    array = jnp.array(array)
+    array.delete()
+    return array
+
+
+@pytest.mark.parametrize("name", ("seq_lens", "req_pool_indices", "req_to_token"))
+def test_inputs_must_be_alive(name):
+    given = {"seq_lens": SEQ_LENS, "req_pool_indices": INDICES, "req_to_token": POOL}
+    given[name] = deleted(given[name])
+    extend = {"extend_seq_lens": SEQ_LENS, "max_total_tokens": 1}
+    for function, options in (
+        (jaxnsa.precompute_decode_metadata, {}),
+        (jaxnsa.precompute_target_verify_metadata, {"num_draft_tokens": 1}),
+        (jaxnsa.precompute_draft_extend_metadata, extend),
+        (compute, {"num_backends": 1}),
+        (jaxnsa.validate_inputs, {}),
+    ):
+        with pytest.raises(ValueError, match=f"{name}: got a deleted array, expected one not don"):
+            function(**given, **options)
+
+
+def test_other_inputs_must_be_alive():
+    gone = deleted(SEQ_LENS)
+    fill = functools.partial(jaxnsa.fill_draft_extend_metadata, nsa_index_topk=1)
+    extend = {"extend_seq_lens": gone, "max_total_tokens": 1}
+    given = (SEQ_LENS, INDICES, POOL)
+    for name, call in {
+        "x": lambda: jaxnsa.prefix_sum(gone),
+        "extend_seq_lens": lambda: fill(gone, SEQ_LENS),
+        "seq_lens": lambda: fill(SEQ_LENS, gone),
+        "src.cu_seqlens_k": lambda: jaxnsa.fused_metadata_copy(
+            dataclasses.replace(FRESH, cu_seqlens_k=gone), num_backends=1
+        ),
+        r"out\[0\].page_indices": lambda: jaxnsa.fused_metadata_copy(
+            FRESH, out=(out(page_indices=deleted(FRESH.page_indices)),)
+        ),
+        "extend_seq_lens ": lambda: compute(
+            *given, num_backends=1, forward_mode=ForwardMode.DRAFT_EXTEND, **extend
+        ),
+    }.items():
+        with pytest.raises(ValueError, match=f"^{name.strip()}: got a deleted array"):
+            call()
+
+
 def test_out_arrays_must_be_alive_and_distinct():
-    deleted = out()
-    deleted.cache_seqlens.delete()
     with pytest.raises(ValueError, match=r"out\.cache_seqlens: got a deleted array"):
-        jaxnsa.precompute_decode_metadata(SEQ_LENS, INDICES, POOL, out=deleted)
+        jaxnsa.precompute_decode_metadata(
+            SEQ_LENS, INDICES, POOL, out=out(cache_seqlens=deleted(SEQ_LENS))
+        )
     twice = out()
     with pytest.raises(ValueError, match=r"out\[1\]\.cache_seqlens: got the array of out\[0\]\.ca"):
         compute(SEQ_LENS, INDICES, POOL, num_backends=2, out=(twice, twice))
@@ -197,9 +273,16 @@ def test_fused_metadata_copy_refuses():
         jaxnsa.fused_metadata_copy(FRESH)
     with pytest.raises(ValueError, match="out: got 1 of them, expected a tuple of 2"):
         jaxnsa.fused_metadata_copy(FRESH, num_backends=2, out=(out(),))
-    with pytest.raises(TypeError, match="src.cache_seqlens: got float64"):
-        wrong = dataclasses.replace(FRESH, cache_seqlens=np.zeros(4))
-        jaxnsa.fused_metadata_copy(wrong, num_backends=1)
+    for wrong, error, message in (
+        (np.zeros(4), TypeError, "got dtype float64, expected int32"),
+        (np.int32(4), ValueError, r"got shape \(\), expected 1 dimension"),
+        (None, TypeError, "got NoneType, expected an array"),
+    ):
+        with pytest.raises(error, match=f"src.cache_seqlens: {message}"):
+            src = dataclasses.replace(FRESH, cache_seqlens=wrong)
+            jaxnsa.fused_metadata_copy(src, num_backends=1)
+    with pytest.raises(ValueError, match=r"num_backends: got 1000000, expected an int in \[1, 10"):
+        jaxnsa.fused_metadata_copy(FRESH, num_backends=10**6)
     with pytest.raises(ValueError, match=r"out\[0\].real_page_table: got NoneType"):
         jaxnsa.fused_metadata_copy(FRESH, out=(out(real_page_table=None),))
 
@@ -212,6 +295,8 @@ def test_fill_draft_extend_metadata_refuses():
         jax.jit(lambda q: fill(q, SEQ_LENS, nsa_index_topk=2))(SEQ_LENS)
     with pytest.raises(TypeError, match="nsa_index_topk: got None"):
         fill(SEQ_LENS, SEQ_LENS, nsa_index_topk=None)
+    with pytest.raises(ValueError, match="max_total_tokens: got 8589934588, expected an int in"):
+        fill(np.full(4, 2**62), SEQ_LENS, nsa_index_topk=2)
 
 
 def test_prefix_sum_refuses():
@@ -219,8 +304,22 @@ def test_prefix_sum_refuses():
         jaxnsa.prefix_sum(jnp.ones(3))
     with pytest.raises(ValueError, match=r"x: got shape \(2, 2\), expected 1 dim"):
         jaxnsa.prefix_sum(jnp.ones((2, 2), jnp.int32))
+    with pytest.raises(ValueError, match="x: got 1073741825 elements, expected at most 1073741824"):
+        jax.eval_shape(jaxnsa.prefix_sum, jax.ShapeDtypeStruct((2**30 + 1,), jnp.int8))
+
+
+def test_lengths_are_counted_in_32_bits():
+    lengths = jax.ShapeDtypeStruct((2**30 + 1,), jnp.int32)
+    with pytest.raises(ValueError, match="seq_lens: got 1073741825 elements, expected at most"):
+        jax.eval_shape(lambda s: jaxnsa.precompute_decode_metadata(s, s, POOL), lengths)
 
 
 def test_metadata_is_frozen():
     with pytest.raises(dataclasses.FrozenInstanceError):
         FRESH.cache_seqlens = None
+
+
+def test_metadata_is_equal_to_itself_only():
+    assert FRESH == FRESH
+    assert out() != FRESH
+    assert len({FRESH, FRESH, out()}) == 2

@@ -95,7 +95,12 @@ def test_bad_settings(monkeypatch):
         jaxnsa.prefix_sum(ARGUMENTS[0])
     monkeypatch.delenv("JAXNSA_VALIDATE")
     monkeypatch.setenv("JAXNSA_IMPLEMENTATION", "cuda")
-    with pytest.raises(ValueError, match="implementation: got 'cuda', expected one of 'pallas', "):
+    with pytest.raises(ValueError, match="JAXNSA_IMPLEMENTATION: got 'cuda', expected one of 'pa"):
+        jaxnsa.prefix_sum(ARGUMENTS[0])
+    with (
+        pytest.raises(ValueError, match="^implementation: got 'rocm', expected one of 'pallas', "),
+        jaxnsa.override(implementation="rocm"),
+    ):
         jaxnsa.prefix_sum(ARGUMENTS[0])
     with (
         pytest.raises(TypeError, match="validate: got 1, expected True, False or None"),

@@ -17,6 +17,8 @@ from jaxnsa.metadata import FIELDS
 torch = pytest.importorskip("torch", reason="runs where PyTorch is, as .ci/run installs it")
 
 from jaxnsa.interop import launch_cache, launches, sgl_kernel  # noqa: E402
+from jaxnsa.interop.copies import CopyCache  # noqa: E402
+from jaxnsa.interop.fills import FillCache  # noqa: E402
 from jaxnsa.interop.tensor_checks import exchange_api  # noqa: E402
 
 ON_GPU = torch.cuda.is_available() and jax.default_backend() == "gpu"
@@ -39,7 +41,8 @@ def has_exchange_api(request, monkeypatch):
         monkeypatch.setattr(launch_cache, "exchange_api", lambda: None)
     elif exchange_api() is None:
         pytest.skip("runs with PyTorch 2.10 or newer")
-    monkeypatch.setattr(sgl_kernel, "_LAUNCHES", launch_cache.LaunchCache())
+    monkeypatch.setattr(sgl_kernel, "_FILLS", FillCache())
+    monkeypatch.setattr(sgl_kernel, "_COPIES", CopyCache())
     return request.param
 
 
@@ -233,7 +236,9 @@ def test_copy_into_larger_tensors(device):
         field: torch.full(sizes.get(field, (len(t) + 3,)), HELD, dtype=torch.int32, device=device)
         for field, t in vars(src).items()
     }
-    sgl_kernel.fused_metadata_copy_cuda(src, dst)
+    for _ in range(2):
+        src.page_indices.sub_(1)
+        sgl_kernel.fused_metadata_copy_cuda(src, dst)
     for field, source in vars(src).items():
         target = dst[field]
         inside = tuple(map(slice, source.shape))
@@ -449,9 +454,9 @@ def test_a_known_launch_that_is_declined_without_reason_is_counted(device, has_e
     broadcast()
     broadcast()
     assert not launches.declined
-    ((key, (_, rows)),) = sgl_kernel._LAUNCHES._known.items()
+    ((key, (_, rows)),) = sgl_kernel._FILLS._known.items()
     declines = types.SimpleNamespace(try_launch=lambda *_: False, declined="not today")
-    sgl_kernel._LAUNCHES._known[key] = declines, rows
+    sgl_kernel._FILLS._known[key] = declines, rows
     broadcast()
     assert launches.declined == {"not today": 1}
     assert (b.cache_seqlens == given[0].clamp(min=0)).all()

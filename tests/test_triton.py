@@ -221,18 +221,24 @@ def test_the_interpreter_needs_torch(monkeypatch):
     monkeypatch.setattr(triton, "_missing", list)
     monkeypatch.setattr(triton, "_interpreted", lambda: True)
     for torch in (True, False):
+        triton._interpreter_missing.cache_clear()
         monkeypatch.setattr(triton, "_installed", lambda package, torch=torch: torch)
         for platform in ("cpu", "gpu"):
             reason = triton.unavailable(platform)
             assert (reason is None) == torch
             assert torch or "interpreter needs PyTorch" in reason
+    monkeypatch.setattr(triton, "_installed", lambda package: True)
+    monkeypatch.setattr(triton.importlib.metadata, "version", lambda package: "3.8.1")
+    triton._interpreter_missing.cache_clear()
+    assert "install Triton 3.9" in triton.unavailable("cpu")
+    triton._interpreter_missing.cache_clear()
 
 
 def test_without_jax_triton_another_implementation_runs(monkeypatch):
     monkeypatch.setattr(triton, "_missing", lambda: ["jax_triton"])
     with pytest.raises(
         jaxnsa.ImplementationUnavailableError,
-        match=r"jax_triton not installed; run: pip install 'jaxnsa\[triton\]'",
+        match="jax_triton not installed; run: pip install jax-triton",
     ):
         jaxnsa.prefix_sum(jnp.arange(3), **NAME)
     assert jaxnsa.prefix_sum(jnp.arange(3), implementation=("triton", "xla")).tolist() == [

@@ -7,7 +7,7 @@ import pytest
 from jax.experimental import checkify
 
 import jaxnsa
-from jaxnsa import ForwardMode
+from jaxnsa import ForwardMode, value_checks
 
 POOL = np.zeros((4, 100), np.int32)
 LEGAL = {
@@ -24,6 +24,12 @@ VERIFY = {"forward_mode": ForwardMode.TARGET_VERIFY, "num_draft_tokens": 2}
 ILLEGAL = [
     ({"seq_lens": [5, -1, -2]}, "seq_lens: got -1", "1, 2", "lengths >= 0"),
     ({"seq_lens": [5, 101, 100]}, "seq_lens: got 101", "1", "at most max_len = 100"),
+    (
+        {"seq_lens": [5, 5 * 10**9, 2**63 - 1]},
+        "seq_lens: got 5000000000",
+        "1, 2",
+        "at most max_len",
+    ),
     ({"max_len": 99}, "seq_lens: got 100", "2", "at most max_len = 99"),
     ({"req_pool_indices": [4, 0, -1]}, "req_pool_indices: got 4", "0, 2", r"rows in \[0, 4\)"),
     (EXTEND | {"extend_seq_lens": [-1, 0, 0]}, "extend_seq_lens: got -1", "0", "lengths >= 0"),
@@ -36,7 +42,8 @@ def arguments(changes):
     values = LEGAL | {"req_to_token": POOL} | changes
     for name in ("seq_lens", "req_pool_indices", "extend_seq_lens"):
         if name in values:
-            values[name] = np.array(values[name], np.int32)
+            wide = np.array(values[name], np.int64)
+            values[name] = wide if wide.max() > 2**31 else wide.astype(np.int32)
     return values
 
 
@@ -58,6 +65,9 @@ def test_illegal_values_name_the_rows(changes, got, rows, expected):
 @pytest.mark.parametrize("changes, got, rows, expected", ILLEGAL)
 def test_illegal_values_inside_jit(changes, got, rows, expected):
     values = arguments(changes)
+    if values["seq_lens"].dtype == np.int64:
+        values["seq_lens"] = values["seq_lens"].clip(max=2**31 - 1).astype(np.int32)
+        got = got.replace("5000000000", "2147483647")
     traced = {k: v for k, v in values.items() if isinstance(v, np.ndarray)}
     static = {k: v for k, v in values.items() if k not in traced}
     checked = checkify.checkify(jax.jit(lambda traced: jaxnsa.validate_inputs(**traced, **static)))
@@ -113,12 +123,14 @@ def test_every_function_validates_on_request(monkeypatch):
         jaxnsa.precompute_decode_metadata(**values)
 
 
-def test_validation_inside_jit_needs_checkify_and_no_more():
+def test_validation_inside_jit_needs_checkify_and_says_so(caplog):
+    value_checks._say_what_jit_needs.cache_clear()
     values = arguments({"seq_lens": [5, -1, 3]})
     lengths = values.pop("seq_lens")
     step = jax.jit(lambda x: jaxnsa.precompute_decode_metadata(x, **values).cache_seqlens)
     with jaxnsa.override(validate=True):
         assert step(lengths).tolist() == [5, 0, 3]
+        assert "they are checked where the function is transformed by" in caplog.text
         error, _ = checkify.checkify(step)(lengths)
     with pytest.raises(checkify.JaxRuntimeError, match="seq_lens: got -1 at row 1"):
         error.throw()

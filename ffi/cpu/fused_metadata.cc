@@ -147,9 +147,12 @@ void FusedMetadata(Stream, const FusedMetadataArguments& args) {
       Store(lengths, i + 1, RequestSums(cache_sums[b]));
       for (int64_t j = 0; j < count; ++j) store_row(b, row + j, kv_len(b, j));
     }
+    const auto table_kv_len = [&](int b, int64_t j) {
+      return args.request_columns ? cache_seqlens[b] : kv_len(b, j);
+    };
     const int32_t* const pool_row = args.pool.row(args.req_pool_indices[i]);
     const int32_t written = args.written_lens.data != nullptr ? args.written_lens[i] : 0;
-    for (Table& table : tables) table.Write(pool_row, row, count, written, kv_len);
+    for (Table& table : tables) table.Write(pool_row, row, count, written, table_kv_len);
     row += count;
   }
   for (int b = 0; b < args.num_backends; ++b) {

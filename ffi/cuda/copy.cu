@@ -16,7 +16,7 @@ constexpr int kAccesses = 4;
 constexpr int64_t kCopyTileColumns = 4 * kCopyThreads * kAccesses;
 
 struct CopyGrid {
-  int64_t first_block[kFields + 1];  // of each array
+  int64_t first_block[kMaxArrays + 1];  // of each array
 };
 
 __global__ void __launch_bounds__(kCopyThreads)

@@ -88,6 +88,7 @@ void LaunchFusedMetadata(Stream stream, const FusedMetadataArguments& args) {
   parameters.page_size = Divisor::Of(
       wanted.real_page_table != nullptr ? args.tables[kRealPageTable].tokens_per_column : 1);
   parameters.num_backends = args.num_backends;
+  parameters.request_columns = args.request_columns;
   parameters.rows = rows;
   parameters.nsa_index_topk = args.nsa_index_topk;
   parameters.clears_padding = args.tail != Tail::kKeep;

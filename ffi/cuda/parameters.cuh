@@ -68,6 +68,7 @@ struct Parameters {
   Divisor page_size;
 
   int32_t num_backends;
+  bool request_columns;
   Tables tables[kCapacity];
 
   Rows rows;

@@ -6,9 +6,10 @@ from typing import Any
 
 import jax
 
-from jaxnsa.config import Settings, names, settings
+from jaxnsa.config import Settings, names, origin, settings
 from jaxnsa.implementations import FUSED, IMPLEMENTATIONS, VARIANTS
 from jaxnsa.implementations.measurements import FUSED_METADATA, rule
+from jaxnsa.spec import Spec
 
 
 class ImplementationUnavailableError(RuntimeError):
@@ -27,7 +28,8 @@ def candidates(
     for name in named or ():
         if name not in IMPLEMENTATIONS:
             known = ", ".join(repr(n) for n in IMPLEMENTATIONS)
-            raise ValueError(f"implementation: got {name!r}, expected one of {known}")
+            argument = origin("implementation") if requested is None else "implementation"
+            raise ValueError(f"{argument}: got {name!r}, expected one of {known}")
     if named is not None:
         return named
     order = rule(platform, function, requests).order
@@ -40,6 +42,7 @@ def choose(
     platform: str | None,
     function: str = FUSED_METADATA,
     requests: int = 1,
+    spec: Spec | None = None,
 ) -> str:
     """The name of the implementation that a call takes.
 
@@ -51,6 +54,7 @@ def choose(
         machine's.
       function: name of the public function.
       requests: the batch size, or the length of the vector.
+      spec: the computation, where it is one of metadata.
 
     Raises:
       ValueError: a name is unknown.
@@ -63,11 +67,24 @@ def choose(
         platform = here
     reasons = []
     for name in tried:
-        reason = IMPLEMENTATIONS[name].unavailable(platform)
+        module = IMPLEMENTATIONS[name]
+        reason = module.unavailable(platform)
+        if reason is None and spec is not None:
+            reason = module.unsupported(spec)
         if reason is None:
             return name
-        reasons.append(f"implementation {name!r} cannot run here: {reason}")
+        reasons.append(_cannot_run(name, reason))
     raise ImplementationUnavailableError("; ".join(reasons))
+
+
+def check_runs(name: str, platform: str) -> None:
+    """Raises ImplementationUnavailableError where an implementation cannot run on a platform."""
+    if reason := IMPLEMENTATIONS[name].unavailable(platform):
+        raise ImplementationUnavailableError(_cannot_run(name, reason))
+
+
+def _cannot_run(name: str, reason: str) -> str:
+    return f"implementation {name!r} cannot run here: {reason}"
 
 
 def get_kernel_info() -> dict[str, Any]:

@@ -18,6 +18,7 @@ from jaxnsa.implementations.native_library import (
 )
 from jaxnsa.implementations.native_library import unavailable as library_unavailable
 from jaxnsa.metadata import FIELDS, Array, DraftExtendSeqlens, Extent, NSAMetadata
+from jaxnsa.schedules import NO_SCHEDULES
 from jaxnsa.spec import Inputs, Spec
 
 PrefixSumVariant = Literal["block_scan", "sequential", "blelloch"]
@@ -59,6 +60,13 @@ def unavailable(platform: str | None) -> str | None:
     if platform not in LIBRARIES:
         return f"needs a CPU or an NVIDIA GPU, not a {platform}"
     return library_unavailable(platform) or _probe(platform)
+
+
+def unsupported(spec: Spec) -> str | None:
+    """Why this cannot compute `spec`; None where it can."""
+    if spec.schedules != NO_SCHEDULES or spec.pooled:
+        return "it computes neither schedules nor a pooled index; use implementation 'xla'"
+    return None
 
 
 def version() -> str | None:
@@ -185,7 +193,7 @@ def _probe(platform: str) -> str | None:
     """Runs the smallest call: a runtime may refuse a handler and not say so until it is called."""
     x = np.arange(3, dtype=np.int32)
     try:
-        with jax.default_device(jax.devices(platform)[0]):
+        with jax.disable_jit(False), jax.default_device(jax.devices(platform)[0]):
             compiled = jax.jit(prefix_sum).lower(x).compile()
             result = np.asarray(compiled(x))
     except RuntimeError as error:

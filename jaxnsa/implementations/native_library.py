@@ -116,8 +116,19 @@ class NativeLibrary(Protocol):
     def describe_tensors(self, exchange_api: Any, tensors: Sequence[Any]) -> bytes | None:
         """What tensors are, to be compared; None where one cannot be described."""
 
-    def copy(self, stream: int, arrays: Sequence[tuple[int, int, int, int, int]]) -> None:
-        """Copies arrays: address, rows, columns; destination, its elements from row to row."""
+    def copy(
+        self,
+        stream: int,
+        arrays: Sequence[tuple[int, int, int, int]],
+        destinations: Sequence[Sequence[int]],
+    ) -> None:
+        """Copies contiguous arrays to several destinations in one launch.
+
+        Args:
+          stream: of the launch.
+          arrays: of each, the address, rows, columns, and elements from row to row in destinations.
+          destinations: of each, the addresses of the arrays.
+        """
 
     def fill_draft_extend_metadata(
         self,
@@ -153,6 +164,7 @@ class NativeLibrary(Protocol):
         max_len: int,
         nsa_index_topk: int,
         tail: str,
+        request_columns: bool,
     ) -> PreparedLaunch:
         """Prepares a launch.
 
@@ -163,6 +175,7 @@ class NativeLibrary(Protocol):
           max_len: the most columns of a table, in tokens; a step writes at most those of its pool.
           nsa_index_topk: the indexer's top-k.
           tail: what tables hold past a row's live columns.
+          request_columns: whether all rows of a request have the live columns of its last.
         """
 
 
@@ -193,7 +206,7 @@ def library_path(platform: str) -> Path:
 
 def how_to_rebuild() -> str:
     """The command that builds the libraries anew."""
-    return "pip install --force-reinstall --no-deps --no-build-isolation PATH_TO_JAXNSA"
+    return "pip install --force-reinstall --no-deps PATH_TO_JAXNSA"
 
 
 @functools.cache

@@ -8,6 +8,7 @@ import jax
 
 from jaxnsa.implementations.gpu import reason_to_refuse, unbatched
 from jaxnsa.metadata import DraftExtendSeqlens, NSAMetadata
+from jaxnsa.schedules import NO_SCHEDULES
 from jaxnsa.spec import Inputs, Spec
 
 
@@ -18,6 +19,13 @@ def unavailable(platform: str | None) -> str | None:
     if platform is None or _interpret():
         return None
     return reason_to_refuse(platform, 9.0, "Hopper")
+
+
+def unsupported(spec: Spec) -> str | None:
+    """Why this cannot compute `spec`; None where it can."""
+    if spec.schedules != NO_SCHEDULES or spec.pooled:
+        return "it computes neither schedules nor a pooled index; use implementation 'xla'"
+    return None
 
 
 def version() -> str:

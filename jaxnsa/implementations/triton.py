@@ -8,20 +8,26 @@ import jax
 
 from jaxnsa.implementations.gpu import reason_to_refuse, unbatched
 from jaxnsa.metadata import DraftExtendSeqlens, NSAMetadata
+from jaxnsa.schedules import NO_SCHEDULES
 from jaxnsa.spec import Inputs, Spec
 
 
 def unavailable(platform: str | None) -> str | None:
     """Why this cannot run on a platform; None where it can."""
     if missing := _missing():
-        return f"{' and '.join(missing)} not installed; run: pip install 'jaxnsa[triton]'"
+        return f"{' and '.join(missing)} not installed; run: pip install jax-triton"
     if platform is None:
         return None
     if _interpreted():
-        if _installed("torch"):
-            return None
-        return "Triton's interpreter needs PyTorch, which is not installed; run: pip install torch"
+        return _interpreter_missing()
     return reason_to_refuse(platform, 8.0, "Ampere") or _import_error()
+
+
+def unsupported(spec: Spec) -> str | None:
+    """Why this cannot compute `spec`; None where it can."""
+    if spec.schedules != NO_SCHEDULES or spec.pooled:
+        return "it computes neither schedules nor a pooled index; use implementation 'xla'"
+    return None
 
 
 def version() -> str | None:
@@ -45,6 +51,16 @@ def _interpreted() -> bool:
     from jaxnsa.implementations.triton_kernels.launch import INTERPRET
 
     return INTERPRET
+
+
+@functools.cache
+def _interpreter_missing() -> str | None:
+    if not _installed("torch"):
+        return "Triton's interpreter needs PyTorch, which is not installed; run: pip install torch"
+    installed = importlib.metadata.version("triton")
+    if tuple(map(int, installed.split(".")[:2])) < (3, 9):
+        return f"Triton {installed} interprets int32 sums that do not wrap; install Triton 3.9"
+    return None
 
 
 @functools.cache

@@ -8,8 +8,14 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from jaxnsa.implementations.xla_schedules import (
+    flash_mla_schedule,
+    paged_mqa_schedule,
+    topk_plan,
+)
 from jaxnsa.metadata import FIELDS, DraftExtendSeqlens, Extent, Field, ForwardMode, NSAMetadata
 from jaxnsa.row_owners import RowOwners, cache_seqlens, row_owners
+from jaxnsa.schedules import FlashMlaSchedule
 from jaxnsa.spec import Inputs, Rows, Spec
 
 # Tokens that one in-place update moves on the CPU: enough to hide the loop's step, few enough that
@@ -19,6 +25,11 @@ _TILE_TOKENS = 4096
 
 def unavailable(platform: str | None) -> str | None:
     """Why this cannot run on a platform; None where it can."""
+    return None
+
+
+def unsupported(spec: Spec) -> str | None:
+    """None: this computes everything."""
     return None
 
 
@@ -72,22 +83,57 @@ def _of_rows(
     written = None
     if inputs.written_lens is not None and rows.requests:
         written = jnp.maximum(inputs.written_lens, 0)[owners.request]
+    pooled, unpooled = owners.kv_len // spec.index_kpool, owners.kv_len % spec.index_kpool
     values = {
         "cache_seqlens": cache_seqlens(rows, inputs.seq_lens),
         "seqlens_expanded": owners.kv_len,
-        "nsa_cache_seqlens": jnp.minimum(owners.kv_len, spec.nsa_index_topk),
+        "nsa_cache_seqlens": jnp.minimum(pooled * spec.index_kpool, spec.nsa_index_topk) + unpooled,
+        "pooled_cache_seqlens": pooled,
     }
+    values |= _schedules(values, spec)
 
     def value(field: Field) -> jax.Array | _Table:
         if field.sum_of is not None:
             return prefix_sum(values[field.sum_of])
         if field.extent is Extent.TABLE:
-            stride = spec.tokens_per_column(field)
+            stride, page_size = spec.tokens_per_column(field), spec.slots_per_page(field)
             pool = jnp.asarray(inputs.req_to_token)
-            return _Table.of(field, spec, owners, pool, source_rows, stride, written)
+            return _Table.of(field, spec, owners, pool, source_rows, stride, page_size, written)
         return values[field.name]
 
     return _stored({field.name: value(field) for field in spec.fields()}, out, spec)
+
+
+def _schedules(lengths: dict[str, jax.Array], spec: Spec) -> dict[str, jax.Array]:
+    """The schedules that are wanted."""
+    wanted, values = spec.schedules, {}
+    if wanted.paged_mqa is not None:
+        shape = spec.paged_mqa_items
+        items = lengths["seqlens_expanded" if shape[1] == 1 else "cache_seqlens"]
+        values["paged_mqa_ctx_lens"] = jnp.broadcast_to(items[:, None], shape)
+        if spec.pooled:
+            items = jnp.maximum(items // spec.index_kpool, 1)
+        values["paged_mqa_schedule"] = paged_mqa_schedule(items, shape[1], wanted.paged_mqa)
+    if wanted.topk_plan is not None:
+        values["topk_plan"] = topk_plan(lengths["seqlens_expanded"], wanted.topk_plan)
+    if wanted.flash_mla is not None:
+        arrays = _flash_mla_schedule(lengths, spec, wanted.flash_mla)
+        values["flash_mla_schedule"], values["flash_mla_num_splits"] = arrays
+    return values
+
+
+def _flash_mla_schedule(
+    lengths: dict[str, jax.Array], spec: Spec, schedule: FlashMlaSchedule
+) -> tuple[jax.Array, jax.Array]:
+    if schedule.lengths == "topk":
+        # Depends on the batch size alone: a constant.
+        with jax.ensure_compile_time_eval():
+            items = jnp.full(spec.flash_mla_items, spec.nsa_index_topk, jnp.int32)
+            return jax.jit(flash_mla_schedule, static_argnums=1)(items, schedule)
+    items = lengths[schedule.lengths]
+    if schedule.lengths == "nsa_cache_seqlens":
+        items = jnp.maximum(items, 1)
+    return flash_mla_schedule(items, schedule)
 
 
 def copy(
@@ -107,7 +153,7 @@ def copy(
 
     def value(name: str, array: jax.Array) -> jax.Array | _Table:
         if FIELDS[name].extent is Extent.TABLE:
-            return _Table.of(FIELDS[name], live, owners, array, rows, 1)
+            return _Table.of(FIELDS[name], live, owners, array, rows, 1, 1)
         return array
 
     values = {name: value(name, jnp.asarray(array)) for name, array in src.arrays().items()}
@@ -117,11 +163,11 @@ def copy(
 @functools.partial(
     jax.tree_util.register_dataclass,
     data_fields=["source", "source_rows", "owners", "written"],
-    meta_fields=["columns", "stride", "tokens_per_column", "max_len", "tile"],
+    meta_fields=["columns", "stride", "page_size", "tokens_per_column", "max_len", "tile"],
 )
 @dataclasses.dataclass(frozen=True)
 class _Table:
-    """A page table: `source[source_rows, ::stride] // stride`, `columns` wide.
+    """A page table: `source[source_rows, ::stride] // page_size`, `columns` wide.
 
     Column c is live where token c * tokens_per_column is, one of the first max_len of a row. The
     columns of the first `written` tokens of a row, if that is not None, are left alone. Columns are
@@ -131,9 +177,10 @@ class _Table:
     source: jax.Array
     source_rows: jax.Array
     owners: RowOwners
+    written: jax.Array | None
     columns: int
     stride: int
-    written: jax.Array | None
+    page_size: int
     tokens_per_column: int
     max_len: int
     tile: int
@@ -147,15 +194,15 @@ class _Table:
         source: jax.Array,
         source_rows: jax.Array,
         stride: int,
+        page_size: int,
         written: jax.Array | None = None,
     ) -> "_Table":
         """The table of a field."""
         tokens = spec.tokens_per_column(field)
         columns = spec.columns(field)
         tile = min(max(min(_TILE_TOKENS, spec.max_new_tokens) // tokens, 1), columns)
-        return cls(
-            source, source_rows, owners, columns, stride, written, tokens, spec.max_len, tile
-        )
+        sizes = (columns, stride, page_size, tokens, spec.max_len, tile)
+        return cls(source, source_rows, owners, written, *sizes)
 
     def live_tokens(self) -> jax.Array:
         """int32 [rows], the tokens of each row that columns stand for."""
@@ -180,14 +227,14 @@ class _Table:
         """All columns of all rows, int32 [rows, columns]."""
         last = (self.columns - 1) * self.stride + 1
         source = lax.slice_in_dim(self.source, 0, last, self.stride, axis=1)
-        return source.at[self.source_rows].get(mode="promise_in_bounds") // self.stride
+        return source.at[self.source_rows].get(mode="promise_in_bounds") // self.page_size
 
     def gather_tile(self, row: jax.Array, start: jax.Array, size: int) -> jax.Array:
         """`size` columns of a row from column `start` on, int32 [size]."""
         last = (size - 1) * self.stride + 1
         begin = (self.source_rows[row], start * self.stride)
         columns = lax.dynamic_slice(self.source, begin, (1, last))
-        return columns[0, :: self.stride] // self.stride
+        return columns[0, :: self.stride] // self.page_size
 
 
 def _stored(
@@ -195,7 +242,7 @@ def _stored(
 ) -> tuple[NSAMetadata, ...]:
     """Every array and table of the metadata, written to every destination."""
     stored = {
-        name: _write(value, None if out is None else [getattr(d, name) for d in out], spec)
+        name: _write(name, value, None if out is None else [getattr(d, name) for d in out], spec)
         for name, value in values.items()
     }
     return tuple(
@@ -205,7 +252,7 @@ def _stored(
 
 
 def _write(
-    value: jax.Array | _Table, destinations: list[jax.Array] | None, spec: Spec
+    name: str, value: jax.Array | _Table, destinations: list[jax.Array] | None, spec: Spec
 ) -> list[jax.Array]:
     if isinstance(value, _Table):
         if destinations is not None and spec.tail == "keep":
@@ -213,6 +260,9 @@ def _write(
         value = _whole(value, spec.tail)
     if destinations is None:
         return [jnp.broadcast_to(value, (*spec.lead, *value.shape))] * spec.destinations
+    if FIELDS[name].extent is Extent.PLANNED_ROWS:
+        is_planned = jnp.arange(len(value))[:, None] <= value[0, 1]
+        return [_overwrite(d, jnp.where(is_planned, value, d)) for d in destinations]
     return [_overwrite(d, value) for d in destinations]
 
 
@@ -267,7 +317,7 @@ def _keep_by_tile(table: _Table, destinations: tuple[jax.Array, ...]) -> tuple[j
     def tile_step(k: jax.Array, destinations: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
         columns = first[:, None] + k * table.tile + jnp.arange(table.tile)
         read = jnp.minimum(columns, table.columns - 1) * table.stride
-        values = table.source[table.source_rows[:, None], read] // table.stride
+        values = table.source[table.source_rows[:, None], read] // table.page_size
         columns = jnp.where(columns < live[:, None], columns, table.columns)  # past it: dropped
         return tuple(d.at[..., rows, columns].set(values, mode="drop") for d in destinations)
 
@@ -312,6 +362,6 @@ def _keep_by_row(table: _Table, destinations: tuple[jax.Array, ...]) -> tuple[ja
     return lax.fori_loop(jnp.int32(0), rows, row_step, destinations)
 
 
-def _index(table: jax.Array, row: jax.Array, column: jax.Array) -> list[jax.Array | int]:
+def _index(table: jax.Array, row: jax.Array, column: jax.Array) -> list[jax.Array]:
     """Where a row's column is, in the first of the copies that a table leads with."""
-    return [*[0] * (table.ndim - 2), row, column]
+    return [*[jnp.int32(0)] * (table.ndim - 2), row, column]

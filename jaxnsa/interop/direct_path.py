@@ -8,12 +8,12 @@ import torch
 
 from jaxnsa.implementations.native_library import NativeRows
 from jaxnsa.interop.launches import (
+    launch_checked,
     library_for,
     native_rows,
     on_device,
     prepared,
     report_declined,
-    stream_of,
 )
 from jaxnsa.interop.registration import Registered
 from jaxnsa.interop.tensor_checks import Checked, exchange_api
@@ -28,14 +28,13 @@ class DirectPath:
     """Fills registered tensors; everything but the step's own arguments is prepared once."""
 
     def __init__(self, registered: Registered):
-        self._device = registered.device
-        native = library_for(self._device)
+        native = library_for(registered.device)
         if len(registered.backends) > native.max_backends:
             raise ValueError(
                 f"buffers: got {len(registered.backends)} backends, expected at most "
                 f'{native.max_backends} as the path is "direct"'
             )
-        on_device(self._device, native.load_kernels)
+        on_device(registered.device, native.load_kernels)
         self._native_rows = functools.partial(native_rows, native)
         self._launch = prepared(native, registered.spec, registered.backends)
         self._looks_at_tensors = False
@@ -97,16 +96,7 @@ class DirectPath:
         extend_seq_lens: Checked | None,
     ) -> None:
         """Queues the kernel with a step's arguments, which were checked."""
-        on_device(
-            self._device,
-            lambda: self._launch.launch(
-                stream_of(self._device),
-                self._native_rows(rows),
-                seq_lens.vector,
-                req_pool_indices.vector,
-                req_to_token.pool,
-                None if extend_seq_lens is None else extend_seq_lens.vector,
-            ),
-        )
+        given = (seq_lens, req_pool_indices, req_to_token, extend_seq_lens)
+        launch_checked(self._launch, self._native_rows(rows), *given)
         if self._looks_at_tensors:
             report_declined(self._launch.declined)

@@ -13,6 +13,7 @@ import torch
 from jax import Array
 
 from jaxnsa import argument_checks
+from jaxnsa.compilation import compiled
 from jaxnsa.config import settings
 from jaxnsa.implementations import IMPLEMENTATIONS
 from jaxnsa.implementations.choice import choose
@@ -48,19 +49,26 @@ class DlpackPath:
 
     def __init__(self, registered: Registered, options: DlpackOptions):
         device = registered.device
+        modes = _checked_modes(options)
         self._pool = checked_pool(options.req_to_token, device)
         for name, tensor in (("req_to_token", self._pool.tensor), *registered.named()):
             check_for_jax(name, tensor)
         platform = platform_of(device)
         requests = registered.spec.rows.requests
-        implementation = choose(options.implementation, settings(), platform, requests=requests)
+        implementation = choose(
+            options.implementation,
+            settings(),
+            platform,
+            requests=requests,
+            spec=registered.spec,
+        )
         self._device = device
         self._lock = threading.Lock()  # on the batch and what JAX holds
         # The batch, padded, in memory of this object's own.
         self._lengths = torch.zeros((3, requests), dtype=torch.int32, device=device)
         self._wide = torch.zeros_like(self._lengths, dtype=torch.int64)
         self._done = torch.cuda.Event() if platform == "gpu" else None
-        plans = [_Plan(registered, options, mode, implementation) for mode in options.forward_modes]
+        plans = [_Plan(registered, options, mode, implementation) for mode in modes]
         self._plans = {(p.rows.rows_per_request, p.rows.added_tokens): p for p in plans}
         self._pool_array = jax.dlpack.from_dlpack(self._pool.tensor)
         for plan in plans:
@@ -120,6 +128,20 @@ class DlpackPath:
     def _batch(self) -> Array:
         """The padded batch. What JAX computes from it waits for all that PyTorch has queued."""
         return jax.dlpack.from_dlpack(self._lengths)
+
+
+def _checked_modes(options: Any) -> tuple[ForwardMode, ...]:
+    """The forward modes of DlpackOptions, which are what they should be."""
+    if not isinstance(options, DlpackOptions):
+        raise TypeError(f"dlpack: got {argument_checks.described(options)}, expected DlpackOptions")
+    modes = options.forward_modes
+    if (
+        not isinstance(modes, Sequence)
+        or not modes
+        or not all(isinstance(mode, ForwardMode) for mode in modes)
+    ):
+        raise TypeError(f"dlpack.forward_modes: got {modes!r}, expected several ForwardMode")
+    return tuple(modes)
 
 
 class _Plan:
@@ -189,7 +211,7 @@ class _Plan:
 
 
 @functools.partial(
-    jax.jit,
+    compiled,
     static_argnames=("spec", "implementation"),
     donate_argnames=("out",),
     keep_unused=True,

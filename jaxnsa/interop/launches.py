@@ -12,7 +12,7 @@ from jaxnsa.implementations.native_library import (
     PreparedLaunch,
     library,
 )
-from jaxnsa.interop.tensor_checks import platform_of
+from jaxnsa.interop.tensor_checks import Checked, platform_of
 from jaxnsa.metadata import FIELDS, Extent
 from jaxnsa.spec import Rows, Spec
 
@@ -43,11 +43,16 @@ def native_rows(native: NativeLibrary, rows: Rows) -> NativeRows:
 
 
 def prepared(
-    native: NativeLibrary, spec: Spec, backends: Sequence[Mapping[str, torch.Tensor]]
+    native: NativeLibrary,
+    spec: Spec,
+    backends: Sequence[Mapping[str, torch.Tensor]],
+    *,
+    request_columns: bool = False,
 ) -> PreparedLaunch:
     """A launch of `spec` that fills these tensors, whose tables have equal strides.
 
-    Fields that a backend has no tensor for are left out.
+    Fields that a backend has no tensor for are left out. With `request_columns`, all rows of a
+    request have the live columns of its last.
     """
     tables = [field for field in spec.fields(Extent.TABLE) if field.name in backends[0]]
     return native.PreparedLaunch(
@@ -60,6 +65,30 @@ def prepared(
         max_len=spec.max_len,
         nsa_index_topk=spec.nsa_index_topk,
         tail=spec.tail,
+        request_columns=request_columns,
+    )
+
+
+def launch_checked(
+    launch: PreparedLaunch,
+    rows: NativeRows,
+    seq_lens: Checked,
+    req_pool_indices: Checked,
+    req_to_token: Checked,
+    extend_seq_lens: Checked | None,
+) -> None:
+    """Launches with inputs that were checked, on PyTorch's current stream."""
+    device = seq_lens.tensor.device
+    on_device(
+        device,
+        lambda: launch.launch(
+            stream_of(device),
+            rows,
+            seq_lens.vector,
+            req_pool_indices.vector,
+            req_to_token.pool,
+            None if extend_seq_lens is None else extend_seq_lens.vector,
+        ),
     )
 
 

@@ -109,6 +109,8 @@ class Registered:
                 f"{name}: got {differing} in some backends, expected it in all or none"
             )
         for field, tensor in backend.items():
+            if field not in shapes:
+                raise ValueError(f"{name}.{field}: got a tensor, expected None")
             if tuple(tensor.shape) != shapes[field].shape:
                 raise ValueError(
                     f"{name}.{field}: got shape {tuple(tensor.shape)}, expected "
@@ -137,7 +139,7 @@ def _checked_backend(name: str, buffer: Any, device: torch.device | None) -> dic
         tensor = field_of(buffer, field.name)
         if tensor is None and field.wanted is not None:
             continue
-        dimensions = 2 if field.extent is Extent.TABLE else 1
+        dimensions = field.extent.dimensions
         one = checked(f"{name}.{field.name}", tensor, device=device, dimensions=dimensions)
         device = one.tensor.device
         found[field.name] = one

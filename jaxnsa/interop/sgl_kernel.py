@@ -6,6 +6,7 @@ backends; given CPU tensors, its CPU functions. Each raises ValueError or TypeEr
 is written, where an argument is wrong, and RuntimeError where the library was not built.
 """
 
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,9 +14,18 @@ import torch
 
 from jaxnsa import argument_checks
 from jaxnsa.implementations.ffi import VARIANTS
-from jaxnsa.implementations.native_library import NativeRows, PreparedLaunch, unavailable
-from jaxnsa.interop.launch_cache import LaunchCache
-from jaxnsa.interop.launches import library_for, native_rows, on_device, prepared, stream_of
+from jaxnsa.implementations.native_library import unavailable
+from jaxnsa.interop.copies import CopyCache
+from jaxnsa.interop.fills import CheckedInputs, FillCache
+from jaxnsa.interop.launch_cache import key_of
+from jaxnsa.interop.launches import (
+    launch_checked,
+    library_for,
+    native_rows,
+    on_device,
+    prepared,
+    stream_of,
+)
 from jaxnsa.interop.registration import field_of
 from jaxnsa.interop.tensor_checks import (
     Checked,
@@ -24,10 +34,11 @@ from jaxnsa.interop.tensor_checks import (
     checked_pool,
     checked_vector,
 )
-from jaxnsa.metadata import FIELDS, Extent, ForwardMode, NSAMetadata
+from jaxnsa.metadata import FIELDS, ForwardMode, NSAMetadata
 from jaxnsa.spec import INT32_MAX, MAX_LEN, Rows, Spec
 
-_LAUNCHES = LaunchCache()
+_FILLS = FillCache()
+_COPIES = CopyCache()
 
 
 def fused_metadata_precompute_and_broadcast_cuda(
@@ -63,7 +74,7 @@ def fused_metadata_precompute_and_broadcast_cuda(
       real_page_size: tokens in a physical page.
     """
     numbers = _checked_numbers(max_len, nsa_index_topk, real_page_size)
-    inputs = (seq_lens, req_pool_indices, req_to_token)
+    inputs = (seq_lens, req_pool_indices, req_to_token, None)
     given: dict[str, Any] = {
         "cache_seqlens": cache_seqlens_list,
         "cu_seqlens_k": cu_seqlens_k_list,
@@ -86,12 +97,15 @@ def fused_metadata_precompute_and_broadcast_cuda(
                 f"{field}_list: got {argument_checks.described(tensors)}, expected a list of "
                 f"tensors"
             )
-    key = _LAUNCHES.key(seq_lens, lists.values(), numbers)
-    if _LAUNCHES.try_launch(key, inputs):
+    key = None
+    if isinstance(seq_lens, torch.Tensor) and seq_lens.dim() == 1:
+        facts = (seq_lens.shape[0], *numbers, *map(len, lists.values()))
+        key = key_of(seq_lens, itertools.chain(*lists.values()), facts)
+    if _FILLS.try_launch(key, inputs):
         return
-    read = _checked_inputs(*inputs)
+    read = _checked_inputs(seq_lens, req_pool_indices, req_to_token)
     spec = _decode_spec(read, *numbers)
-    written = []
+    backends: list[dict[str, Checked]] = [{} for _ in cache_seqlens_list]
     for field, tensors in lists.items():
         if len(tensors) != len(cache_seqlens_list):
             raise ValueError(
@@ -99,23 +113,10 @@ def fused_metadata_precompute_and_broadcast_cuda(
                 f"in cache_seqlens_list"
             )
         for k, tensor in enumerate(tensors):
-            written.append(
-                _checked_output(f"{field}_list[{k}]", tensor, spec.shapes()[field].shape, seq_lens)
+            backends[k][field] = _checked_output(
+                f"{field}_list[{k}]", tensor, spec.shapes()[field].shape, seq_lens
             )
-    memory = WrittenMemory(written)
-    memory.check_apart(read)
-    backends = [
-        {field: tensors[k] for field, tensors in lists.items()}
-        for k in range(len(cache_seqlens_list))
-    ]
-    native = library_for(seq_lens.device)
-    rows = native_rows(native, spec.rows)
-    groups = _groups(backends, native.max_backends)
-    for group in groups:
-        launch = prepared(native, spec, group)
-        _launch(launch, rows, read, seq_lens.device)
-    if len(groups) == 1 and key is not None:
-        _LAUNCHES.add(key, launch, rows, spec.max_len, memory)
+    _FILLS.launch(key, spec, read, backends)
 
 
 def precompute_decode_metadata_cuda(
@@ -143,8 +144,7 @@ def precompute_decode_metadata_cuda(
         for field, array in spec.shapes().items()
     }
     native = library_for(seq_lens.device)
-    launch = prepared(native, spec, [backend])
-    _launch(launch, native_rows(native, spec.rows), read, seq_lens.device)
+    launch_checked(prepared(native, spec, [backend]), native_rows(native, spec.rows), *read)
     return spec.metadata(backend)
 
 
@@ -156,33 +156,27 @@ def fused_metadata_copy_cuda(precomputed: Any, metadata: Any) -> None:
         or absent ones are left out.
       metadata: the same, of tensors at least as large.
     """
+    found = {field: field_of(precomputed, field) for field in FIELDS}
+    given = {field: value for field, value in found.items() if value is not None}
+    if not given:
+        raise ValueError("precomputed: got no tensors, expected those of NSAMetadata's fields")
+    targets = {field: field_of(metadata, field) for field in given}
+    tensors = [*given.values(), *targets.values()]
+    key = key_of(tensors[0], tensors, tuple(given))
+    if _COPIES.try_copy(key):
+        return
     read: list[Checked] = []
     written: list[Checked] = []
-    arrays: list[tuple[int, int, int, int, int]] = []
-    for field in FIELDS.values():
-        value = field_of(precomputed, field.name)
-        if value is None:
-            continue
+    for field, value in given.items():
         device = read[0].tensor.device if read else None
-        dimensions = 2 if field.extent is Extent.TABLE else 1
-        name = f"precomputed.{field.name}"
+        dimensions = FIELDS[field].extent.dimensions
+        name = f"precomputed.{field}"
         source = checked(name, value, device=device, dimensions=dimensions)
         if not value.is_contiguous():
             raise ValueError(f"{name}: got strides {value.stride()}, expected a contiguous matrix")
-        target = _checked_output(
-            f"metadata.{field.name}", field_of(metadata, field.name), source.shape, value
-        )
         read.append(source)
-        written.append(target)
-        rows, columns = source.shape if dimensions == 2 else (1, *source.shape)
-        stride = target.tensor.stride(0) if dimensions == 2 else columns
-        arrays.append((source.start, rows, columns, target.start, stride))
-    if not read:
-        raise ValueError("precomputed: got no tensors, expected those of NSAMetadata's fields")
-    WrittenMemory(written).check_apart(read)
-    device = read[0].tensor.device
-    native = library_for(device)
-    on_device(device, lambda: native.copy(stream_of(device), arrays))
+        written.append(_checked_output(f"metadata.{field}", targets[field], source.shape, value))
+    _COPIES.copy(key, read, [written])
 
 
 def fill_draft_extend_metadata_cuda(
@@ -303,13 +297,14 @@ def _checked_numbers(
 
 def _checked_inputs(
     seq_lens: torch.Tensor, req_pool_indices: torch.Tensor, req_to_token: torch.Tensor
-) -> tuple[Checked, Checked, Checked]:
-    """The inputs of a decode step, in this order."""
+) -> CheckedInputs:
+    """The inputs of a decode step."""
     lengths = checked_vector("seq_lens", seq_lens, None, None)
-    return (
+    return CheckedInputs(
         lengths,
         checked_vector("req_pool_indices", req_pool_indices, seq_lens.device, len(seq_lens)),
         checked_pool(req_to_token, seq_lens.device),
+        None,
     )
 
 
@@ -319,51 +314,16 @@ def _checked_output(name: str, value: Any, size: tuple[int, ...], beside: torch.
 
 
 def _decode_spec(
-    read: tuple[Checked, Checked, Checked], max_len: int, nsa_index_topk: int, real_page_size: int
+    read: CheckedInputs, max_len: int, nsa_index_topk: int, real_page_size: int
 ) -> Spec:
     """A decode step of these inputs."""
-    seq_lens, _, pool = read
     return Spec(
-        rows=Rows.of(ForwardMode.DECODE, seq_lens.shape[0]),
-        max_len=argument_checks.integer("max_len", max_len, 1, pool.shape[1]),
+        rows=Rows.of(ForwardMode.DECODE, read.seq_lens.shape[0]),
+        max_len=argument_checks.integer("max_len", max_len, 1, read.req_to_token.shape[1]),
         nsa_index_topk=nsa_index_topk,
         real_page_size=real_page_size,
         wide_table=True,
         tail="copy",
-    )
-
-
-def _groups(
-    backends: list[dict[str, torch.Tensor]], most: int
-) -> list[list[dict[str, torch.Tensor]]]:
-    """Backends as launches take them: at most so many, whose tables have equal strides."""
-    alike: dict[tuple[int, ...], list[dict[str, torch.Tensor]]] = {}
-    for backend in backends:
-        strides = tuple(
-            tensor.stride(0)
-            for field, tensor in backend.items()
-            if FIELDS[field].extent is Extent.TABLE
-        )
-        alike.setdefault(strides, []).append(backend)
-    return [
-        group[first : first + most]
-        for group in alike.values()
-        for first in range(0, len(group), most)
-    ]
-
-
-def _launch(
-    launch: PreparedLaunch,
-    rows: NativeRows,
-    read: tuple[Checked, Checked, Checked],
-    device: torch.device,
-) -> None:
-    seq_lens, req_pool_indices, pool = read
-    on_device(
-        device,
-        lambda: launch.launch(
-            stream_of(device), rows, seq_lens.vector, req_pool_indices.vector, pool.pool, None
-        ),
     )
 
 

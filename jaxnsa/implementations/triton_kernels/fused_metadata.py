@@ -196,14 +196,20 @@ def fused_metadata(
       out: destinations to fill in place, or None for fresh ones.
       spec: what to compute, at least one row. Tail "keep" without `out` leaves the columns
         unspecified.
-      config: block sizes; None: `BlockConfig.heuristic`.
+      config: block sizes; None: what `BlockConfig` advises.
 
     Returns:
       As many NSAMetadata as `spec` has destinations.
     """
     rows, max_len = spec.rows, spec.max_len
     pool_rows, pool_cols = inputs.req_to_token.shape
-    config = config or BlockConfig.heuristic(rows.count, max_len)
+    pages = -(-max_len // spec.real_page_size)
+    if config is None:
+        config = (
+            BlockConfig.heuristic(rows.count, max_len)
+            if spec.wide_table
+            else BlockConfig.of_pages(rows.requests, pages)
+        )
     constants = TableConstants.of(spec, pool_cols, config)
     offsets = OffsetConstants.of(spec)
     # The first access may begin three columns before the first new one.
@@ -219,7 +225,7 @@ def fused_metadata(
         sizes=Sizes(
             RowSizes.of(rows, spec.nsa_index_topk),
             max_len,
-            -(-max_len // spec.real_page_size),
+            pages,
             pool_rows,
             pool_cols // constants.pool_unit,
             max_len // constants.wide_unit,
