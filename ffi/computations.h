@@ -58,6 +58,7 @@ struct FusedMetadataArguments {
   Pool pool;
   int32_t nsa_index_topk;
   int32_t max_len;
+  int32_t max_total_keys;  // of flat_page_indices
   Tail tail;
   // Leading tokens of each request that the tables of its rows hold, whose columns are left alone;
   // data is null: none, and where the tail is not kept.

@@ -188,10 +188,13 @@ std::vector<int64_t> ShapeOf(const FusedMetadataArguments& args, Field field) {
     case Extent::kRowsPlus1:
       return {int64_t{rows.count} + 1};
     case Extent::kTable:
-      return {rows.count, args.columns(field)};
+      return {rows.prefill ? rows.requests : rows.count, args.columns(field)};
+    case Extent::kKeys:
+      return {args.max_total_keys};
     default:
-      throw std::invalid_argument("fields: expected none of the schedules");
+      break;
   }
+  throw std::logic_error("a field of an unknown extent");
 }
 
 // The arrays that are wanted, as attributes name them: indices of FIELDS in ascending order.
@@ -212,15 +215,19 @@ std::vector<Field> FieldsOf(ffi::Span<const int64_t> indices) {
 void FusedMetadataOfBuffers(Stream stream, ffi::RemainingArgs operands, ffi::RemainingRets results,
                             ffi::Span<const int64_t> field_indices,
                             ffi::Span<const int64_t> tokens_per_column, int64_t count,
-                            int64_t rows_per_request, int64_t added_tokens, int64_t max_len,
-                            int64_t nsa_index_topk, std::string_view tail, int64_t num_backends,
-                            bool stacked, ffi::Span<const int64_t> backend_offsets, bool written,
+                            int64_t rows_per_request, int64_t added_tokens, bool prefill,
+                            int64_t max_total_keys, int64_t max_len, int64_t nsa_index_topk,
+                            std::string_view tail, int64_t num_backends, bool stacked,
+                            ffi::Span<const int64_t> backend_offsets, bool written,
                             int64_t max_new_tokens) {
   const auto args = std::make_unique<FusedMetadataArguments>();
   Rows& rows = args->rows;
   rows.count = Int32(count, 0, "rows");
   rows.rows_per_request = Int32(rows_per_request, 0, "rows_per_request");
   rows.added_tokens = Int32(added_tokens, 0, "added_tokens");
+  rows.prefill = prefill;
+  Expect(rows.ragged() || !prefill, "rows_per_request: expected 0 in prefill");
+  args->max_total_keys = Int32(max_total_keys, 0, "max_total_keys");
   args->max_len = Int32(max_len, 1, "max_len");
   Expect(max_len <= kMaxLen, "max_len: expected at most 2^30");
   args->nsa_index_topk = Int32(nsa_index_topk, 1, "nsa_index_topk");
@@ -337,6 +344,8 @@ std::vector<XlaHandler> XlaHandlers() {
                              .Attr<int64_t>("rows")
                              .Attr<int64_t>("rows_per_request")
                              .Attr<int64_t>("added_tokens")
+                             .Attr<bool>("prefill")
+                             .Attr<int64_t>("max_total_keys")
                              .Attr<int64_t>("max_len")
                              .Attr<int64_t>("nsa_index_topk")
                              .Attr<std::string_view>("tail")

@@ -13,6 +13,7 @@ from jaxnsa.operations import (
     fused_metadata_precompute_and_broadcast,
     precompute_decode_metadata,
     precompute_draft_extend_metadata,
+    precompute_extend_metadata,
     precompute_target_verify_metadata,
     prefix_sum,
 )
@@ -38,6 +39,7 @@ __all__ = [
     "override",
     "precompute_decode_metadata",
     "precompute_draft_extend_metadata",
+    "precompute_extend_metadata",
     "precompute_target_verify_metadata",
     "prefix_sum",
     "reference",

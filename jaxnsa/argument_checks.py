@@ -108,6 +108,7 @@ class Arguments(NamedTuple):
     num_draft_tokens: Any = None
     extend_seq_lens: Any = None
     max_total_tokens: Any = None
+    max_total_keys: Any = None
     max_len: Any = None
     nsa_index_topk: Any = 1
     real_page_size: Any = 1
@@ -136,7 +137,8 @@ def inputs(given: Arguments) -> tuple[Inputs, Rows]:
             f"req_to_token: got shape {req_to_token.shape}, expected at least one row and column"
         )
     verify = mode is ForwardMode.TARGET_VERIFY
-    extend = mode is ForwardMode.DRAFT_EXTEND
+    prefill = mode is ForwardMode.EXTEND
+    extend = prefill or mode is ForwardMode.DRAFT_EXTEND
     for name, wanted in (
         ("num_draft_tokens", verify),
         ("extend_seq_lens", extend),
@@ -147,6 +149,9 @@ def inputs(given: Arguments) -> tuple[Inputs, Rows]:
             raise ValueError(f"{name}: got None, expected a value in {mode}")
         if not wanted and value is not None:
             raise ValueError(f"{name}: got {described(value)}, expected None in {mode}")
+    if not prefill and given.max_total_keys is not None:
+        got = described(given.max_total_keys)
+        raise ValueError(f"max_total_keys: got {got}, expected None in {mode}")
     num_draft_tokens = extend_seq_lens = max_total_tokens = None
     if verify:
         num_draft_tokens = integer("num_draft_tokens", given.num_draft_tokens, 1)
@@ -185,6 +190,11 @@ def spec(given: Arguments, rows: Rows, pool_cols: int, *, fresh: bool) -> Spec:
         stacked=flag("stacked", given.stacked),
         backend_offsets=backend_offsets(given.backend_offsets, num_backends),
         max_new_tokens=max_new_tokens(given.max_new_tokens, given.written_lens),
+        max_total_keys=(
+            None
+            if given.max_total_keys is None
+            else integer("max_total_keys", given.max_total_keys, 0, MAX_LEN)
+        ),
     )
     if result.tail == "keep" and fresh:
         raise ValueError("tail: got 'keep', expected 'copy' or 'zero' as there is no out= to keep")
@@ -192,6 +202,11 @@ def spec(given: Arguments, rows: Rows, pool_cols: int, *, fresh: bool) -> Spec:
         raise ValueError(
             f"written_lens: got {described(given.written_lens)}, expected None as there is "
             + ("no out= that holds anything" if fresh else f"tail {result.tail!r}, not 'keep'")
+        )
+    if result.backend_offsets is not None and rows.prefill:
+        raise ValueError(
+            f"backend_offsets: got {result.backend_offsets}, expected None in "
+            f"{ForwardMode.EXTEND}, where all backends see the same tokens"
         )
     if not result.wide_table and not result.real_table:
         raise ValueError(

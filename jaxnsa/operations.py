@@ -213,6 +213,64 @@ def precompute_draft_extend_metadata(
     return _fused_metadata(arguments, out, implementation)[0]
 
 
+def precompute_extend_metadata(
+    seq_lens: Array,
+    extend_seq_lens: Array,
+    req_pool_indices: Array,
+    req_to_token: Array,
+    *,
+    max_total_tokens: int,
+    max_total_keys: int | None = None,
+    max_len: int | None = None,
+    nsa_index_topk: int = 2048,
+    real_page_size: int = 64,
+    wide_table: bool = True,
+    tail: Tail | None = None,
+    out: NSAMetadata | None = None,
+    implementation: str | Sequence[str] | None = None,
+) -> NSAMetadata:
+    """The metadata of a prefill step: a row for each new token, a table row for each request.
+
+    A prompt may come in chunks, and requests that decode, with one new token, among others. Rows
+    past the total hold 0 and the last prefix sum; where the total exceeds max_total_tokens, the
+    rows stop there. `jaxnsa.spec.Rows` says which row holds what.
+
+    Args:
+      seq_lens: int32 or int64 [bs], KV length of each request, its new tokens counted.
+      extend_seq_lens: int32 or int64 [bs], new tokens of each request; negative counts as 0.
+      req_pool_indices: int32 or int64 [bs], each request's row in the pool; clamped into it.
+      req_to_token: int32 [pool_rows, pool_cols], KV slot of each token of each request.
+      max_total_tokens: capacity, the rows of the result.
+      max_total_keys: capacity of `flat_page_indices`, the slots of all requests' tokens one request
+        behind the other; what lies past the last one is 0, or with tail "keep" left alone. None
+        leaves the array out.
+      max_len, nsa_index_topk, real_page_size, wide_table, tail, out, implementation: as in
+        `precompute_decode_metadata`. A request's table row sees its `cache_seqlens`.
+
+    Returns:
+      NSAMetadata; its docstring gives the shapes.
+
+    Raises:
+      ValueError, TypeError: an argument has the wrong shape, dtype or value.
+      ImplementationUnavailableError: no implementation that was asked for can run here.
+    """
+    arguments = Arguments(
+        ForwardMode.EXTEND,
+        seq_lens,
+        req_pool_indices,
+        req_to_token,
+        extend_seq_lens=extend_seq_lens,
+        max_total_tokens=max_total_tokens,
+        max_total_keys=max_total_keys,
+        max_len=max_len,
+        nsa_index_topk=nsa_index_topk,
+        real_page_size=real_page_size,
+        wide_table=wide_table,
+        tail=tail,
+    )
+    return _fused_metadata(arguments, out, implementation)[0]
+
+
 def fused_metadata_precompute_and_broadcast(
     seq_lens: Array,
     req_pool_indices: Array,
@@ -223,6 +281,7 @@ def fused_metadata_precompute_and_broadcast(
     num_draft_tokens: int | None = None,
     extend_seq_lens: Array | None = None,
     max_total_tokens: int | None = None,
+    max_total_keys: int | None = None,
     max_len: int | None = None,
     nsa_index_topk: int = 2048,
     real_page_size: int = 64,
@@ -248,10 +307,11 @@ def fused_metadata_precompute_and_broadcast(
       req_pool_indices: int32 or int64 [bs], each request's row in the pool; clamped into it.
       req_to_token: int32 [pool_rows, pool_cols], KV slot of each token of each request.
       num_backends: N, >= 1.
-      forward_mode: decides the rows, and which of the next three arguments must be given.
+      forward_mode: decides the rows, and which of the next four arguments are given.
       num_draft_tokens: in target verify, see `precompute_target_verify_metadata`.
-      extend_seq_lens: in draft extend, see `precompute_draft_extend_metadata`.
-      max_total_tokens: in draft extend, see `precompute_draft_extend_metadata`.
+      extend_seq_lens, max_total_tokens: in draft extend and prefill, see
+        `precompute_draft_extend_metadata` and `precompute_extend_metadata`.
+      max_total_keys: in prefill, see `precompute_extend_metadata`.
       max_len, nsa_index_topk, real_page_size, wide_table, index_kpool, schedules, tail,
         written_lens, max_new_tokens,
         implementation: as in `precompute_decode_metadata`.
@@ -278,6 +338,7 @@ def fused_metadata_precompute_and_broadcast(
         num_draft_tokens=num_draft_tokens,
         extend_seq_lens=extend_seq_lens,
         max_total_tokens=max_total_tokens,
+        max_total_keys=max_total_keys,
         max_len=max_len,
         nsa_index_topk=nsa_index_topk,
         real_page_size=real_page_size,
@@ -438,7 +499,7 @@ def _fused_metadata(
     strategy = checks.one_of("strategy", strategy, ("ultra_fast", "fast", "fallback"))
     here = settings()
     if here.validate:
-        check_inputs(inputs, rows, spec.max_len, spec.nsa_index_topk, debug=True)
+        check_inputs(inputs, spec, debug=True)
     inputs = checks.held_inputs(inputs)
     name = choose(implementation, here, _platform(inputs), requests=rows.requests, spec=spec)
     _log_path(name, strategy, spec.num_backends)

@@ -6,6 +6,7 @@ from typing import Any
 import jax
 
 from jaxnsa.spec import Spec
+from pallas_kernels.lanes import LANES, Lanes, Scalar
 from pallas_kernels.tables import Destination
 
 
@@ -20,6 +21,7 @@ class Destinations:
     def __init__(self, spec: Spec, refs: list[dict[str, Any]]):
         self._spec = spec
         self._refs = refs
+        self._wanted = set(spec.shapes())
         self._unwritten = set(itertools.product(spec.shapes(), spec.offsets))
 
     def of(self, name: str, offset: int) -> list[Destination]:
@@ -31,11 +33,23 @@ class Destinations:
             return [(refs[name], (k,)) for k in backends]
         return [(self._refs[k][name], ()) for k in backends]
 
-    def store(self, offset: int, index: jax.Array | int, **values: jax.Array) -> None:
-        """Stores a value at an index of each named array of every backend of an offset."""
-        for name, value in values.items():
+    def store(self, offset: int, index: Scalar, **values: jax.Array) -> None:
+        """Stores a value at an index of each named array, if wanted, of an offset's backends."""
+        for name, value in self._of_wanted(values):
             for ref, lead in self.of(name, offset):
                 ref[(*lead, index)] = value
+
+    def store_first(
+        self, offset: int, lanes: Lanes, start: Scalar, count: Scalar, **values: Scalar
+    ) -> None:
+        """Stores the first `count` of 128 elements, or as often a scalar, likewise from `start`."""
+        for name, value in self._of_wanted(values):
+            vector = lanes.zeros(LANES) + value
+            for ref, lead in self.of(name, offset):
+                lanes.store_first(ref.at[lead] if lead else ref, start, vector, count)
+
+    def _of_wanted(self, values: dict[str, Any]) -> list[tuple[str, Any]]:
+        return [(name, value) for name, value in values.items() if name in self._wanted]
 
     def check_all_written(self) -> None:
         """NotImplementedError where the kernel, which has been traced, left out an array."""

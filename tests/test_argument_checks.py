@@ -132,6 +132,22 @@ def out(**changes):
             ValueError,
             "max_total_tokens: got -1",
         ),
+        ({"max_total_keys": 9}, ValueError, "max_total_keys: got 9, expected None in"),
+        (
+            {"forward_mode": ForwardMode.EXTEND, "extend_seq_lens": SEQ_LENS},
+            ValueError,
+            "max_total_tokens: got None, expected a value in ForwardMode.EXTEND",
+        ),
+        (
+            {
+                "forward_mode": ForwardMode.EXTEND,
+                "extend_seq_lens": SEQ_LENS,
+                "max_total_tokens": 9,
+                "max_total_keys": -1,
+            },
+            ValueError,
+            "max_total_keys: got -1",
+        ),
         ({"out": out()}, ValueError, "out: got NSAMetadata, expected a tuple of 1 NSAMetadata"),
         ({"out": (out(),) * 2}, ValueError, "out: got 2 of them, expected a tuple of 1"),
         ({"out": (3,)}, TypeError, r"out\[0\]: got 3, expected an NSAMetadata"),

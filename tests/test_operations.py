@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from helpers import (
     BATCH_SIZES,
+    TABLE_MODES,
     assert_same,
     check_broadcast,
     held,
@@ -23,7 +24,7 @@ from jaxnsa import ForwardMode, reference
 from jaxnsa.app import verify
 
 
-@pytest.mark.parametrize("mode", ForwardMode)
+@pytest.mark.parametrize("mode", TABLE_MODES)
 @pytest.mark.parametrize("bs", BATCH_SIZES)
 def test_batch_sizes(bs, mode, implementation):
     pool_cols = 6 if bs < 100 else 40
@@ -38,7 +39,7 @@ def test_batch_sizes(bs, mode, implementation):
     )
 
 
-@pytest.mark.parametrize("mode", ForwardMode)
+@pytest.mark.parametrize("mode", TABLE_MODES)
 @pytest.mark.parametrize("bs", (0, 1, 3, *large(33, 256)))
 @pytest.mark.parametrize("tail", ("copy", "zero", "keep"))
 def test_in_place(bs, mode, tail, implementation):
@@ -55,7 +56,7 @@ def test_in_place(bs, mode, tail, implementation):
     )
 
 
-@pytest.mark.parametrize("mode", ForwardMode)
+@pytest.mark.parametrize("mode", TABLE_MODES)
 @pytest.mark.parametrize("page", (1, 2, 7, 48, 64, 100, *large(4096)))
 @pytest.mark.parametrize("max_len", (1, 63, 64, 65, *large(1001)))
 def test_page_sizes_and_widths(page, max_len, mode, implementation):
@@ -71,7 +72,7 @@ def test_page_sizes_and_widths(page, max_len, mode, implementation):
     )
 
 
-@pytest.mark.parametrize("mode", ForwardMode)
+@pytest.mark.parametrize("mode", TABLE_MODES)
 @pytest.mark.parametrize("tail, in_place", (("copy", False), ("zero", True), ("keep", True)))
 @pytest.mark.parametrize(
     "pool_cols, max_len, page",
@@ -134,7 +135,7 @@ def test_padding_rows_and_dead_columns(tail_width_page, implementation):
 
 @pytest.mark.parametrize("in_place", (False, True))
 @pytest.mark.parametrize("stacked", (False, True))
-@pytest.mark.parametrize("mode", ForwardMode)
+@pytest.mark.parametrize("mode", TABLE_MODES)
 def test_no_wide_table(mode, stacked, in_place, implementation):
     check_broadcast(
         inputs(3, pool_cols=70),
@@ -150,7 +151,7 @@ def test_no_wide_table(mode, stacked, in_place, implementation):
 
 
 @pytest.mark.parametrize("in_place", (False, True))
-@pytest.mark.parametrize("mode", ForwardMode)
+@pytest.mark.parametrize("mode", TABLE_MODES)
 def test_stacked(mode, in_place, implementation):
     check_broadcast(
         inputs(3, pool_cols=130),
@@ -182,7 +183,7 @@ def test_long_context_in_place(implementation):
 
 
 @pytest.mark.large
-@pytest.mark.parametrize("mode", ForwardMode)
+@pytest.mark.parametrize("mode", TABLE_MODES)
 @pytest.mark.parametrize("tail", ("copy", "keep"))
 @pytest.mark.parametrize("bs, max_len", ((11, 131_072), (130, 66_000), (130, 33_003)))
 def test_tables_of_many_tiles(bs, max_len, tail, mode, implementation):
@@ -234,7 +235,7 @@ def test_extreme_values(pool_cols, tail, implementation):
     # The first ones: n * (n + 1) leaves int32, and uint32, among the rows of a request.
     lengths = np.array([46_340, 65_535, low, high, 0, -1, 1, high - 2], np.int32)
     pool = np.resize(np.array([low, high, -1, 0, 1, -64, 63], np.int32), (2, pool_cols))
-    for mode in ForwardMode:
+    for mode in TABLE_MODES:
         options = mode_options(mode, 8)
         if mode is ForwardMode.DRAFT_EXTEND:
             options["extend_seq_lens"] = np.array([1, 2, 3, 2, low, 1, 4, 1], np.int32)
@@ -263,7 +264,7 @@ def test_random_cases(seed, implementation):
 @pytest.mark.large
 @given(data=st.data())
 @settings(max_examples=60, deadline=None)
-@pytest.mark.parametrize("mode", ForwardMode)
+@pytest.mark.parametrize("mode", TABLE_MODES)
 def test_any_shape_and_value(mode, implementation, data):
     bs = data.draw(st.integers(0, 9), "bs")
     pool_rows, pool_cols = data.draw(st.tuples(st.integers(1, 4), st.integers(1, 70)), "pool")
@@ -382,7 +383,7 @@ def test_int64_inputs_are_narrowed(implementation):
     wide = np.array([2**40, -(2**40), 5, 2**33 + 1, 0, 7, 8, 9, 10])
     with jax.enable_x64(True):
         for lengths in (jnp.asarray(wide), wide):
-            for mode in ForwardMode:
+            for mode in TABLE_MODES:
                 options = mode_options(mode, 9)
                 if "extend_seq_lens" in options:
                     options["extend_seq_lens"] = options["extend_seq_lens"].astype(np.int64)
@@ -400,7 +401,7 @@ def test_int64_inputs_are_narrowed(implementation):
 
 def test_results_are_the_same_under_x64(implementation):
     with jax.enable_x64(True):
-        for mode in ForwardMode:
+        for mode in TABLE_MODES:
             check_broadcast(
                 inputs(3, pool_cols=130),
                 implementation=implementation,

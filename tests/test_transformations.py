@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from helpers import (
+    TABLE_MODES,
     assert_same,
     count_compilations,
     held,
@@ -24,7 +25,7 @@ compute = jaxnsa.fused_metadata_precompute_and_broadcast
 specify = reference.fused_metadata_precompute_and_broadcast
 
 
-@pytest.mark.parametrize("mode", ForwardMode)
+@pytest.mark.parametrize("mode", TABLE_MODES)
 def test_inside_jit(mode, implementation):
     arguments, options = inputs(3, pool_cols=70), mode_options(mode, 3)
     extend = options.pop("extend_seq_lens", None)
@@ -63,7 +64,7 @@ def test_forward_mode_is_an_argument_of_jit(implementation):
     assert step(arguments, ForwardMode.TARGET_VERIFY)[0].page_indices.shape[0] == 6
 
 
-@pytest.mark.parametrize("mode", ForwardMode)
+@pytest.mark.parametrize("mode", TABLE_MODES)
 @pytest.mark.parametrize("strategy", ("ultra_fast", "fast", "fallback"))
 @pytest.mark.parametrize("tail", ("copy", "keep"))
 def test_donation_inside_jit_is_in_place(mode, strategy, tail, implementation):
@@ -109,7 +110,7 @@ def test_donated_arrays_are_gone(implementation):
     assert all(array.is_deleted() for array in jax.tree.leaves(out))
 
 
-@pytest.mark.parametrize("mode", ForwardMode)
+@pytest.mark.parametrize("mode", TABLE_MODES)
 @pytest.mark.parametrize("in_place", (False, True))
 def test_vmap(mode, in_place, implementation):
     seq_lens, indices, pool = inputs(3, pool_cols=70)
@@ -151,7 +152,7 @@ def test_vmap_of_the_small_functions(implementation):
         assert_same(jax.tree.map(lambda array, k=k: array[k], filled), expected)
 
 
-@pytest.mark.parametrize("mode", ForwardMode)
+@pytest.mark.parametrize("mode", TABLE_MODES)
 @pytest.mark.parametrize("in_place", (False, True))
 def test_shard_map_over_eight_devices(mode, in_place, implementation):
     shards, bs = 8, 3
@@ -196,7 +197,7 @@ def test_shard_map_over_eight_devices(mode, in_place, implementation):
 
 
 @pytest.mark.large
-@pytest.mark.parametrize("mode", ForwardMode)
+@pytest.mark.parametrize("mode", TABLE_MODES)
 def test_new_values_never_recompile(mode, implementation):
     def call(seed):
         seq_lens, indices, pool = inputs(33, seed=seed)

@@ -102,6 +102,39 @@ class Table {
   std::vector<int32_t> scratch_;
 };
 
+// The keys of all requests in every backend, if they are wanted, request by request.
+class Keys {
+ public:
+  explicit Keys(const FusedMetadataArguments& args)
+      : room_(args.max_total_keys), max_len_(args.max_len) {
+    for (int b = 0; b < args.num_backends; ++b) {
+      int32_t* const array = args.backends[b].lengths.flat_page_indices;
+      if (array != nullptr) ends_.push_back(array);
+    }
+  }
+
+  // The keys of a request: the slots of its tokens, 0 past the table's last column.
+  void Append(const int32_t* pool_row, int32_t cache_seqlen) {
+    const int64_t count = std::min<int64_t>(cache_seqlen, room_);
+    const int64_t copied = std::min<int64_t>(count, max_len_);
+    for (int32_t*& end : ends_) {
+      std::fill_n(std::copy_n(pool_row, copied, end), count - copied, 0);
+      end += count;
+    }
+    room_ -= count;
+  }
+
+  // The padding keys.
+  void Clear() {
+    for (int32_t* const end : ends_) std::fill_n(end, room_, 0);
+  }
+
+ private:
+  std::vector<int32_t*> ends_;
+  int64_t room_;
+  int64_t max_len_;
+};
+
 std::vector<Table> TablesOf(const FusedMetadataArguments& args) {
   std::vector<Table> tables;
   Backend first = args.backends[0];
@@ -123,8 +156,8 @@ void FusedMetadata(Stream, const FusedMetadataArguments& args) {
   std::vector<int32_t> cache_seqlens(args.num_backends), cache_sums(args.num_backends),
       nsa_sums(args.num_backends);
   int64_t row = 0;
-  const auto store_row = [&](int b, int64_t row, int32_t kv_len) {
-    const RowValues values = RowValuesOf(kv_len, args.nsa_index_topk);
+  Keys keys(args);
+  const auto store_row = [&](int b, int64_t row, const RowValues& values) {
     nsa_sums[b] = Add(nsa_sums[b], values.nsa_cache_seqlens);
     Store(args.backends[b].lengths, row, values);
     Store(args.backends[b].lengths, row + 1, RowSums(nsa_sums[b]));
@@ -141,24 +174,36 @@ void FusedMetadata(Stream, const FusedMetadataArguments& args) {
     };
     for (int b = 0; b < args.num_backends; ++b) {
       const Lengths& lengths = args.backends[b].lengths;
+      const int32_t first_key = cache_sums[b];
       cache_seqlens[b] = rows.cache_seqlen(i, args.backend_offsets[b]);
       cache_sums[b] = Add(cache_sums[b], cache_seqlens[b]);
       Store(lengths, i, RequestValues(cache_seqlens[b]));
       Store(lengths, i + 1, RequestSums(cache_sums[b]));
-      for (int64_t j = 0; j < count; ++j) store_row(b, row + j, kv_len(b, j));
+      for (int64_t j = 0; j < count; ++j) {
+        store_row(b, row + j, RowValuesOf(kv_len(b, j), args.nsa_index_topk,
+                                          static_cast<int32_t>(i), first_key));
+      }
     }
     const auto table_kv_len = [&](int b, int64_t j) {
-      return args.request_columns ? cache_seqlens[b] : kv_len(b, j);
+      return rows.prefill || args.request_columns ? cache_seqlens[b] : kv_len(b, j);
     };
     const int32_t* const pool_row = args.pool.row(args.req_pool_indices[i]);
     const int32_t written = args.written_lens.data != nullptr ? args.written_lens[i] : 0;
-    for (Table& table : tables) table.Write(pool_row, row, count, written, table_kv_len);
+    for (Table& table : tables) {
+      table.Write(pool_row, rows.prefill ? i : row, rows.prefill ? 1 : count, written,
+                  table_kv_len);
+    }
+    keys.Append(pool_row, cache_seqlens[0]);
     row += count;
   }
   for (int b = 0; b < args.num_backends; ++b) {
-    for (int64_t padding = row; padding < rows.count; ++padding) store_row(b, padding, 0);
+    for (int64_t padding = row; padding < rows.count; ++padding) {
+      store_row(b, padding, PaddingRowValues());
+    }
   }
   if (args.tail == Tail::kKeep) return;
+  keys.Clear();
+  if (rows.prefill) return;
   for (Table& table : tables) table.Clear(row, rows.count - row);
 }
 

@@ -1,8 +1,8 @@
 """The whole computation in one launch: lengths, prefix sums and page tables, for every destination.
 
 Purpose: `NSAMetadata` of all backends of a step.
-Grid: for each request programs that write its lengths, one for each offset of backends, then those
-that share its tables.
+Grid: for each request the programs that share its lengths, for each offset of backends; in prefill
+those that share its keys; then those that share its tables.
 Program: independent of all others; sums over earlier requests it takes by itself. Those of the
 tables take tiles of the request's pool row with a grid stride, as far as columns are written.
 Inputs: seq_lens, req_pool_indices, req_to_token, extend_seq_lens where rows are ragged, and
@@ -35,6 +35,7 @@ from jaxnsa.implementations.triton_kernels.rows import (
     kv_len,
     load_request,
     locate,
+    locate_among,
     sums_before,
     write_rows,
 )
@@ -47,6 +48,9 @@ from jaxnsa.implementations.triton_kernels.tables import (
 from jaxnsa.implementations.triton_kernels.tuning import BlockConfig
 from jaxnsa.metadata import Extent, NSAMetadata
 from jaxnsa.spec import MAX_LEN, Inputs, Spec, Tail
+
+_KEY_TILE = tl.constexpr(512)
+_MOST_SHARES = 1024  # programs of all requests together that share ragged rows, and keys
 
 
 class RequestValues(NamedTuple):
@@ -68,6 +72,12 @@ class Tables(NamedTuple):
     real_page_table: Any
 
 
+class Keys(NamedTuple):
+    """The arrays of [max_total_keys]."""
+
+    flat_page_indices: Any
+
+
 class Results(NamedTuple):
     """All arrays that the kernel writes, by extent."""
 
@@ -76,6 +86,7 @@ class Results(NamedTuple):
     rows: RowValues
     rows_plus_1: RowSums
     tables: Tables
+    keys: Keys
 
     @classmethod
     def of(cls, spec: Spec, destinations: Sequence[Mapping[str, Any]]) -> "Results":
@@ -90,6 +101,7 @@ class Results(NamedTuple):
             of_extent(RowValues, Extent.ROWS),
             of_extent(RowSums, Extent.ROWS_PLUS_1),
             of_extent(Tables, Extent.TABLE),
+            of_extent(Keys, Extent.KEYS),
         )
 
 
@@ -98,21 +110,29 @@ class Sizes(NamedTuple):
 
     Attributes:
       rows: those of the rows.
+      table_rows: those of the table rows.
+      max_total_keys: keys of all requests, padding keys included.
       max_len: tokens that a table row has columns for.
       pages: columns of the real page table.
       pool_rows: rows of req_to_token.
       pool_stride: of req_to_token, in units of `TableConstants.pool_unit` elements.
       wide_stride: of page_indices, in units of `TableConstants.wide_unit` elements.
       programs: of a request.
+      length_programs: the first of them, which share its lengths.
+      key_programs: those after them, which share its keys.
     """
 
     rows: RowSizes
+    table_rows: RowSizes
+    max_total_keys: Any
     max_len: Any
     pages: Any
     pool_rows: Any
     pool_stride: Any
     wide_stride: Any
     programs: Any
+    length_programs: Any
+    key_programs: Any
 
 
 @dataclasses.dataclass(frozen=True)
@@ -121,10 +141,12 @@ class OffsetConstants:
 
     Attributes:
       rows: their rows.
+      table_rows: the rows of their tables.
       backends: of each, its destination and its place in there.
     """
 
     rows: RowConstants
+    table_rows: RowConstants
     backends: tuple[tuple[int, int], ...]
 
     @classmethod
@@ -134,6 +156,7 @@ class OffsetConstants:
         return tuple(
             cls(
                 RowConstants.of(spec.rows_of(offset)),
+                RowConstants.of(spec.rows_of(offset).tables),
                 tuple(p for p, other in zip(places, spec.offsets, strict=True) if other == offset),
             )
             for offset in sorted(set(spec.offsets))
@@ -211,10 +234,19 @@ def fused_metadata(
             else BlockConfig.of_pages(rows.requests, pages)
         )
     constants = TableConstants.of(spec, pool_cols, config)
-    offsets = OffsetConstants.of(spec)
     # The first access may begin three columns before the first new one.
     tiles = -(-min(max_len, spec.max_new_tokens + 3) // constants.tile)
-    programs = len(offsets) + min(tiles, max(1, config.programs // rows.requests))
+    offsets = OffsetConstants.of(spec)
+
+    def shares(places: int, tile: int) -> int:
+        return min(triton.cdiv(places, tile), max(1, _MOST_SHARES // rows.requests))
+
+    ragged = rows.rows_per_request is None
+    rows_at_once = offsets[0].rows.rows_at_once
+    length_programs = shares(rows.count, 2 * rows_at_once) if ragged else 1
+    key_programs = shares(spec.max_total_keys or 0, _KEY_TILE.value)
+    table_programs = min(tiles, max(1, config.programs // rows.requests))
+    programs = len(offsets) * length_programs + key_programs + table_programs
     results = launch(
         _fused_metadata,
         inputs,
@@ -224,12 +256,16 @@ def fused_metadata(
         warps=config.warps,
         sizes=Sizes(
             RowSizes.of(rows, spec.nsa_index_topk),
+            RowSizes.of(rows.tables, spec.nsa_index_topk),
+            spec.max_total_keys or 0,
             max_len,
             pages,
             pool_rows,
             pool_cols // constants.pool_unit,
             max_len // constants.wide_unit,
             programs,
+            length_programs,
+            key_programs,
         ),
         constants={"OFFSETS": offsets, "TABLES": constants},
     )
@@ -243,37 +279,73 @@ def _fused_metadata(inputs, results, sizes, OFFSETS: tl.constexpr, TABLES: tl.co
     program = tl.program_id(0) % sizes.programs
     lengths = Lengths(inputs.seq_lens, inputs.extend_seq_lens)
     for k in tl.static_range(len(OFFSETS)):
-        if program == k:
-            _write_lengths(results, lengths, i, sizes.rows, OFFSETS[k])
-    if program >= len(OFFSETS):
-        _write_tables(inputs, results, lengths, i, program - len(OFFSETS), sizes, OFFSETS, TABLES)
+        share = program - k * sizes.length_programs
+        if (share >= 0) & (share < sizes.length_programs):
+            _write_lengths(results, share, lengths, i, sizes, OFFSETS[k])
+    share = program - len(OFFSETS) * sizes.length_programs
+    if share >= 0:
+        index = tl.load(inputs.req_pool_indices + i)
+        pool_row = tl.minimum(tl.maximum(index, 0), sizes.pool_rows - 1).to(tl.int64)
+        source = inputs.req_to_token + pool_row * (sizes.pool_stride * TABLES.pool_unit)
+        if share < sizes.key_programs:
+            _write_keys(results.keys, source, share, lengths, i, sizes, OFFSETS[0], TABLES)
+        else:
+            share -= sizes.key_programs
+            _write_tables(inputs, results, source, share, lengths, i, sizes, OFFSETS, TABLES)
 
 
 @triton.jit
-def _write_lengths(results, lengths, i, sizes, OFFSET: tl.constexpr):
-    """All arrays but the tables, as far as a request goes, in the backends of an offset."""
-    requests, rows = sizes.requests, sizes.rows
+def _write_lengths(results, share, lengths, i, sizes, OFFSET: tl.constexpr):
+    """One program's share of all arrays but the tables, as far as a request goes."""
+    requests, rows = sizes.rows.requests, sizes.rows.rows
     of_requests = of_backends(results.requests, requests, OFFSET.backends)
     of_requests_plus_1 = of_backends(results.requests_plus_1, requests + 1, OFFSET.backends)
     of_rows = of_backends(results.rows, rows, OFFSET.backends)
     of_rows_plus_1 = of_backends(results.rows_plus_1, rows + 1, OFFSET.backends)
     request = load_request(lengths, i, OFFSET.rows)
-    sums = sums_before(lengths, i, sizes, OFFSET.rows)
-    store_values(of_requests, i, RequestValues(request.cache_seqlen))
-    if i == 0:
-        store_values(of_requests_plus_1, 0, RequestSums(0))
-    cache_sum = sums.cache_seqlens + request.cache_seqlen
-    store_values(of_requests_plus_1, i + 1, RequestSums(cache_sum))
-    write_rows(of_rows, of_rows_plus_1, lengths, request, sums, sizes, OFFSET.rows)
+    sums = sums_before(lengths, i, sizes.rows, OFFSET.rows)
+    if share == 0:
+        store_values(of_requests, i, RequestValues(request.cache_seqlen))
+        if i == 0:
+            store_values(of_requests_plus_1, 0, RequestSums(0))
+        cache_sum = sums.cache_seqlens + request.cache_seqlen
+        store_values(of_requests_plus_1, i + 1, RequestSums(cache_sum))
+    shares = sizes.length_programs
+    rows_of = OFFSET.rows
+    write_rows(of_rows, of_rows_plus_1, lengths, request, sums, share, shares, sizes.rows, rows_of)
+
+
+@triton.jit
+def _write_keys(keys, source, share, lengths, i, sizes, OFFSET: tl.constexpr, TABLES: tl.constexpr):
+    """One program's share of a request's keys, and of the padding keys."""
+    capacity = sizes.max_total_keys
+    request = load_request(lengths, i, OFFSET.rows)
+    location = locate_among(
+        lengths.seq_lens, i, request.cache_seqlen, capacity, sizes.rows, OFFSET.rows
+    )
+    arrays = of_backends(keys, capacity, OFFSET.backends)
+    TILE: tl.constexpr = _KEY_TILE
+    for first in range(share * TILE, location.rows, sizes.key_programs * TILE):
+        column = first + tl.arange(0, TILE)
+        exists = column < location.rows
+        slots = tl.load(source + column, exists & (column < sizes.max_len), 0)
+        store_values(arrays, location.first_row + column, Keys(slots), exists)
+    if TABLES.tail != "keep":
+        programs = sizes.rows.requests * sizes.key_programs
+        program = i * sizes.key_programs + share
+        for first in range(location.total + program * TILE, capacity, programs * TILE):
+            key = first + tl.arange(0, TILE)
+            store_values(arrays, key, Keys(0), key < capacity)
 
 
 @triton.jit
 def _write_tables(
     inputs,
     results,
+    source,
+    program,
     lengths,
     i,
-    program,
     sizes,
     OFFSETS: tl.constexpr,
     TABLES: tl.constexpr,
@@ -283,18 +355,16 @@ def _write_tables(
     Args:
       inputs: Inputs.
       results: Results.
+      source: the request's row of req_to_token.
+      program: which of the programs that share the request's tables.
       lengths: of all requests.
       i: which request.
-      program: which of the programs that share the request's tables.
       sizes: Sizes.
       OFFSETS: OffsetConstants of all offsets.
       TABLES: TableConstants.
     """
-    index = tl.load(inputs.req_pool_indices + i)
-    pool_row = tl.minimum(tl.maximum(index, 0), sizes.pool_rows - 1).to(tl.int64)
-    source = inputs.req_to_token + pool_row * (sizes.pool_stride * TABLES.pool_unit)
     # As the backends see it that see the most tokens.
-    request = load_request(lengths, i, OFFSETS[len(OFFSETS) - 1].rows)
+    request = load_request(lengths, i, OFFSETS[len(OFFSETS) - 1].table_rows)
     first = 0
     begin = 0
     if inputs.written_lens is not None:
@@ -303,13 +373,13 @@ def _write_tables(
     longest = sizes.max_len
     if TABLES.tail == "keep":
         longest = tl.minimum(request.cache_seqlen, sizes.max_len)
-    location = locate(lengths, request, sizes.rows, OFFSETS[0].rows)
-    programs = sizes.programs - len(OFFSETS)
+    location = locate(lengths, request, sizes.table_rows, OFFSETS[0].table_rows)
+    programs = sizes.programs - len(OFFSETS) * sizes.length_programs - sizes.key_programs
     for index in range(program, tl.cdiv(longest - begin, TABLES.tile), programs):
         start = begin + index * TABLES.tile
         tile = _load_tile(results.tables, source, start, first, longest, TABLES)
         for k in tl.static_range(len(OFFSETS)):
-            request = load_request(lengths, i, OFFSETS[k].rows)
+            request = load_request(lengths, i, OFFSETS[k].table_rows)
             for j in range(0, location.rows):
                 live = sizes.max_len
                 if TABLES.tail != "copy":
@@ -317,9 +387,10 @@ def _write_tables(
                 end = live if TABLES.tail == "keep" else sizes.max_len
                 row = location.first_row + j
                 _store_tile(results.tables, row, tile, live, end, sizes, OFFSETS[k], TABLES)
-            if OFFSETS[k].rows.rows_per_request is None and TABLES.tail != "keep":
-                end = sizes.max_len
-                for row in range(location.total + i, sizes.rows.rows, sizes.rows.requests):
+            if OFFSETS[k].table_rows.rows_per_request is None and TABLES.tail != "keep":
+                rows = sizes.table_rows
+                for row in range(location.total + i, rows.rows, rows.requests):
+                    end = sizes.max_len
                     _store_tile(results.tables, row, tile, 0, end, sizes, OFFSETS[k], TABLES)
 
 
@@ -357,7 +428,7 @@ def _load_tile(tables, source, start, first, longest, TABLES: tl.constexpr):
 def _store_tile(tables, row, tile, live, end, sizes, OFFSET: tl.constexpr, TABLES: tl.constexpr):
     """Stores a tile in a row of the tables: live columns, then 0 up to token `end`."""
     row = tl.cast(row, tl.int64)
-    rows = tl.cast(sizes.rows.rows, tl.int64)
+    rows = tl.cast(sizes.table_rows.rows, tl.int64)
     if len(tables.page_indices) > 0:
         stride = sizes.wide_stride * TABLES.wide_unit
         (wide,) = of_backends((tables.page_indices,), rows * stride, OFFSET.backends)
