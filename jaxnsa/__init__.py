@@ -17,6 +17,10 @@ from jaxnsa.operations import (
     precompute_target_verify_metadata,
     prefix_sum,
 )
+from jaxnsa.ragged_paged_attention import (
+    RaggedPagedAttentionMetadata,
+    ragged_paged_attention_metadata,
+)
 from jaxnsa.schedules import FlashMlaSchedule, PagedMqaSchedule, Schedules, TopkPlan
 from jaxnsa.value_checks import validate_inputs
 
@@ -29,6 +33,7 @@ __all__ = [
     "ImplementationUnavailableError",
     "NSAMetadata",
     "PagedMqaSchedule",
+    "RaggedPagedAttentionMetadata",
     "Schedules",
     "TopkPlan",
     "ffi",
@@ -42,6 +47,7 @@ __all__ = [
     "precompute_extend_metadata",
     "precompute_target_verify_metadata",
     "prefix_sum",
+    "ragged_paged_attention_metadata",
     "reference",
     "validate_inputs",
 ]

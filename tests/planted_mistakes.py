@@ -113,8 +113,8 @@ MISTAKES = [
     Mistake(
         "xla: division truncates",
         XLA,
-        'source.at[self.source_rows].get(mode="promise_in_bounds") // self.stride',
-        "lax.div(source[self.source_rows], jnp.int32(self.stride))",
+        'source.at[self.source_rows].get(mode="promise_in_bounds") // self.page_size',
+        "lax.div(source[self.source_rows], jnp.int32(self.page_size))",
         operations("xla", "extreme_values"),
     ),
     Mistake(
@@ -821,8 +821,8 @@ MISTAKES = [
     Mistake(
         "operations: negative extend lengths count",
         "jaxnsa/operations.py",
-        "int(np.maximum(np.asarray(extend_seq_lens, np.int64), 0).sum())",
-        "max(int(np.asarray(extend_seq_lens, np.int64).sum()), 0)",
+        "int(np.clip(lengths, 0, INT32_MAX).sum())",
+        "max(int(lengths.sum()), 0)",
         operations("xla", "fill_draft_extend_metadata"),
     ),
     Mistake(
@@ -841,7 +841,7 @@ MISTAKES = [
     ),
     Mistake(
         "arguments: True is an int",
-        CHECKS,
+        "jaxnsa/scalar_checks.py",
         "if isinstance(value, bool):",
         "if False:",
         "test_argument_checks.py",
@@ -856,8 +856,8 @@ MISTAKES = [
     Mistake(
         "arguments: int64 of the host wraps",
         CHECKS,
-        "return np.clip(value, INT32_MIN, INT32_MAX).astype(np.int32)",
-        "return value.astype(np.int32)",
+        "vector = np.clip(vector, INT32_MIN, INT32_MAX)",
+        "pass",
         operations("xla", "int64_inputs_are_narrowed"),
     ),
     Mistake(

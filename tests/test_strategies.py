@@ -25,10 +25,10 @@ def test_same_bits(strategy, mode, stacked, tail, in_place, bs, implementation):
         strategy=strategy,
         in_place=in_place,
         tail=tail,
-        num_backends=3,
+        num_backends=2,
         forward_mode=mode,
         stacked=stacked,
-        nsa_index_topk=60,
+        nsa_index_topk=6,
         **mode_options(mode, bs),
     )
 
