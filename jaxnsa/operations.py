@@ -228,6 +228,8 @@ def precompute_extend_metadata(
     wide_table: bool = True,
     tail: Tail | None = None,
     out: NSAMetadata | None = None,
+    written_lens: Array | None = None,
+    max_new_tokens: int | None = None,
     implementation: str | Sequence[str] | None = None,
 ) -> NSAMetadata:
     """The metadata of a prefill step: a row for each new token, a table row for each request.
@@ -245,8 +247,9 @@ def precompute_extend_metadata(
       max_total_keys: capacity of `flat_page_indices`, the slots of all requests' tokens one request
         behind the other; what lies past the last one is 0, or with tail "keep" left alone. None
         leaves the array out.
-      max_len, nsa_index_topk, real_page_size, wide_table, tail, out, implementation: as in
-        `precompute_decode_metadata`. A request's table row sees its `cache_seqlens`.
+      max_len, nsa_index_topk, real_page_size, wide_table, tail, out, written_lens, max_new_tokens,
+        implementation: as in `precompute_decode_metadata`. A request's table row sees its
+        `cache_seqlens`.
 
     Returns:
       NSAMetadata; its docstring gives the shapes.
@@ -268,6 +271,8 @@ def precompute_extend_metadata(
         real_page_size=real_page_size,
         wide_table=wide_table,
         tail=tail,
+        written_lens=written_lens,
+        max_new_tokens=max_new_tokens,
     )
     return _fused_metadata(given, out, implementation)[0]
 
