@@ -15,7 +15,7 @@ from jaxnsa.argument_checks import Arguments
 from jaxnsa.checked_calls import Computation, UnlikeError, compute_as_before, remember
 from jaxnsa.compilation import compiled
 from jaxnsa.config import Strategy, settings
-from jaxnsa.implementations import FUSED, IMPLEMENTATIONS
+from jaxnsa.implementations import FUSED, PORTABLE, computations
 from jaxnsa.implementations.choice import choose
 from jaxnsa.implementations.lowering import computed_by
 from jaxnsa.metadata import Array, DraftExtendSeqlens, ForwardMode, NSAMetadata
@@ -39,6 +39,8 @@ def precompute_decode_metadata(
     schedules: Schedules | None = None,
     tail: Tail | None = None,
     out: NSAMetadata | None = None,
+    written_lens: Array | None = None,
+    max_new_tokens: int | None = None,
     implementation: str | Sequence[str] | None = None,
 ) -> NSAMetadata:
     """The metadata of a decode step: one row per request.
@@ -60,6 +62,14 @@ def precompute_decode_metadata(
         needs `out` and makes the cost follow the live lengths. None: "keep" with `out`, otherwise
         "copy".
       out: destination, donated and filled in place: the result has its device memory.
+      written_lens: int32 or int64 [bs], with `out` and tail "keep": how many leading tokens of
+        request i the tables of each of its rows in `out` hold already, at most those that are live.
+        Their columns are neither read nor written, so that the cost follows what is new; a page is
+        held if its first token is. It is safe where a row belonged to the same request in the call
+        that wrote those tokens, and the pool's entries for them are the same. A wrong claim leaves
+        old columns in place and touches nothing else. `BatchTracker` makes claims that are right.
+      max_new_tokens: with `written_lens`, tokens of any row that are live and not written, at most;
+        no blocks are launched for more. A row that has more is written all the same, by few blocks.
       implementation: a name, or names to try in order; None: the fastest that can run here.
 
     Returns:
@@ -81,6 +91,8 @@ def precompute_decode_metadata(
         index_kpool=index_kpool,
         schedules=schedules,
         tail=tail,
+        written_lens=written_lens,
+        max_new_tokens=max_new_tokens,
     )
     return _fused_metadata(given, out, implementation)[0]
 
@@ -99,6 +111,8 @@ def precompute_target_verify_metadata(
     schedules: Schedules | None = None,
     tail: Tail | None = None,
     out: NSAMetadata | None = None,
+    written_lens: Array | None = None,
+    max_new_tokens: int | None = None,
     implementation: str | Sequence[str] | None = None,
 ) -> NSAMetadata:
     """The metadata of a target-verify step: num_draft_tokens rows per request.
@@ -112,7 +126,7 @@ def precompute_target_verify_metadata(
       req_to_token: int32 [pool_rows, pool_cols], KV slot of each token of each request.
       num_draft_tokens: tokens to verify for each request, >= 1.
       max_len, nsa_index_topk, real_page_size, wide_table, index_kpool, schedules, tail, out,
-        implementation: as in `precompute_decode_metadata`.
+        written_lens, max_new_tokens, implementation: as in `precompute_decode_metadata`.
 
     Returns:
       NSAMetadata; its docstring gives the shapes.
@@ -134,6 +148,8 @@ def precompute_target_verify_metadata(
         index_kpool=index_kpool,
         schedules=schedules,
         tail=tail,
+        written_lens=written_lens,
+        max_new_tokens=max_new_tokens,
     )
     return _fused_metadata(given, out, implementation)[0]
 
@@ -153,6 +169,8 @@ def precompute_draft_extend_metadata(
     schedules: Schedules | None = None,
     tail: Tail | None = None,
     out: NSAMetadata | None = None,
+    written_lens: Array | None = None,
+    max_new_tokens: int | None = None,
     implementation: str | Sequence[str] | None = None,
 ) -> NSAMetadata:
     """The metadata of a draft-extend step: extend_seq_lens[i] rows for request i.
@@ -167,7 +185,7 @@ def precompute_draft_extend_metadata(
       req_to_token: int32 [pool_rows, pool_cols], KV slot of each token of each request.
       max_total_tokens: capacity, the rows of the result.
       max_len, nsa_index_topk, real_page_size, wide_table, index_kpool, schedules, tail, out,
-        implementation: as in `precompute_decode_metadata`.
+        written_lens, max_new_tokens, implementation: as in `precompute_decode_metadata`.
 
     Returns:
       NSAMetadata; its docstring gives the shapes.
@@ -190,6 +208,8 @@ def precompute_draft_extend_metadata(
         index_kpool=index_kpool,
         schedules=schedules,
         tail=tail,
+        written_lens=written_lens,
+        max_new_tokens=max_new_tokens,
     )
     return _fused_metadata(given, out, implementation)[0]
 
@@ -208,6 +228,8 @@ def precompute_extend_metadata(
     wide_table: bool = True,
     tail: Tail | None = None,
     out: NSAMetadata | None = None,
+    written_lens: Array | None = None,
+    max_new_tokens: int | None = None,
     implementation: str | Sequence[str] | None = None,
 ) -> NSAMetadata:
     """The metadata of a prefill step: a row for each new token, a table row for each request.
@@ -225,8 +247,9 @@ def precompute_extend_metadata(
       max_total_keys: capacity of `flat_page_indices`, the slots of all requests' tokens one request
         behind the other; what lies past the last one is 0, or with tail "keep" left alone. None
         leaves the array out.
-      max_len, nsa_index_topk, real_page_size, wide_table, tail, out, implementation: as in
-        `precompute_decode_metadata`. A request's table row sees its `cache_seqlens`.
+      max_len, nsa_index_topk, real_page_size, wide_table, tail, out, written_lens, max_new_tokens,
+        implementation: as in `precompute_decode_metadata`. A request's table row sees its
+        `cache_seqlens`.
 
     Returns:
       NSAMetadata; its docstring gives the shapes.
@@ -248,6 +271,8 @@ def precompute_extend_metadata(
         real_page_size=real_page_size,
         wide_table=wide_table,
         tail=tail,
+        written_lens=written_lens,
+        max_new_tokens=max_new_tokens,
     )
     return _fused_metadata(given, out, implementation)[0]
 
@@ -271,7 +296,10 @@ def fused_metadata_precompute_and_broadcast(
     schedules: Schedules | None = None,
     tail: Tail | None = None,
     out: Sequence[NSAMetadata] | NSAMetadata | None = None,
+    written_lens: Array | None = None,
+    max_new_tokens: int | None = None,
     stacked: bool = False,
+    backend_offsets: Sequence[int] | None = None,
     strategy: Strategy | None = None,
     implementation: str | Sequence[str] | None = None,
 ) -> tuple[NSAMetadata, ...] | NSAMetadata:
@@ -291,11 +319,15 @@ def fused_metadata_precompute_and_broadcast(
         `precompute_draft_extend_metadata` and `precompute_extend_metadata`.
       max_total_keys: in prefill, see `precompute_extend_metadata`.
       max_len, nsa_index_topk, real_page_size, wide_table, index_kpool, schedules, tail,
+        written_lens, max_new_tokens,
         implementation: as in `precompute_decode_metadata`.
       out: destinations, donated and filled in place: N NSAMetadata, or one with `stacked`.
       stacked: one NSAMetadata whose arrays lead with [N], which costs fewer arrays to hand over.
+      backend_offsets: N ints: backend k is computed for `seq_lens + backend_offsets[k]`, so that
+        drafts may each see one token more; None: all 0.
       strategy: "ultra_fast" one launch; "fast" one computation and N copies; "fallback" N
-        computations; None: what the settings say, by default "ultra_fast". All give the same bits.
+        computations, which "fast" stands for too with `written_lens` or `backend_offsets`; None:
+        what the settings say, by default "ultra_fast". All give the same bits.
 
     Returns:
       N NSAMetadata, or one with `stacked`; its docstring gives the shapes.
@@ -322,6 +354,9 @@ def fused_metadata_precompute_and_broadcast(
         tail=tail,
         num_backends=num_backends,
         stacked=stacked,
+        backend_offsets=backend_offsets,
+        written_lens=written_lens,
+        max_new_tokens=max_new_tokens,
     )
     several = stacked is False
     backends = _fused_metadata(given, out, implementation, strategy, several)
@@ -368,7 +403,8 @@ def fused_metadata_copy(
         "fused_metadata_copy",
         len(src.cache_seqlens),
     )
-    name = _computing(name, all(array.size for array in src.arrays().values()))
+    something = all(array.size for array in src.arrays().values())
+    name = _computing(name, implementation, something)
     return _run_copy(src, out, num_backends=num_backends, implementation=name)
 
 
@@ -426,7 +462,7 @@ def fill_draft_extend_metadata(
         seq_lens,
         nsa_index_topk=topk,
         max_total_tokens=capacity,
-        implementation=_computing(name, len(seq_lens) > 0 and capacity > 0),
+        implementation=_computing(name, implementation, len(seq_lens) > 0 and capacity > 0),
     )
 
 
@@ -450,7 +486,7 @@ def prefix_sum(x: Array, *, implementation: str | Sequence[str] | None = None) -
     if isinstance(x, np.ndarray):
         x = x.astype(np.int32)  # a copy, as `checks.held` says, whose sums wrap alike
     name = choose(implementation, settings(), _platform(x), "prefix_sum", len(x))
-    return _run_prefix_sum(x, implementation=_computing(name, len(x) > 0))
+    return _run_prefix_sum(x, implementation=_computing(name, implementation, len(x) > 0))
 
 
 def _fused_metadata(
@@ -488,7 +524,8 @@ def _fused_metadata(
     inputs = checks.held_inputs(inputs)
     name = choose(implementation, here, _platform(inputs), requests=rows.requests, spec=spec)
     _log_path(name, strategy, spec.num_backends)
-    computation = _computation(spec, strategy, _computing(name, not spec.is_empty))
+    name = _computing(name, implementation, not spec.is_empty)
+    computation = _computation(spec, strategy, name)
     if not here.validate:
         remember(computation, list(spec.shapes()), read, written, options)
     return computation(list(inputs), jax.tree.leaves(out))
@@ -517,9 +554,12 @@ def _computation(spec: Spec, strategy: Strategy, implementation: str) -> Computa
     return compute
 
 
-def _computing(implementation: str, something: bool) -> str:
+def _computing(chosen: str, requested: str | Sequence[str] | None, something: bool) -> str:
     """What computes: XLA where there is nothing to launch a kernel for."""
-    return implementation if something else "xla"
+    if not something:
+        return "xla"
+    is_named = requested is not None or settings().implementation is not None
+    return PORTABLE if chosen == "ffi" and not is_named else chosen
 
 
 @functools.cache  # once for each path, not for each call
@@ -559,7 +599,7 @@ def _run_copy(
     implementation: str,
 ) -> tuple[NSAMetadata, ...]:
     src = computed_by(implementation, src)
-    return IMPLEMENTATIONS[implementation].copy(src, out, num_backends=num_backends, live=None)
+    return computations(implementation).copy(src, out, num_backends=num_backends, live=None)
 
 
 @functools.partial(
@@ -573,7 +613,7 @@ def _run_fill_draft_extend_metadata(
     max_total_tokens: int,
     implementation: str,
 ) -> DraftExtendSeqlens:
-    return IMPLEMENTATIONS[implementation].fill_draft_extend_metadata(
+    return computations(implementation).fill_draft_extend_metadata(
         *computed_by(implementation, (saturated(extend_seq_lens), saturated(seq_lens))),
         nsa_index_topk=nsa_index_topk,
         max_total_tokens=max_total_tokens,
@@ -583,4 +623,4 @@ def _run_fill_draft_extend_metadata(
 @functools.partial(compiled, static_argnames=("implementation",))
 def _run_prefix_sum(x: Array, *, implementation: str) -> Array:
     x = computed_by(implementation, jnp.asarray(x, jnp.int32))
-    return IMPLEMENTATIONS[implementation].prefix_sum(x)
+    return computations(implementation).prefix_sum(x)
