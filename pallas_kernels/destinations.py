@@ -19,6 +19,7 @@ class Destinations:
     def __init__(self, spec: Spec, refs: list[dict[str, Any]]):
         self._spec = spec
         self._refs = refs
+        self._wanted = set(spec.shapes())
         self._unwritten = set(spec.shapes())
 
     def of(self, name: str) -> list[Destination]:
@@ -30,10 +31,13 @@ class Destinations:
         return [(refs[name], ()) for refs in self._refs]
 
     def store(self, index: jax.Array | int, **values: jax.Array) -> None:
-        """Stores a value at an index of each named array of every backend."""
-        for name, value in values.items():
+        """Stores a value at an index of each named array, if it is wanted, of every backend."""
+        for name, value in self._of_wanted(values):
             for ref, lead in self.of(name):
                 ref[(*lead, index)] = value
+
+    def _of_wanted(self, values: dict[str, Any]) -> list[tuple[str, Any]]:
+        return [(name, value) for name, value in values.items() if name in self._wanted]
 
     def check_all_written(self) -> None:
         """NotImplementedError where the kernel, which has been traced, left out an array."""

@@ -1,14 +1,16 @@
 """The whole computation in one launch: lengths, prefix sums and page tables, for every destination.
 
 Purpose: `NSAMetadata` of all backends of a step.
-Grid: for each request one block that writes its lengths, then those that share its tables.
+Grid: a block for each schedule; then for each request one that writes its lengths, and those that
+share its tables.
 Block: a warpgroup. It waits for no other: sums over earlier requests it takes by itself.
-Inputs: seq_lens, req_pool_indices, extend_seq_lens where rows are ragged, req_to_token, and a view
+Inputs: seq_lens, req_pool_indices, extend_seq_lens where rows are ragged, req_to_token, and views
 of req_to_token as whole pages where its rows consist of such.
 Outputs: the arrays of `Spec.shapes` of every destination.
 """
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax.numpy as jnp
@@ -18,9 +20,10 @@ from jax.experimental import pallas as pl
 from jaxnsa.metadata import NSAMetadata
 from jaxnsa.spec import Inputs, Spec
 from pallas_kernels.destinations import Destinations
-from pallas_kernels.lanes import Lanes, access_width
+from pallas_kernels.lanes import LANES, Lanes, access_width
 from pallas_kernels.launch import launch
-from pallas_kernels.rows import Lengths, Request, row_values
+from pallas_kernels.rows import IndexTopk, Lengths, Request, row_values
+from pallas_kernels.schedules import schedule_writers
 from pallas_kernels.tables import Source, Table, Targets
 from pallas_kernels.tuning import BlockConfig
 
@@ -33,28 +36,35 @@ class _TablePlan:
       wide: the tiles of `page_indices`, if it is wanted.
       real: the tiles of `real_page_table`, if it is wanted and not written with the wide table.
       pages_with_wide: whether the blocks of the wide table write both.
-      reads_pages: whether the page starts of a pool row form a vector.
+      pooled: the tiles of `pooled_page_table`, if it is wanted.
     """
 
     wide: Table | None
     real: Table | None
     pages_with_wide: bool
-    reads_pages: bool
+    pooled: Table | None
 
     @classmethod
     def of(cls, spec: Spec, pool_shape: tuple[int, ...], config: BlockConfig) -> "_TablePlan":
         """The plan for a pool [pool_rows, pool_cols]."""
         requests, max_len, page_size = spec.rows.requests, spec.max_len, spec.real_page_size
         pool_cols = pool_shape[1]
-        wide = real = None
+        wide = real = pooled = None
         if spec.wide_table:
             width = access_width(pool_cols, max_len)
             wide = Table.of(requests, max_len, 1, spec.tail, width, config)
         together = spec.real_table and wide is not None and wide.yields_pages(page_size)
-        whole_pages = pool_cols % page_size == 0
+
+        def of_pages(tokens: int) -> Table:
+            # Where a pool row consists of them, their starts form a vector.
+            width = int(pool_cols % tokens == 0)
+            return Table.of(requests, max_len, tokens, spec.tail, width, config)
+
         if spec.real_table and not together:
-            real = Table.of(requests, max_len, page_size, spec.tail, int(whole_pages), config)
-        return cls(wide, real, together, real is not None and whole_pages)
+            real = of_pages(page_size)
+        if spec.pooled_table:
+            pooled = of_pages(spec.pooled_page_tokens)
+        return cls(wide, real, together, pooled)
 
     @property
     def first_real_block(self) -> int:
@@ -62,9 +72,14 @@ class _TablePlan:
         return 1 + (self.wide.blocks if self.wide else 0)
 
     @property
+    def first_pooled_block(self) -> int:
+        """The first block that writes `pooled_page_table`."""
+        return self.first_real_block + (self.real.blocks if self.real else 0)
+
+    @property
     def blocks(self) -> int:
         """Blocks of a request."""
-        return self.first_real_block + (self.real.blocks if self.real else 0)
+        return self.first_pooled_block + (self.pooled.blocks if self.pooled else 0)
 
 
 def fused_metadata(
@@ -92,30 +107,38 @@ def fused_metadata(
     plan = _TablePlan.of(spec, inputs.req_to_token.shape, config)
     pool_rows = inputs.req_to_token.shape[0]
     lanes = Lanes(bool(interpret))
-    read: dict[str, Any] = {"inputs": inputs}
-    if plan.reads_pages:
-        read["pages"] = inputs.req_to_token.reshape(pool_rows, -1, spec.real_page_size)
+    writers, words = schedule_writers(lanes, spec, fresh=out is None)
+    read: dict[str, Any] = {"inputs": inputs, "pages": {}}
+    for table in (plan.real, plan.pooled):
+        if table and table.width:
+            tokens = table.tokens_per_column
+            read["pages"][tokens] = inputs.req_to_token.reshape(pool_rows, -1, tokens)
 
-    def kernel(index, read, results, scratch):
-        # Neighbouring blocks write neighbouring memory.
-        i = lax.div(index, jnp.int32(plan.blocks))
-        block = lax.rem(index, jnp.int32(plan.blocks))
+    def kernel(index, read, results, shared):
         inputs = read["inputs"]
         lengths = Lengths(inputs.seq_lens, inputs.extend_seq_lens)
         destinations = Destinations(spec, results)
+        for k, writer in enumerate(writers):
+            pl.when(index == k)(functools.partial(writer, lengths, shared, destinations))
+        scratch = shared.at[pl.ds(0, LANES)]
+        # Neighbouring blocks write neighbouring memory.
+        index = index - len(writers)
+        i = lax.div(jnp.maximum(index, 0), jnp.int32(plan.blocks))
+        block = jnp.where(index < 0, -1, index - i * plan.blocks)
 
         @pl.when(block == 0)
         def _():
             request = Request.load(lanes, spec.rows, lengths, scratch, i)
-            _write_lengths(request, spec.nsa_index_topk, destinations)
+            _write_lengths(request, IndexTopk.of(spec), destinations)
 
-        def write(table: Table, first_block: int, ref: Any, page_size: int, targets: Targets):
+        def write(table: Table, first_block: int, page_size: int, targets: Targets):
             @pl.when((block >= first_block) & (block < first_block + table.blocks))
             def _():
                 pool_row = jnp.clip(inputs.req_pool_indices[i], 0, pool_rows - 1)
                 lanes.start_load(pool_row)
                 request = Request.load(lanes, spec.rows, lengths, scratch, i)
-                source = Source(ref, pool_row, page_size)
+                ref = read["pages"].get(table.tokens_per_column, inputs.req_to_token)
+                source = Source(ref, pool_row, page_size, table.tokens_per_column)
                 table.write(lanes, block - first_block, source, request, targets)
 
         if plan.wide:
@@ -123,11 +146,13 @@ def fused_metadata(
             if plan.pages_with_wide:
                 pages = destinations.of("real_page_table")
             targets = Targets(tables, pages, spec.real_page_size)
-            write(plan.wide, 1, inputs.req_to_token, 1, targets)
+            write(plan.wide, 1, 1, targets)
         if plan.real:
             targets = Targets(destinations.of("real_page_table"))
-            ref = read["pages"] if plan.reads_pages else inputs.req_to_token
-            write(plan.real, plan.first_real_block, ref, spec.real_page_size, targets)
+            write(plan.real, plan.first_real_block, spec.real_page_size, targets)
+        if plan.pooled:
+            targets = Targets(destinations.of("pooled_page_table"))
+            write(plan.pooled, plan.first_pooled_block, spec.real_page_size, targets)
         destinations.check_all_written()
 
     results = launch(
@@ -135,14 +160,15 @@ def fused_metadata(
         read,
         None if out is None else [o.arrays() for o in out],
         [dict(spec.shapes())] * spec.destinations,
-        blocks=spec.rows.requests * plan.blocks,
+        blocks=len(writers) + spec.rows.requests * plan.blocks,
+        shared=(LANES + words,),
         name="fused_metadata",
         interpret=interpret,
     )
     return tuple(spec.metadata(arrays) for arrays in results)
 
 
-def _write_lengths(request: Request, topk: int, destinations: Destinations) -> None:
+def _write_lengths(request: Request, topk: IndexTopk, destinations: Destinations) -> None:
     """All arrays but the tables, as far as a request goes."""
     store, i = destinations.store, request.i
     location = request.locate()

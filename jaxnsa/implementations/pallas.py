@@ -23,8 +23,6 @@ def unavailable(platform: str | None) -> str | None:
 
 def unsupported(spec: Spec) -> str | None:
     """Why this cannot compute `spec`; None where it can."""
-    if spec.schedules != NO_SCHEDULES or spec.pooled:
-        return "it computes neither schedules nor a pooled index; use implementation 'xla'"
     return None
 
 
