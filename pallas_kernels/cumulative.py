@@ -127,7 +127,7 @@ class Cumulative:
         of items, and 0.
         """
         groups, size = _groups(self.count), _group_size(self.count)
-        found = [jnp.zeros_like(unit.low) for unit in units]
+        found = [self.lanes.zeros(LANES) for _ in units]
         step = 1 << (groups.bit_length() - 1)
         while step:
             probes = [place + (step - 1) for place in found]

@@ -119,7 +119,7 @@ def write_schedule(
 
     def splits_before(indices: Vectors) -> Vectors:
         """Parts that begin inside the items before some."""
-        place = [jnp.zeros_like(index) for index in indices]
+        place = [lanes.zeros(LANES) for _ in indices]
         step = 1 << (parts.bit_length() - 1)
         while step:
             probes = [p + (step - 1) for p in place]

@@ -104,7 +104,7 @@ class Lanes:
         def minimum(_, memory, *vectors):
             return ptx.minimum(memory, *vectors)
 
-        return minimum(scratch, *vectors)
+        return minimum(scratch, *map(self.laid_out, vectors))
 
     def cumulative_sums(
         self, scratch, *sequences: Sequence[jax.Array]
@@ -134,7 +134,7 @@ class Lanes:
         def scan(_, memory, *sequences):
             return ptx.cumulative_sums(memory, *sequences)
 
-        results = scan(scratch, *map(list, sequences))
+        results = scan(scratch, *[[*map(self.laid_out, s)] for s in sequences])
         return [(sums, total) for *sums, total in results]
 
     def gather(self, ref, *indices: jax.Array) -> list[jax.Array]:
@@ -150,7 +150,7 @@ class Lanes:
         def gather(_, memory, index):
             return ptx.gather(memory, index)
 
-        return [jnp.where(i < 0, 0, gather(ref, jnp.maximum(i, 0))) for i in indices]
+        return [jnp.where(i < 0, 0, gather(ref, self.laid_out(jnp.maximum(i, 0)))) for i in indices]
 
     def store_rows(self, ref, lead: tuple, rows: jax.Array, *columns: jax.Array) -> None:
         """Stores rows of `ref[lead]`, each as many elements as there are columns.
@@ -170,7 +170,7 @@ class Lanes:
         def store(_, memory, rows, *columns):
             ptx.store_rows(memory, rows, *columns)
 
-        store(ref.at[lead] if lead else ref, rows, *columns)
+        store(ref.at[lead] if lead else ref, *map(self.laid_out, (rows, *columns)))
 
     def start_load(self, scalar: jax.Array) -> None:
         """Starts the load of a scalar here, and not in the branch that needs it.
