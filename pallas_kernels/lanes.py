@@ -5,6 +5,7 @@ On hardware every such array needs a layout; the interpreter has none.
 """
 
 import functools
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -127,15 +128,22 @@ class Lanes:
         splat = plgpu.ShapeDtypeStruct((), jnp.int32, layout=plgpu.Layout.WG_SPLAT(()))
         held = plgpu.ShapeDtypeStruct((LANES,), jnp.int32, layout=_LAYOUT)
 
-        @plgpu.inline_mgpu(
-            arg_types=(plgpu.RefType(), *[[_LAYOUT] * len(s) for s in sequences]),
-            return_type=[[*[held] * len(s), splat] for s in sequences],
-        )
-        def scan(_, memory, *sequences):
-            return ptx.cumulative_sums(memory, *sequences)
+        flat = [self.laid_out(array) for sequence in sequences for array in sequence]
+        ends = [*itertools.accumulate(map(len, sequences))]
 
-        results = scan(scratch, *[[*map(self.laid_out, s)] for s in sequences])
-        return [(sums, total) for *sums, total in results]
+        def split(arrays: Sequence[Any]) -> list[Any]:
+            starts = [0, *ends[:-1]]
+            return [arrays[start:end] for start, end in zip(starts, ends, strict=True)]
+
+        @plgpu.inline_mgpu(
+            arg_types=(plgpu.RefType(), *[_LAYOUT] * len(flat)),
+            return_type=[held] * len(flat) + [splat] * len(sequences),
+        )
+        def scan(_, memory, *arrays):
+            return ptx.cumulative_sums(memory, *split(arrays))
+
+        results = scan(scratch, *flat)
+        return list(zip(split(results[: len(flat)]), results[len(flat) :], strict=True))
 
     def gather(self, ref, *indices: jax.Array) -> list[jax.Array]:
         """The elements of a vector in memory at 128 indices each; 0 where an index is negative."""

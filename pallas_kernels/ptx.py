@@ -159,7 +159,7 @@ def minimum(memory: ir.Value, *vectors: mgpu.FragmentedArray) -> mgpu.Fragmented
 
 def cumulative_sums(
     memory: ir.Value, *sequences: Sequence[mgpu.FragmentedArray]
-) -> list[list[mgpu.FragmentedArray]]:
+) -> list[mgpu.FragmentedArray]:
     """The inclusive prefix sums of several int32 vectors, each held by arrays of 128 elements.
 
     Each warp scans its own and tells the others its sums: one exchange, however many there are.
@@ -169,7 +169,7 @@ def cumulative_sums(
       sequences: of each vector its arrays, one behind the other.
 
     Returns:
-      Of each vector the arrays of its prefix sums, and behind them its sum, a scalar.
+      The arrays of the prefix sums of all vectors, and behind them the sum of each, a scalar.
     """
     i32 = ir.IntegerType.get_signless(32)
     flat = [array for sequence in sequences for array in sequence]
@@ -185,9 +185,9 @@ def cumulative_sums(
     warp = _warp()
     exchanged = iter(zip(scanned, _exchanged(memory, of_warps), strict=True))
     zero = mgpu.utils.c(0, i32)
-    results = []
+    arrays, totals = [], []
     for sequence in sequences:
-        before, arrays = zero, []
+        before = zero
         for array, (value, parts) in zip(sequence, exchanged, strict=False):
             for k, part in enumerate(parts):
                 later = arith.cmpi(arith.CmpIPredicate.sgt, warp, mgpu.utils.c(k, i32))
@@ -201,8 +201,8 @@ def cumulative_sums(
                     _registers=registers, _layout=array.layout, _is_signed=True
                 )
             )
-        results.append([*arrays, _splat(before)])
-    return results
+        totals.append(_splat(before))
+    return arrays + totals
 
 
 def gather(memory: ir.Value, indices: mgpu.FragmentedArray) -> mgpu.FragmentedArray:
