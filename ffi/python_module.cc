@@ -73,13 +73,14 @@ void LoadAllKernels() {
   LoadFillDraftExtendMetadata();
 }
 
-Rows RowsOf(int32_t requests, int32_t count, int32_t rows_per_request, int32_t added_tokens) {
-  return {requests, count, rows_per_request, added_tokens, {}, {}};
+Rows RowsOf(int32_t requests, int32_t count, int32_t rows_per_request, int32_t added_tokens,
+            bool prefill) {
+  return {requests, count, rows_per_request, added_tokens, prefill, {}, {}};
 }
 
 void Prepare(PreparedLaunch* self, nb::list backends, nb::dict strides, nb::dict tokens_per_column,
-             int32_t max_len, int32_t nsa_index_topk, const std::string& tail,
-             bool request_columns) {
+             int32_t max_len, int32_t max_total_keys, int32_t nsa_index_topk,
+             const std::string& tail, bool request_columns) {
   const auto args = std::make_unique<FusedMetadataArguments>();
   if (backends.size() < 1 || backends.size() > kMaxBackends) {
     throw std::invalid_argument("backends: got " + std::to_string(backends.size()));
@@ -98,6 +99,7 @@ void Prepare(PreparedLaunch* self, nb::list backends, nb::dict strides, nb::dict
   }
   args->nsa_index_topk = nsa_index_topk;
   args->max_len = max_len;
+  args->max_total_keys = max_total_keys;
   args->tail = FromName<Tail>("tail", tail, kTailNames);
   args->request_columns = request_columns;
   new (self) PreparedLaunch(*args);
@@ -177,16 +179,16 @@ NB_MODULE(jaxnsa_native, module) {
   nb::class_<Rows>(module, "Rows")
       .def("__init__",
            [](Rows* self, int32_t requests, int32_t count, int32_t rows_per_request,
-              int32_t added_tokens) {
-             new (self) Rows(RowsOf(requests, count, rows_per_request, added_tokens));
+              int32_t added_tokens, bool prefill) {
+             new (self) Rows(RowsOf(requests, count, rows_per_request, added_tokens, prefill));
            },
            nb::arg("requests"), nb::arg("count"), nb::arg("rows_per_request"),
-           nb::arg("added_tokens"));
+           nb::arg("added_tokens"), nb::arg("prefill"));
 
   nb::class_<PreparedLaunch>(module, "PreparedLaunch")
       .def("__init__", &Prepare, nb::arg("backends"), nb::kw_only(), nb::arg("strides"),
-           nb::arg("tokens_per_column"), nb::arg("max_len"), nb::arg("nsa_index_topk"),
-           nb::arg("tail"), nb::arg("request_columns"))
+           nb::arg("tokens_per_column"), nb::arg("max_len"), nb::arg("max_total_keys"),
+           nb::arg("nsa_index_topk"), nb::arg("tail"), nb::arg("request_columns"))
       .def("watch", &PreparedLaunch::Watch, nb::arg("exchange_api"), nb::arg("tensors"),
            nb::kw_only(), nb::arg("unchanged"), nb::arg("written"), nb::arg("min_columns"))
       .def("try_launch", &PreparedLaunch::TryLaunch, nb::arg("rows"), nb::arg("seq_lens").none(),

@@ -26,17 +26,21 @@ struct Vector {
 };
 
 // Request i owns q(i) consecutive rows, its KV length is cache_seqlen(i), and its row j sees
-// kv_len(cache_seqlen(i), q(i), j) tokens. No KV length leaves [0, 2^31 - 1]. The three forward
-// modes are three values of this. Rows past the last request's are padding rows.
+// kv_len(cache_seqlen(i), q(i), j) tokens. No KV length leaves [0, 2^31 - 1]. The four forward
+// modes are four values of this. Rows past the last request's are padding rows.
 struct Rows {
   int32_t requests;
   int32_t count;             // rows; where they are ragged, the capacity
   int32_t rows_per_request;  // 0: ragged, as many as extend_seq_lens says
   int32_t added_tokens;      // tokens that the step appends to each request
+  bool prefill;              // a request has one table row, whatever rows it has, and keys
   Vector seq_lens;
   Vector extend_seq_lens;
 
   JAXNSA_HOST_DEVICE bool ragged() const { return rows_per_request == 0; }
+
+  // Whether table rows are: without prefill they are the rows.
+  JAXNSA_HOST_DEVICE bool tables_ragged() const { return ragged() && !prefill; }
 
   JAXNSA_HOST_DEVICE int32_t q(int64_t i) const {
     return ragged() ? Max(extend_seq_lens[i], 0) : rows_per_request;
@@ -56,10 +60,16 @@ struct Rows {
   }
 };
 
-// What the arrays of [rows] hold for a row that sees `kv_len` tokens.
-JAXNSA_HOST_DEVICE RowValues RowValuesOf(int32_t kv_len, int32_t nsa_index_topk) {
-  return RowValues(kv_len, Min(kv_len, nsa_index_topk));
+// What the arrays of [rows] hold for a row of a request that sees `kv_len` tokens, the first of them
+// the key `first_key`. The indexer's keys are not pooled here.
+JAXNSA_HOST_DEVICE RowValues RowValuesOf(int32_t kv_len, int32_t nsa_index_topk, int32_t request,
+                                         int32_t first_key) {
+  return RowValues(kv_len, Min(kv_len, nsa_index_topk), request, first_key,
+                   Add(first_key, kv_len), first_key, /*pooled_cache_seqlens=*/kv_len);
 }
+
+// What they hold for a padding row.
+JAXNSA_HOST_DEVICE RowValues PaddingRowValues() { return RowValues(0, 0, 0, 0, 0, 0, 0); }
 
 // Column c of a table stands for the tokens from c * tokens_per_column on. It is live where a row
 // sees the first of them.

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from jaxnsa.spec import Rows
 from pallas_kernels.cumulative import Cumulative, Vectors, Wide
-from pallas_kernels.lanes import Lanes
+from pallas_kernels.lanes import Lanes, Scalar
 from pallas_kernels.rows import Lengths, Request, cache_seqlen_of
 
 
@@ -64,10 +64,12 @@ class KvLens:
         # A padding row belongs to no request.
         owners = [jnp.where(i < rows.requests, i, -1) for i, _ in places]
         seq_lens = self.lanes.gather(self.lengths.seq_lens, *owners)
-        qs = [each] * len(owners)
+        qs: list[Scalar] = []
         if each is None:
             extend = self.lanes.gather(self.lengths.extend_seq_lens, *owners)
-            qs = [jnp.maximum(q, 0) for q in extend]
+            qs += [jnp.maximum(q, 0) for q in extend]
+        else:
+            qs += [each] * len(owners)
         result = []
         for (i, j), seq_len, q in zip(places, seq_lens, qs, strict=True):
             length = cache_seqlen_of(rows, seq_len)

@@ -1,7 +1,7 @@
 """The blocks of a launch that write what DeepGEMM, the fused top-k and FlashMLA read."""
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from jaxnsa.spec import Spec
@@ -14,7 +14,7 @@ from pallas_kernels.rows import Lengths
 
 def schedule_writers(
     lanes: Lanes, spec: Spec, *, fresh: bool
-) -> tuple[list[Callable[[Lengths, Any, Destinations], None]], int]:
+) -> tuple[Sequence[Callable[[Lengths, Any, Destinations], None]], int]:
     """What writes the schedules of a computation, the slowest first.
 
     Args:

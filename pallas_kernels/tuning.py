@@ -31,3 +31,14 @@ class BlockConfig:
         """
         one = rows * columns < 132 * 2048 * 4 or num_backends >= 8
         return cls(vectors=1 if one else 2)
+
+    @classmethod
+    def of_pages(cls, requests: int, pages: int) -> "BlockConfig":
+        """For page starts alone: four vectors in long rows of many requests, otherwise one.
+
+        Each page start is a memory access of its own, and four in flight hide each other's latency.
+        Rows that are not that long leave too few blocks, and small tables too few for 132
+        multiprocessors.
+        """
+        four = requests * pages >= 132 * 2048 and pages >= 16 * 128
+        return cls(vectors=4 if four else 1)

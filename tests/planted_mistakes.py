@@ -113,8 +113,8 @@ MISTAKES = [
     Mistake(
         "xla: division truncates",
         XLA,
-        'source.at[self.source_rows].get(mode="promise_in_bounds") // self.stride',
-        "lax.div(source[self.source_rows], jnp.int32(self.stride))",
+        'source.at[self.source_rows].get(mode="promise_in_bounds") // self.page_size',
+        "lax.div(source[self.source_rows], jnp.int32(self.page_size))",
         operations("xla", "extreme_values"),
     ),
     Mistake(
@@ -749,8 +749,8 @@ MISTAKES = [
     ),
     Mistake(
         "sgl_kernel: a known launch takes a narrower pool",
-        "jaxnsa/interop/launch_cache.py",
-        "min_columns=max_len",
+        "jaxnsa/interop/fills.py",
+        "min_columns=spec.max_len",
         "min_columns=1",
         "test_sgl_kernel.py::test_a_launch_that_is_known_is_checked_all_the_same",
     ),
@@ -763,10 +763,38 @@ MISTAKES = [
     ),
     Mistake(
         "sgl_kernel: strides of the first backend for all",
-        "jaxnsa/interop/sgl_kernel.py",
+        "jaxnsa/interop/fills.py",
         "alike.setdefault(strides, [])",
         "alike.setdefault((), [])",
         "test_sgl_kernel.py::test_backends_whose_tables_have_different_strides",
+    ),
+    Mistake(
+        "sglang: rows have the columns that they see themselves",
+        "ffi/cpu/fused_metadata.cc",
+        "args.request_columns ? cache_seqlen : kv_len(j)",
+        "kv_len(j)",
+        "test_sglang.py::test_every_row_of_a_request_has_its_live_columns",
+    ),
+    Mistake(
+        "sglang: a known step of other numbers",
+        "jaxnsa/interop/sglang.py",
+        "(step, *outputs)",
+        "(step.bs, *outputs)",
+        "test_sglang.py::test_wrong_arguments_are_refused_before_anything_is_written",
+    ),
+    Mistake(
+        "sglang: copies with the first destination's strides",
+        "jaxnsa/interop/copies.py",
+        "alike.setdefault(strides, [])",
+        "alike.setdefault((), [])",
+        "test_sglang.py::test_copies_to_three_backends",
+    ),
+    Mistake(
+        "sglang: replaced by halves",
+        "jaxnsa/interop/replacement.py",
+        "for module, attribute, held in done:",
+        "for module, attribute, held in []:",
+        "test_sglang.py::test_install_replaces_all_or_nothing",
     ),
     # The public functions.
     Mistake(
@@ -793,8 +821,8 @@ MISTAKES = [
     Mistake(
         "operations: negative extend lengths count",
         "jaxnsa/operations.py",
-        "int(np.maximum(np.asarray(extend_seq_lens, np.int64), 0).sum())",
-        "max(int(np.asarray(extend_seq_lens, np.int64).sum()), 0)",
+        "int(np.clip(lengths, 0, INT32_MAX).sum())",
+        "max(int(lengths.sum()), 0)",
         operations("xla", "fill_draft_extend_metadata"),
     ),
     Mistake(
@@ -813,7 +841,7 @@ MISTAKES = [
     ),
     Mistake(
         "arguments: True is an int",
-        CHECKS,
+        "jaxnsa/scalar_checks.py",
         "if isinstance(value, bool):",
         "if False:",
         "test_argument_checks.py",
@@ -828,8 +856,8 @@ MISTAKES = [
     Mistake(
         "arguments: int64 of the host wraps",
         CHECKS,
-        "return np.clip(value, INT32_MIN, INT32_MAX).astype(np.int32)",
-        "return value.astype(np.int32)",
+        "vector = np.clip(vector, INT32_MIN, INT32_MAX)",
+        "pass",
         operations("xla", "int64_inputs_are_narrowed"),
     ),
     Mistake(

@@ -10,7 +10,7 @@ import pytest
 from click.testing import CliRunner
 
 import benchmarks.__main__ as commands
-from benchmarks import readme, report
+from benchmarks import measure, readme, report
 from benchmarks.__main__ import RESULTS, main
 from benchmarks.measure import rotations, timing
 from benchmarks.problem import Problem
@@ -27,6 +27,13 @@ def run(*arguments):
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
     return tmp_path_factory.mktemp("results")
+
+
+@pytest.fixture(autouse=True)
+def hasty(monkeypatch):
+    """Times mean nothing here: no warming up, and few sets of memory to take turns."""
+    monkeypatch.setattr(measure, "WARM_UP_SECONDS", 0)
+    monkeypatch.setattr(measure, "COLD_BYTES", 2**17)
 
 
 @pytest.mark.parametrize("suite", SUITES)
@@ -90,7 +97,8 @@ def test_wrong_tensors_stop_the_run():
         torch_handoff._measure(lambda problem, tensors: lambda: None, problem)
 
 
-def test_inputs_take_turns():
+def test_inputs_take_turns(monkeypatch):
+    monkeypatch.setattr(measure, "COLD_BYTES", 128 * 2**20)
     order = []
     calls = [lambda k=k: order.append(k) for k in range(3)]
     metrics = timing(calls, count=6, wait=lambda result: result)

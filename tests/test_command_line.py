@@ -91,6 +91,12 @@ def test_demo_refuses(tmp_path):
     assert names in run("demo", "--implementation", "cuda").output
     assert run("demo", "--batch-size", "0").exit_code == 2
     assert run("demo", "--trace", str(tmp_path / "none")).exit_code == 2
+    for command in ("demo", "verify"):
+        assert "-1 is not in the range x>=0" in run(command, "--seed", "-1").output
+    assert "100000 is not in the range 1<=x<=16384" in run("demo", "--batch-size", "100000").output
+    assert "is not in the range 1<=x<=1024" in run("demo", "--num-backends", "1025").output
+    large = run("demo", "--batch-size", "16384", "--num-backends", "1000")
+    assert re.search("Error: 16384 requests and 1000 backends take 1.* GB, this", large.output)
 
 
 def test_verify_passes():
@@ -113,6 +119,20 @@ def test_verify_prints_a_failing_case_that_fails_when_run(broken):
     assert ((x >= 0) & (x < 100)).all()
     np.testing.assert_array_equal(expected, reference.prefix_sum(x))
     np.testing.assert_array_equal(actual, expected + 1)
+
+
+def test_verify_counts_an_implementation_that_raises(monkeypatch):
+    def fail(x):
+        raise RuntimeError("no memory")
+
+    module = types.SimpleNamespace(**(vars(xla) | {"prefix_sum": fail}))
+    monkeypatch.setitem(IMPLEMENTATIONS, "broken", module)
+    result = run("verify", "--cases", "20")
+    assert result.exit_code == 1, result.output
+    assert re.search(r"broken +│ prefix_sum +│ +(\d+) │ +\1 │", result.output)
+    program = result.output[result.output.index("import jax") :]
+    with pytest.raises(RuntimeError, match="no memory"):
+        exec(program, {"print": lambda result: None})
 
 
 def test_verify_skips_what_cannot_run_and_says_why(monkeypatch):

@@ -6,6 +6,7 @@ import jax
 import numpy as np
 import pytest
 from helpers import assert_same, held_apart, inputs, mode_options, on_device, pointers
+from jax import export
 
 import jaxnsa
 from jaxnsa import ForwardMode, operations, reference
@@ -112,3 +113,62 @@ def test_what_a_computation_reads_late_is_not_the_callers(monkeypatch):
         read = [a for a in jax.tree.leaves(received) if isinstance(a, np.ndarray)]
         assert len(read) >= 12
         assert not any(np.shares_memory(a, vector) for a in read for vector in vectors)
+
+
+@pytest.mark.parametrize("name", ("pallas", "triton"))
+@pytest.mark.skipif(jax.default_backend() == "gpu", reason="runs on a machine without a GPU")
+def test_lowering_for_a_platform_where_nothing_runs_says_why(name):
+    lengths = np.array([3, 0, 5], np.int32)
+    src = reference.precompute_decode_metadata(*ARGUMENTS)
+    options = {"implementation": name}
+    functions = (
+        lambda x: jaxnsa.prefix_sum(x, **options),
+        lambda x: jaxnsa.precompute_decode_metadata(x, *ARGUMENTS[1:], **options),
+        lambda x: jaxnsa.fill_draft_extend_metadata(
+            x, x, nsa_index_topk=1, max_total_tokens=9, **options
+        ),
+        lambda x: jaxnsa.fused_metadata_copy(
+            jax.tree.map(lambda a: a + x[0], src), num_backends=1, **options
+        ),
+        lambda x: jax.vmap(lambda y: jaxnsa.prefix_sum(y, **options))(x[None]),
+    )
+    for function in functions:
+        with pytest.raises(
+            jaxnsa.ImplementationUnavailableError,
+            match=f"implementation '{name}' cannot run here: needs an NVIDIA GPU of compute cap",
+        ):
+            jax.jit(function)(lengths)
+    chosen = jax.jit(
+        lambda x: jax.lax.platform_dependent(
+            x, cpu=lambda x: jaxnsa.prefix_sum(x, implementation="xla"), cuda=functions[0]
+        )
+    )
+    assert chosen(lengths).tolist() == [0, 3, 3, 8]
+
+
+def test_exported_functions_are_serialised_for_fixed_sizes():
+    lengths, _, pool = ARGUMENTS
+
+    def step(metadata, lengths):
+        filled = jaxnsa.fill_draft_extend_metadata(
+            lengths, lengths, nsa_index_topk=9, max_total_tokens=70
+        )
+        return filled, jaxnsa.fused_metadata_copy(metadata, num_backends=1)[0]
+
+    src = reference.precompute_decode_metadata(*ARGUMENTS)
+    exported = export.export(jax.jit(step))(src, lengths)
+    filled, copied = export.deserialize(exported.serialize()).call(src, lengths)
+    expected = reference.fill_draft_extend_metadata(
+        lengths, lengths, nsa_index_topk=9, max_total_tokens=70
+    )
+    assert_same(filled, expected)
+    assert_same(copied, src)
+    (size,) = export.symbolic_shape("b")
+    symbolic = jax.ShapeDtypeStruct((size,), np.int32)
+    for name, function in {
+        "x": jaxnsa.prefix_sum,
+        "seq_lens": lambda x: jaxnsa.precompute_decode_metadata(x, x, pool),
+        "req_pool_indices": lambda x: jaxnsa.precompute_decode_metadata(lengths, x, pool),
+    }.items():
+        with pytest.raises(ValueError, match=rf"{name}: got shape \(b,\), expected numbers"):
+            export.export(jax.jit(function))(symbolic)

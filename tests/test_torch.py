@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from helpers import count_compilations, inputs, mode_options
 
-from jaxnsa import ForwardMode, NSAMetadata, reference
+from jaxnsa import ForwardMode, NSAMetadata, override, reference
 from jaxnsa.implementations import native_library
 from jaxnsa.metadata import FIELDS, Extent
 from jaxnsa.spec import Rows, Spec
@@ -473,10 +473,48 @@ def test_wrong_options_are_refused(device):
         registered(engine, "fast", 16)
     with pytest.raises(ValueError, match="dlpack: got None, expected DlpackOptions"):
         BackendBuffers(engine.backends, nsa_index_topk=1, real_page_size=16, path="dlpack")
+    for dlpack, message in (
+        (engine.pool, "dlpack: got torch.int32 Tensor of shape .*, expected DlpackOptions"),
+        (DlpackOptions(engine.pool, "decode"), "dlpack.forward_modes: got 'decode', expected sev"),
+        (DlpackOptions(engine.pool, ForwardMode.DECODE), "dlpack.forward_modes: got <Forward"),
+        (DlpackOptions(engine.pool, ()), r"dlpack.forward_modes: got \(\), expected several Forw"),
+    ):
+        with pytest.raises(TypeError, match=message):
+            BackendBuffers(
+                engine.backends, nsa_index_topk=1, real_page_size=16, path="dlpack", dlpack=dlpack
+            )
     with pytest.raises(ValueError, match="real_page_table: got a tensor, expected None as real_p"):
         registered(engine, "direct", 1)
     with pytest.raises(ValueError, match="nsa_index_topk: got 0"):
         BackendBuffers(engine.backends, nsa_index_topk=0, real_page_size=16)
+
+
+def test_updates_validate_on_request(path, device, monkeypatch):
+    engine = Engine.of(device)
+    good, bad = engine.tensor(np.array([3, 4])), engine.tensor(np.array([3, -4]))
+    slots = engine.tensor(np.array([0, 1], np.int32))
+    modes = {"forward_mode": ForwardMode.DRAFT_EXTEND, "extend_seq_lens": good}
+
+    def buffers_now():
+        options = DlpackOptions(engine.pool, (ForwardMode.DECODE,))
+        return BackendBuffers(
+            engine.backends, nsa_index_topk=64, real_page_size=16, path=path, dlpack=options
+        )
+
+    buffers = buffers_now()
+    with override(validate=True):
+        with pytest.raises(ValueError, match=r"seq_lens: got -4 at row\(s\) 1, expected lengths >"):
+            buffers.update(bad, slots, engine.pool)
+        with pytest.raises(ValueError, match=r"extend_seq_lens: got 3, 7 at row\(s\) 0, 1, .* = 2"):
+            buffers.update(good, slots, engine.pool, **modes, max_total_tokens=2)
+        engine.check()
+        buffers.update(good, slots, engine.pool)
+    monkeypatch.setenv("JAXNSA_VALIDATE", "1")
+    buffers = buffers_now()
+    with pytest.raises(ValueError, match="seq_lens: got -4"):
+        buffers.update(bad, slots, engine.pool)
+    with override(validate=False):
+        buffers.update(bad, slots, engine.pool)
 
 
 def wrong_updates(engine):

@@ -7,7 +7,7 @@ import pytest
 from jax.experimental import checkify
 
 import jaxnsa
-from jaxnsa import ForwardMode
+from jaxnsa import ForwardMode, value_checks
 
 POOL = np.zeros((4, 100), np.int32)
 LEGAL = {
@@ -123,12 +123,14 @@ def test_every_function_validates_on_request(monkeypatch):
         jaxnsa.precompute_decode_metadata(**values)
 
 
-def test_validation_inside_jit_needs_checkify_and_no_more():
+def test_validation_inside_jit_needs_checkify_and_says_so(caplog):
+    value_checks._say_what_jit_needs.cache_clear()
     values = arguments({"seq_lens": [5, -1, 3]})
     lengths = values.pop("seq_lens")
     step = jax.jit(lambda x: jaxnsa.precompute_decode_metadata(x, **values).cache_seqlens)
     with jaxnsa.override(validate=True):
         assert step(lengths).tolist() == [5, 0, 3]
+        assert "they are checked where the function is transformed by" in caplog.text
         error, _ = checkify.checkify(step)(lengths)
     with pytest.raises(checkify.JaxRuntimeError, match="seq_lens: got -1 at row 1"):
         error.throw()

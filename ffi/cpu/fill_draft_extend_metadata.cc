@@ -13,12 +13,12 @@ void FillDraftExtendMetadata(Stream, DraftExtendVariant,
     total = Add(total, q);
     for (int32_t j = 0; j < q && row < rows.count; ++j, ++row) {
       const int32_t kv_len = Rows::kv_len(cache_seqlen, q, j);
-      Store(args.lengths, row, RowValuesOf(kv_len, args.nsa_index_topk));
+      Store(args.lengths, row, RowValuesOf(kv_len, args.nsa_index_topk, 0, 0));
     }
   }
   *args.total_tokens = total;
   if (!args.clears_padding) return;
-  for (; row < rows.count; ++row) Store(args.lengths, row, RowValuesOf(0, args.nsa_index_topk));
+  for (; row < rows.count; ++row) Store(args.lengths, row, PaddingRowValues());
 }
 
 void LoadFillDraftExtendMetadata() {}

@@ -3,6 +3,7 @@
 import collections
 import functools
 import itertools
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,7 @@ from jaxnsa.implementations.measurements import (
     nearest,
     rule,
 )
+from jaxnsa.spec import MAX_BACKENDS
 
 console = Console()
 
@@ -55,12 +57,17 @@ def main() -> None:
     help="Request lengths: an Azure LLM inference or a Mooncake trace, CSV or JSON lines, plain "
     "or gzip. Default: lengths drawn from a distribution fitted to those traces.",
 )
-@click.option("--batch-size", default=32, show_default=True, type=click.IntRange(1))
+@click.option(
+    "--batch-size",
+    default=32,
+    show_default=True,
+    type=click.IntRange(1, 2**31 // simulation.CONTEXT_LENGTH),  # KV slots are int32
+)
 @click.option(
     "--num-backends",
     default=3,
     show_default=True,
-    type=click.IntRange(1),
+    type=click.IntRange(1, MAX_BACKENDS),
     help="Draft steps, each with its own metadata buffers.",
 )
 @click.option("--steps", default=200, show_default=True, type=click.IntRange(1))
@@ -69,7 +76,9 @@ def main() -> None:
     metavar="NAME",
     help="What computes: " + ", ".join(IMPLEMENTATIONS) + ". Default: the fastest that runs here.",
 )
-@click.option("--seed", default=0, show_default=True, help="Of everything random.")
+@click.option(
+    "--seed", default=0, show_default=True, type=click.IntRange(0), help="Of everything random."
+)
 def demo(
     trace: Path | None,
     batch_size: int,
@@ -97,6 +106,13 @@ def demo(
         )
     except (ValueError, ImplementationUnavailableError) as error:
         raise click.ClickException(str(error)) from None
+    needed = simulation.bytes_needed(batch_size, num_backends)
+    installed = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if needed > installed:
+        raise click.ClickException(
+            f"{batch_size} requests and {num_backends} backends take {needed / 1e9:.1f} GB, this "
+            f"machine has {installed / 1e9:.1f} GB"
+        )
     with _progress() as progress:
         task = progress.add_task("decode steps", total=steps)
         report = simulation.run(
@@ -127,12 +143,19 @@ def demo(
 
 @main.command()
 @click.option("--cases", default=500, show_default=True, type=click.IntRange(1))
-@click.option("--seed", default=0, show_default=True, help="The same seed gives the same cases.")
+@click.option(
+    "--seed",
+    default=0,
+    show_default=True,
+    type=click.IntRange(0),
+    help="The same seed gives the same cases.",
+)
 def verify(cases: int, seed: int) -> None:
     """Compare every implementation that runs here with the NumPy reference.
 
     Random shapes, values and options, the corner cases among them. Exits with status 1 on any
-    mismatch and prints the smallest failing case as a program.
+    mismatch, or where an implementation raises an error, and prints the smallest failing case as a
+    program.
     """
     info = get_kernel_info()["implementations"]
     runnable = [name for name, state in info.items() if state["available"]]

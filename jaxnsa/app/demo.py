@@ -13,6 +13,7 @@ import numpy as np
 from jaxnsa import operations, reference
 from jaxnsa.app.launch_count import count_launches
 from jaxnsa.app.request_traces import Request
+from jaxnsa.compilation import compiled
 from jaxnsa.metadata import NSAMetadata
 
 CONTEXT_LENGTH = 131_072
@@ -83,9 +84,15 @@ class Batch:
         self.req_to_token = _set_row(self.req_to_token, row, self.req_to_token_host[row])
 
 
-@functools.partial(jax.jit, donate_argnums=0)
+def bytes_needed(batch_size: int, num_backends: int) -> int:
+    """Memory that the simulation takes: pools, page tables, and those of the loop and the check."""
+    table = batch_size * CONTEXT_LENGTH * 4
+    return 2 * table + (2 * num_backends + 1) * (table + table // PAGE_SIZE)
+
+
+@functools.partial(compiled, donate_argnums=0)
 def _set_row(pool: jax.Array, row: int, values: jax.Array) -> jax.Array:
-    return jax.lax.dynamic_update_slice(pool, values[None], (row, 0))
+    return pool.at[row].set(values)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -140,7 +147,7 @@ def run(
     initial: Any = compute(batch.seq_lens, batch.req_pool_indices, batch.req_to_token)
     expected = jax.tree.map(np.array, initial[0])
     looped = jax.tree.map(np.array, initial)
-    compiled = (
+    step = (
         jax.jit(lambda out, *inputs: compute(*inputs, out=out), donate_argnums=0)
         .lower(initial, batch.seq_lens, batch.req_pool_indices, batch.req_to_token)
         .compile()
@@ -148,7 +155,7 @@ def run(
     buffers = compute(batch.seq_lens, batch.req_pool_indices, batch.req_to_token, out=initial)
 
     latencies, loop_latencies, live_bytes, mismatches = [], [], 0, 0
-    for step in range(steps):
+    for done in range(1, steps + 1):
         batch.step()
         inputs = (batch.seq_lens.copy(), batch.req_pool_indices, batch.req_to_token)
         jax.block_until_ready((inputs, buffers))
@@ -163,13 +170,13 @@ def run(
 
         reference.precompute_decode_metadata(*host_inputs, real_page_size=PAGE_SIZE, out=expected)
         mismatches += not all(same(buffer, expected) for buffer in buffers)
-        progress(step + 1)
+        progress(done)
     return Report(
         tokens=steps * batch_size,
         latencies=latencies,
         loop_latencies=loop_latencies,
         live_bytes=live_bytes / steps,
-        launches=count_launches(compiled),
+        launches=count_launches(step),
         mismatches=mismatches,
     )
 

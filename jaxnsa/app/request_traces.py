@@ -2,6 +2,7 @@
 
 import csv
 import gzip
+import itertools
 import json
 import math
 import zlib
@@ -14,6 +15,9 @@ import numpy as np
 # Column names of the prompt and the output length: the Azure LLM inference traces, and the
 # Mooncake traces.
 COLUMNS = (("ContextTokens", "GeneratedTokens"), ("input_length", "output_length"))
+
+_LONGEST_LINE = 2**20  # characters
+_SHOWN = 40  # characters of what came, in an error
 
 
 class Request(NamedTuple):
@@ -76,7 +80,7 @@ def read_trace(path: Path) -> list[Request]:
             compressed = file.read(2) == b"\x1f\x8b"
         opener: Any = gzip.open if compressed else open
         with opener(path, "rt", encoding="utf-8-sig", newline="") as file:
-            requests = list(_requests(file, path))
+            requests = list(_requests(_lines(file, path), path))
     except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
         raise TraceError(f"{path}: {error}") from error
     if not requests:
@@ -84,42 +88,61 @@ def read_trace(path: Path) -> list[Request]:
     return requests
 
 
-def _requests(file: IO[str], path: Path) -> Iterator[Request]:
-    first = next(file, "")
+def _lines(file: IO[str], path: Path) -> Iterator[tuple[int, str]]:
+    """The lines of a file that hold something, numbered from 1."""
+    for number in itertools.count(1):
+        line = file.readline(_LONGEST_LINE + 1)
+        if not line:
+            return
+        if len(line) > _LONGEST_LINE:
+            raise TraceError(
+                f"{path}:{number}: got a longer line, expected at most {_LONGEST_LINE} characters"
+            )
+        if line.strip():
+            yield number, line
+
+
+def _requests(lines: Iterator[tuple[int, str]], path: Path) -> Iterator[Request]:
+    number, first = next(lines, (1, ""))
     if first.lstrip().startswith("{"):
-        yield from _json_requests(first, file, path)
-    elif first.strip():
-        yield from _csv_requests(first, file, path)
+        yield from _json_requests(itertools.chain([(number, first)], lines), path)
+    elif first:
+        yield from _csv_requests(number, first, lines, path)
 
 
-def _json_requests(first: str, file: IO[str], path: Path) -> Iterator[Request]:
+def _json_requests(lines: Iterator[tuple[int, str]], path: Path) -> Iterator[Request]:
     columns = None
-    for number, line in enumerate((first, *file), 1):
-        if not line.strip():
-            continue
+    for number, line in lines:
         try:
             row = json.loads(line)
-        except json.JSONDecodeError as error:
+        except (ValueError, RecursionError) as error:
             raise TraceError(f"{path}:{number}: not JSON: {error}") from None
         if not isinstance(row, dict):
-            raise TraceError(f"{path}:{number}: got {line.strip()[:40]!r}, expected an object")
+            raise TraceError(f"{path}:{number}: got {_shown(line.strip())}, expected an object")
         columns = columns or _columns(row, path, number)
         yield _request(row, columns, path, number)
 
 
-def _csv_requests(first: str, file: IO[str], path: Path) -> Iterator[Request]:
-    header = next(csv.reader([first]))
-    columns = _columns(header, path, 1)
-    reader = csv.reader(file)
-    for fields in reader:
-        number = reader.line_num + 1
-        if not fields:
-            continue
+def _csv_requests(
+    header_line: int, first: str, lines: Iterator[tuple[int, str]], path: Path
+) -> Iterator[Request]:
+    header = _csv_fields(first, path, header_line)
+    columns = _columns(header, path, header_line)
+    for number, line in lines:
+        fields = _csv_fields(line, path, number)
         if len(fields) != len(header):
             raise TraceError(
-                f"{path}:{number}: got {len(fields)} columns, expected {len(header)} as in line 1"
+                f"{path}:{number}: got {len(fields)} columns, expected {len(header)} as in line "
+                f"{header_line}"
             )
         yield _request(dict(zip(header, fields, strict=True)), columns, path, number)
+
+
+def _csv_fields(line: str, path: Path, number: int) -> list[str]:
+    try:
+        return next(csv.reader([line]))
+    except csv.Error as error:
+        raise TraceError(f"{path}:{number}: not CSV: {error}") from None
 
 
 def _columns(names, path: Path, number: int) -> tuple[str, str]:
@@ -127,7 +150,8 @@ def _columns(names, path: Path, number: int) -> tuple[str, str]:
         if all(column in names for column in columns):
             return columns
     expected = " or ".join(", ".join(columns) for columns in COLUMNS)
-    raise TraceError(f"{path}:{number}: got columns {', '.join(names)}, expected {expected}")
+    got = _shown(", ".join(map(str, names)))
+    raise TraceError(f"{path}:{number}: got columns {got}, expected {expected}")
 
 
 def _request(row: dict, columns: tuple[str, str], path: Path, number: int) -> Request:
@@ -139,6 +163,13 @@ def _request(row: dict, columns: tuple[str, str], path: Path, number: int) -> Re
         except ValueError:
             length = None
         if length is None or isinstance(value, bool) or length < 0:
-            raise TraceError(f"{path}:{number}: {column}: got {value!r}, expected tokens >= 0")
+            got = _shown(value)
+            raise TraceError(f"{path}:{number}: {column}: got {got}, expected tokens >= 0")
         lengths.append(length)
     return Request(*lengths)
+
+
+def _shown(value: object) -> str:
+    """`value` as an error shows what came."""
+    text = repr(value)
+    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}... ({len(text)} characters)"

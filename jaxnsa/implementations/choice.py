@@ -73,8 +73,18 @@ def choose(
             reason = module.unsupported(spec)
         if reason is None:
             return name
-        reasons.append(f"implementation {name!r} cannot run here: {reason}")
+        reasons.append(_cannot_run(name, reason))
     raise ImplementationUnavailableError("; ".join(reasons))
+
+
+def check_runs(name: str, platform: str) -> None:
+    """Raises ImplementationUnavailableError where an implementation cannot run on a platform."""
+    if reason := IMPLEMENTATIONS[name].unavailable(platform):
+        raise ImplementationUnavailableError(_cannot_run(name, reason))
+
+
+def _cannot_run(name: str, reason: str) -> str:
+    return f"implementation {name!r} cannot run here: {reason}"
 
 
 def get_kernel_info() -> dict[str, Any]:

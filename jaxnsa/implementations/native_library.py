@@ -151,7 +151,12 @@ class NativeLibrary(Protocol):
         """
 
     def Rows(
-        self, requests: int, count: int, rows_per_request: int, added_tokens: int
+        self,
+        requests: int,
+        count: int,
+        rows_per_request: int,
+        added_tokens: int,
+        prefill: bool,
     ) -> NativeRows:
         """Rows as the library takes them; `rows_per_request` is 0 where they are ragged."""
 
@@ -162,6 +167,7 @@ class NativeLibrary(Protocol):
         strides: Mapping[str, int],
         tokens_per_column: Mapping[str, int],
         max_len: int,
+        max_total_keys: int,
         nsa_index_topk: int,
         tail: str,
         request_columns: bool,
@@ -173,6 +179,7 @@ class NativeLibrary(Protocol):
           strides: of each table, the elements from row to row.
           tokens_per_column: of each table.
           max_len: the most columns of a table, in tokens; a step writes at most those of its pool.
+          max_total_keys: length of the flat table; 0 where there is none.
           nsa_index_topk: the indexer's top-k.
           tail: what tables hold past a row's live columns.
           request_columns: whether all rows of a request have the live columns of its last.

@@ -8,7 +8,6 @@ import jax
 
 from jaxnsa.implementations.gpu import reason_to_refuse, unbatched
 from jaxnsa.metadata import DraftExtendSeqlens, NSAMetadata
-from jaxnsa.schedules import NO_SCHEDULES
 from jaxnsa.spec import Inputs, Spec
 
 

@@ -49,6 +49,7 @@ class DlpackPath:
 
     def __init__(self, registered: Registered, options: DlpackOptions):
         device = registered.device
+        modes = _checked_modes(options)
         self._pool = checked_pool(options.req_to_token, device)
         for name, tensor in (("req_to_token", self._pool.tensor), *registered.named()):
             check_for_jax(name, tensor)
@@ -67,7 +68,7 @@ class DlpackPath:
         self._lengths = torch.zeros((3, requests), dtype=torch.int32, device=device)
         self._wide = torch.zeros_like(self._lengths, dtype=torch.int64)
         self._done = torch.cuda.Event() if platform == "gpu" else None
-        plans = [_Plan(registered, options, mode, implementation) for mode in options.forward_modes]
+        plans = [_Plan(registered, options, mode, implementation) for mode in modes]
         self._plans = {(p.rows.rows_per_request, p.rows.added_tokens): p for p in plans}
         self._pool_array = jax.dlpack.from_dlpack(self._pool.tensor)
         for plan in plans:
@@ -129,6 +130,20 @@ class DlpackPath:
         return jax.dlpack.from_dlpack(self._lengths)
 
 
+def _checked_modes(options: Any) -> tuple[ForwardMode, ...]:
+    """The forward modes of DlpackOptions, which are what they should be."""
+    if not isinstance(options, DlpackOptions):
+        raise TypeError(f"dlpack: got {argument_checks.described(options)}, expected DlpackOptions")
+    modes = options.forward_modes
+    if (
+        not isinstance(modes, Sequence)
+        or not modes
+        or not all(isinstance(mode, ForwardMode) for mode in modes)
+    ):
+        raise TypeError(f"dlpack.forward_modes: got {modes!r}, expected several ForwardMode")
+    return tuple(modes)
+
+
 class _Plan:
     """One forward mode: the tensors that it fills, as JAX sees them."""
 
@@ -139,6 +154,7 @@ class _Plan:
         mode: ForwardMode,
         implementation: str,
     ):
+        registered.check_mode(mode)
         verify = mode is ForwardMode.TARGET_VERIFY
         tokens = (
             argument_checks.integer("num_draft_tokens", options.num_draft_tokens, 1)
@@ -147,7 +163,7 @@ class _Plan:
         )
         largest = registered.spec
         requests = largest.rows.requests
-        if mode is not ForwardMode.DRAFT_EXTEND:
+        if mode not in (ForwardMode.DRAFT_EXTEND, ForwardMode.EXTEND):
             requests = min(requests, largest.rows.count // (tokens or 1))
         self.rows = Rows.of(mode, requests, tokens, largest.rows.count)
         self._implementation = implementation
@@ -236,11 +252,13 @@ def _without_padding(
         Extent.REQUESTS_PLUS_1: requests + 1,
         Extent.ROWS: rows,
         Extent.ROWS_PLUS_1: rows + 1,
-        Extent.TABLE: rows,
+        Extent.TABLE: requests if spec.prefill else rows,
     }
 
     def without_padding(field: Field) -> Array:
         new_array, old_array = getattr(new, field.name), getattr(old, field.name)
+        if field.extent is Extent.KEYS:  # a padded request has none
+            return new_array
         is_padding = jnp.arange(len(new_array)) >= ends[field.extent]
         if field.extent is not Extent.TABLE:
             return jnp.where(is_padding, old_array, new_array)

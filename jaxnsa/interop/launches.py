@@ -39,7 +39,9 @@ def library_for(device: torch.device) -> NativeLibrary:
 
 def native_rows(native: NativeLibrary, rows: Rows) -> NativeRows:
     """Rows as the library takes them."""
-    return native.Rows(rows.requests, rows.count, rows.rows_per_request or 0, rows.added_tokens)
+    return native.Rows(
+        rows.requests, rows.count, rows.rows_per_request or 0, rows.added_tokens, rows.prefill
+    )
 
 
 def prepared(
@@ -63,6 +65,7 @@ def prepared(
         strides={field.name: backends[0][field.name].stride(0) for field in tables},
         tokens_per_column={field.name: spec.tokens_per_column(field) for field in tables},
         max_len=spec.max_len,
+        max_total_keys=spec.max_total_keys or 0,
         nsa_index_topk=spec.nsa_index_topk,
         tail=spec.tail,
         request_columns=request_columns,

@@ -7,18 +7,21 @@ import jax
 import torch
 
 from jaxnsa import argument_checks
+from jaxnsa.config import overridden, settings
 from jaxnsa.implementations import native_library
 from jaxnsa.interop.direct_path import DirectPath
 from jaxnsa.interop.dlpack_path import DlpackOptions, DlpackPath
 from jaxnsa.interop.registration import Registered
 from jaxnsa.interop.tensor_checks import (
+    Checked,
     check_for_jax,
     checked_pool,
     checked_vector,
     platform_of,
 )
 from jaxnsa.metadata import ForwardMode
-from jaxnsa.spec import INT32_MAX, INT32_MIN
+from jaxnsa.spec import INT32_MAX, INT32_MIN, Rows
+from jaxnsa.value_checks import check_values
 
 __all__ = ["BackendBuffers", "DlpackOptions", "from_torch", "to_torch"]
 
@@ -103,6 +106,9 @@ class BackendBuffers:
     PyTorch 2.10, at some microseconds more. "dlpack" runs any implementation through JAX on a
     stream of JAX's own, which waits for PyTorch's current one and that one for it. It is compiled
     for the registered sizes, pads smaller batches, and cannot be captured.
+
+    With the setting `validate`, of `jaxnsa.override` at an update or of the environment at
+    registration, each update reads its inputs on the host and checks their values first.
     """
 
     def __init__(
@@ -121,7 +127,8 @@ class BackendBuffers:
             tensors on one device, contiguous but for the tables, whose rows may be apart. The
             lengths of `cache_seqlens` and `seqlens_expanded` are the most requests and rows.
             `page_indices`, or with a page size of 1 `real_page_table`, may be None or absent in
-            all backends.
+            all backends, and so may the arrays of prefill: tensors with them are for
+            `ForwardMode.EXTEND` and no other mode, `flat_page_indices` among them or not.
           nsa_index_topk: the indexer's top-k, in tokens.
           real_page_size: tokens in a physical page.
           path: None takes "direct" where the native library can run, otherwise "dlpack".
@@ -139,6 +146,7 @@ class BackendBuffers:
             missing = native_library.unavailable(platform_of(self._registered.device))
             path = "dlpack" if missing else "direct"
         argument_checks.one_of("path", path, ("direct", "dlpack"))
+        self._validate = settings().validate
         self._path: DirectPath | DlpackPath
         if path == "direct":
             self._path = DirectPath(self._registered)
@@ -173,17 +181,20 @@ class BackendBuffers:
             Tables get at most pool_cols columns.
           forward_mode: decides the rows, and which of the next arguments must be given.
           num_draft_tokens: in target verify, tokens to verify for each request.
-          extend_seq_lens: int32 or int64 [bs], in draft extend, rows of each request.
-          max_total_tokens: in draft extend, the rows that are written: padding rows get lengths
-            of 0. None: all registered rows.
+          extend_seq_lens: int32 or int64 [bs], in draft extend and prefill, rows of each request.
+          max_total_tokens: in draft extend and prefill, the rows that are written: padding rows
+            get lengths of 0. None: all registered rows.
 
         Raises:
           ValueError, TypeError: an argument is wrong, or a registered tensor has been freed or
             resized; nothing has been written then.
+          RuntimeError: values are to be validated while a CUDA graph is captured.
         """
         given = (seq_lens, req_pool_indices, req_to_token, extend_seq_lens)
         mode = (forward_mode, num_draft_tokens, max_total_tokens)
-        if isinstance(self._path, DirectPath) and self._path.try_run(*given, *mode):
+        validate = settings().validate if overridden() else self._validate
+        path = self._path
+        if not validate and isinstance(path, DirectPath) and path.try_run(*given, *mode):
             return
         registered = self._registered
         registered.check_unchanged()
@@ -201,4 +212,25 @@ class BackendBuffers:
         elif extend_seq_lens is not None:
             raise ValueError(f"extend_seq_lens: got a tensor, expected None in {forward_mode}")
         registered.memory.check_apart([lengths, indices, pool, *([extend] if extend else [])])
+        if validate:
+            self._check_values(rows, lengths, indices, pool, extend)
         self._path.run(rows, lengths, indices, pool, extend)
+
+    def _check_values(
+        self, rows: Rows, lengths: Checked, indices: Checked, pool: Checked, extend: Checked | None
+    ) -> None:
+        on_cuda = self._registered.device.type == "cuda"
+        if on_cuda and torch.cuda.is_current_stream_capturing():
+            raise RuntimeError("validate: got True while a CUDA graph is captured, expected False")
+        spec = self._registered.spec
+        pool_rows, pool_columns = pool.shape
+        check_values(
+            rows,
+            lengths.tensor.cpu().numpy(),
+            indices.tensor.cpu().numpy(),
+            None if extend is None else extend.tensor.cpu().numpy(),
+            pool_rows=pool_rows,
+            max_len=min(spec.max_len, pool_columns),
+            nsa_index_topk=spec.nsa_index_topk,
+            debug=False,
+        )

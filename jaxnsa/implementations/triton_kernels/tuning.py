@@ -26,3 +26,8 @@ class BlockConfig:
         if rows * columns < 132 * 2048 * 4:
             return cls(tile=512, warps=2)
         return cls()
+
+    @classmethod
+    def of_pages(cls, requests: int, pages: int) -> "BlockConfig":
+        """For page starts alone: small programs, and large tiles where there are many."""
+        return cls(pages=256 if requests * pages >= 132 * 2048 else 128, warps=2)
