@@ -15,7 +15,7 @@ from jaxnsa.argument_checks import Arguments
 from jaxnsa.checked_calls import Computation, UnlikeError, compute_as_before, remember
 from jaxnsa.compilation import compiled
 from jaxnsa.config import Strategy, settings
-from jaxnsa.implementations import FUSED, IMPLEMENTATIONS
+from jaxnsa.implementations import FUSED, PORTABLE, computations
 from jaxnsa.implementations.choice import choose
 from jaxnsa.implementations.lowering import computed_by
 from jaxnsa.metadata import Array, DraftExtendSeqlens, ForwardMode, NSAMetadata
@@ -368,7 +368,8 @@ def fused_metadata_copy(
         "fused_metadata_copy",
         len(src.cache_seqlens),
     )
-    name = _computing(name, all(array.size for array in src.arrays().values()))
+    something = all(array.size for array in src.arrays().values())
+    name = _computing(name, implementation, something)
     return _run_copy(src, out, num_backends=num_backends, implementation=name)
 
 
@@ -426,7 +427,7 @@ def fill_draft_extend_metadata(
         seq_lens,
         nsa_index_topk=topk,
         max_total_tokens=capacity,
-        implementation=_computing(name, len(seq_lens) > 0 and capacity > 0),
+        implementation=_computing(name, implementation, len(seq_lens) > 0 and capacity > 0),
     )
 
 
@@ -450,7 +451,7 @@ def prefix_sum(x: Array, *, implementation: str | Sequence[str] | None = None) -
     if isinstance(x, np.ndarray):
         x = x.astype(np.int32)  # a copy, as `checks.held` says, whose sums wrap alike
     name = choose(implementation, settings(), _platform(x), "prefix_sum", len(x))
-    return _run_prefix_sum(x, implementation=_computing(name, len(x) > 0))
+    return _run_prefix_sum(x, implementation=_computing(name, implementation, len(x) > 0))
 
 
 def _fused_metadata(
@@ -488,7 +489,8 @@ def _fused_metadata(
     inputs = checks.held_inputs(inputs)
     name = choose(implementation, here, _platform(inputs), requests=rows.requests, spec=spec)
     _log_path(name, strategy, spec.num_backends)
-    computation = _computation(spec, strategy, _computing(name, not spec.is_empty))
+    name = _computing(name, implementation, not spec.is_empty)
+    computation = _computation(spec, strategy, name)
     if not here.validate:
         remember(computation, list(spec.shapes()), read, written, options)
     return computation(list(inputs), jax.tree.leaves(out))
@@ -517,9 +519,12 @@ def _computation(spec: Spec, strategy: Strategy, implementation: str) -> Computa
     return compute
 
 
-def _computing(implementation: str, something: bool) -> str:
+def _computing(chosen: str, requested: str | Sequence[str] | None, something: bool) -> str:
     """What computes: XLA where there is nothing to launch a kernel for."""
-    return implementation if something else "xla"
+    if not something:
+        return "xla"
+    is_named = requested is not None or settings().implementation is not None
+    return PORTABLE if chosen == "ffi" and not is_named else chosen
 
 
 @functools.cache  # once for each path, not for each call
@@ -559,7 +564,7 @@ def _run_copy(
     implementation: str,
 ) -> tuple[NSAMetadata, ...]:
     src = computed_by(implementation, src)
-    return IMPLEMENTATIONS[implementation].copy(src, out, num_backends=num_backends, live=None)
+    return computations(implementation).copy(src, out, num_backends=num_backends, live=None)
 
 
 @functools.partial(
@@ -573,7 +578,7 @@ def _run_fill_draft_extend_metadata(
     max_total_tokens: int,
     implementation: str,
 ) -> DraftExtendSeqlens:
-    return IMPLEMENTATIONS[implementation].fill_draft_extend_metadata(
+    return computations(implementation).fill_draft_extend_metadata(
         *computed_by(implementation, (saturated(extend_seq_lens), saturated(seq_lens))),
         nsa_index_topk=nsa_index_topk,
         max_total_tokens=max_total_tokens,
@@ -583,4 +588,4 @@ def _run_fill_draft_extend_metadata(
 @functools.partial(compiled, static_argnames=("implementation",))
 def _run_prefix_sum(x: Array, *, implementation: str) -> Array:
     x = computed_by(implementation, jnp.asarray(x, jnp.int32))
-    return IMPLEMENTATIONS[implementation].prefix_sum(x)
+    return computations(implementation).prefix_sum(x)

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxnsa.config import Strategy
-from jaxnsa.implementations import IMPLEMENTATIONS
+from jaxnsa.implementations import computations
 from jaxnsa.implementations.lowering import computed_by
 from jaxnsa.metadata import NSAMetadata
 from jaxnsa.row_owners import Owners
@@ -27,7 +27,7 @@ def fused_metadata(
     implementation: str,
 ) -> tuple[NSAMetadata, ...]:
     """The metadata of `spec` in each of its destinations."""
-    module = IMPLEMENTATIONS[implementation]
+    module = computations(implementation)
     inputs = computed_by(implementation, jax.tree.map(saturated, inputs))
     if strategy == "ultra_fast":
         return module.fused_metadata(inputs, out, spec)

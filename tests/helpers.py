@@ -11,6 +11,9 @@ import pytest
 import jaxnsa
 from jaxnsa import ForwardMode, reference
 
+DEFAULT = jaxnsa.get_kernel_info()["default"]
+"""What computes a broadcast to a few requests where nothing is named."""
+
 
 def large(*values):
     """Values of a parameter with which an interpreter of kernels takes too long."""

@@ -119,7 +119,7 @@ def test_an_engine_loop(count, device):
         expected = reference.precompute_decode_metadata(
             lengths, indices, pool, max_len=max_len, nsa_index_topk=topk, real_page_size=page
         )
-        for field, array in vars(expected).items():
+        for field, array in expected.arrays().items():
             np.testing.assert_array_equal(getattr(precomputed, field).cpu().numpy(), array, field)
             if not hasattr(backends[0], field):
                 continue
@@ -234,12 +234,12 @@ def test_copy_into_larger_tensors(device):
     sizes = {"page_indices": (8, 77), "real_page_table": (6, 7)}
     dst = {
         field: torch.full(sizes.get(field, (len(t) + 3,)), HELD, dtype=torch.int32, device=device)
-        for field, t in vars(src).items()
+        for field, t in src.arrays().items()
     }
     for _ in range(2):
         src.page_indices.sub_(1)
         sgl_kernel.fused_metadata_copy_cuda(src, dst)
-    for field, source in vars(src).items():
+    for field, source in src.arrays().items():
         target = dst[field]
         inside = tuple(map(slice, source.shape))
         assert (target[inside] == source).all(), field
