@@ -161,13 +161,13 @@ def write_schedule(
             ]
             columns = [found[k], end_items[k], blocks[k], end_block, split, *flags, zero]
         row = jnp.where(p < parts, p, -1)
-        for ref, lead in destinations.of("flash_mla_schedule"):
+        for ref, lead in destinations.of("flash_mla_schedule", kv_lens.rows.offset):
             lanes.store_rows(ref, lead, row, *columns)
 
     def write_num_splits(indices: Vectors) -> None:
         for index, more in zip(indices, splits_before(indices), strict=True):
             place = jnp.where(index <= items, index, -1)
-            for ref, lead in destinations.of("flash_mla_num_splits"):
+            for ref, lead in destinations.of("flash_mla_num_splits", kv_lens.rows.offset):
                 lanes.store_rows(ref, lead, place, index + more)
 
     lanes.for_indices(items + 1, write_num_splits)

@@ -37,7 +37,7 @@ def write_context_lengths(
         lengths = lengths_of([jnp.minimum(row, rows - 1) for row in indices])
         for row, length in zip(indices, lengths, strict=True):
             place = jnp.where(row < rows, row, -1)
-            for ref, lead in destinations.of("paged_mqa_ctx_lens"):
+            for ref, lead in destinations.of("paged_mqa_ctx_lens", kv_lens.rows.offset):
                 lanes.store_rows(ref, lead, place, length)
 
     lanes.for_indices(rows, write)
@@ -88,5 +88,5 @@ def write_schedule(
             width = jnp.maximum(width, 1)
             atom = lax.div(offset, width)
             columns = item * a + atom, offset - atom * width
-        for ref, lead in destinations.of("paged_mqa_schedule"):
+        for ref, lead in destinations.of("paged_mqa_schedule", kv_lens.rows.offset):
             lanes.store_rows(ref, lead, row, *columns)

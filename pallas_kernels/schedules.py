@@ -15,7 +15,7 @@ from pallas_kernels.rows import Lengths
 def schedule_writers(
     lanes: Lanes, spec: Spec, *, fresh: bool
 ) -> tuple[Sequence[Callable[[Lengths, Any, Destinations], None]], int]:
-    """What writes the schedules of a computation, the slowest first.
+    """What writes the schedules of a computation, for each offset of backends, the slowest first.
 
     Args:
       lanes: vector operations.
@@ -39,10 +39,18 @@ def schedule_writers(
         functions.append(functools.partial(topk_plan.write_plan, fresh=fresh))
 
     def write(
-        function: Callable[..., None], lengths: Lengths, shared: Any, destinations: Destinations
+        function: Callable[..., None],
+        offset: int,
+        lengths: Lengths,
+        shared: Any,
+        destinations: Destinations,
     ) -> None:
-        kv_lens = KvLens.load(lanes, spec.rows, lengths, shared, LANES)
+        kv_lens = KvLens.load(lanes, spec.rows_of(offset), lengths, shared, LANES)
         function(lanes, spec, kv_lens, shared, start, destinations)
 
-    writers = [functools.partial(write, function) for function in functions]
+    writers = [
+        functools.partial(write, function, offset)
+        for function in functions
+        for offset in sorted(set(spec.offsets))
+    ]
     return writers, start - LANES + max(words) if functions else 0

@@ -57,7 +57,7 @@ def write_plan(
         ((places, more),) = lanes.cumulative_sums(scratch, is_planned)
         for row, length, wanted, place in zip(indices, lengths, is_planned, places, strict=True):
             place = jnp.where(wanted > 0, planned + place, -1)
-            for ref, lead in destinations.of("topk_plan"):
+            for ref, lead in destinations.of("topk_plan", kv_lens.rows.offset):
                 lanes.store_rows(ref, lead, place, row, length)
         return planned + more
 
@@ -66,11 +66,11 @@ def write_plan(
     def clear(indices: Vectors) -> None:
         for row in indices:
             place = jnp.where((row >= planned) & (row < rows), row + 1, -1)
-            for ref, lead in destinations.of("topk_plan"):
+            for ref, lead in destinations.of("topk_plan", kv_lens.rows.offset):
                 lanes.store_rows(ref, lead, place, lanes.zeros(LANES), lanes.zeros(LANES))
 
     if fresh:
         lanes.for_indices(rows, clear)
-    for ref, lead in destinations.of("topk_plan"):
+    for ref, lead in destinations.of("topk_plan", kv_lens.rows.offset):
         ref[(*lead, 0, 0)] = threshold
         ref[(*lead, 0, 1)] = planned

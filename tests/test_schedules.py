@@ -91,6 +91,7 @@ def check(lengths, schedules, implementation, *, mode=ForwardMode.DECODE, **opti
         (2, ForwardMode.TARGET_VERIFY, 33, {"index_kpool": 2, "in_place": True}),
         (3, ForwardMode.TARGET_VERIFY, 2, {"in_place": True, "tail": "copy", "wide_table": False}),
         (3, ForwardMode.DECODE, 1, {}),
+        (3, ForwardMode.DECODE, 3, {"num_backends": 3, "backend_offsets": (1, 0, 1)}),
         (4, ForwardMode.TARGET_VERIFY, 7, {"in_place": True, "stacked": True, "num_backends": 2}),
         (5, ForwardMode.DECODE, 0, {"index_kpool": 2}),
         (5, ForwardMode.TARGET_VERIFY, 0, {"in_place": True}),
