@@ -60,10 +60,16 @@ struct FusedMetadataArguments {
   int32_t max_len;
   int32_t max_total_keys;  // of flat_page_indices
   Tail tail;
+  // Leading tokens of each request that the tables of its rows hold, whose columns are left alone;
+  // data is null: none, and where the tail is not kept.
+  Vector written_lens;
+  // By which a row's live tokens exceed those, for the size of a launch: more take longer.
+  int32_t max_new_tokens;
   bool request_columns;  // whether a column is live for all rows of a request that its last one sees
   TableLayout tables[kFields];  // by Field, of those that are tables and wanted
   int32_t num_backends;
-  Backend backends[kMaxBackends];  // all want the same arrays
+  Backend backends[kMaxBackends];         // all want the same arrays
+  int32_t backend_offsets[kMaxBackends];  // tokens by which each one's seq_lens are longer
 
   int64_t columns(Field table) const { return CeilDiv(max_len, tables[table].tokens_per_column); }
 };

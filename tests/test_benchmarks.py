@@ -29,13 +29,14 @@ def results(tmp_path_factory):
     return tmp_path_factory.mktemp("results")
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture
 def hasty(monkeypatch):
     """Times mean nothing here: no warming up, and few sets of memory to take turns."""
     monkeypatch.setattr(measure, "WARM_UP_SECONDS", 0)
     monkeypatch.setattr(measure, "COLD_BYTES", 2**17)
 
 
+@pytest.mark.usefixtures("hasty")
 @pytest.mark.parametrize("suite", SUITES)
 def test_every_suite_runs(suite, results):
     if suite == "torch":
@@ -59,6 +60,7 @@ def test_every_suite_runs(suite, results):
     assert SUITES[suite].title.split(" ")[0] in done.output
 
 
+@pytest.mark.usefixtures("hasty")
 def test_without_matplotlib_there_are_no_plots(monkeypatch, tmp_path):
     found = importlib.util.find_spec
     monkeypatch.setattr(
@@ -97,8 +99,7 @@ def test_wrong_tensors_stop_the_run():
         torch_handoff._measure(lambda problem, tensors: lambda: None, problem)
 
 
-def test_inputs_take_turns(monkeypatch):
-    monkeypatch.setattr(measure, "COLD_BYTES", 128 * 2**20)
+def test_inputs_take_turns():
     order = []
     calls = [lambda k=k: order.append(k) for k in range(3)]
     metrics = timing(calls, count=6, wait=lambda result: result)

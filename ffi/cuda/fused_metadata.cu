@@ -33,7 +33,8 @@ constexpr int kGridRows = 32768;
 // Blocks of a backend that write lengths, where rows are ragged.
 constexpr int64_t kMostLengthBlocks = 1024;
 
-template <int kWidth, bool kRagged, bool kTablesRagged, int kCapacity>
+// `kWhole`: no columns are held, and all backends are computed for the same lengths.
+template <int kWidth, bool kRagged, bool kTablesRagged, bool kWhole, int kCapacity>
 __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor)
     FusedMetadataKernel(const __grid_constant__ Parameters<kCapacity> args) {
   const auto row = static_cast<int32_t>(blockIdx.z * kGridRows + blockIdx.y);
@@ -46,13 +47,14 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor)
     if (b < args.num_backends) {
       const int32_t group = block % blocks / shares;
       WriteLengths<kRagged>(args.rows, args.nsa_index_topk,
-                            {groups, group, shares, block % shares}, args.lengths[b]);
+                            {groups, group, shares, block % shares},
+                            kWhole ? 0 : args.backend_offsets[b], args.lengths[b]);
     } else if (kRagged && !kTablesRagged) {
       WriteKeys(args, block - args.num_backends * blocks);
     }
     return;
   }
-  WriteTables<kWidth, kTablesRagged>(args, i);
+  WriteTables<kWidth, kTablesRagged, kWhole>(args, i);
 }
 
 // Whether four columns of every table can be moved at once.
@@ -70,7 +72,14 @@ bool AllowsVectors(const FusedMetadataArguments& args) {
   return allows;
 }
 
-template <int kWidth, int kCapacity>
+// Whether no columns are held and all backends are computed for the same lengths.
+bool IsWhole(const FusedMetadataArguments& args) {
+  const int32_t* const end = args.backend_offsets + args.num_backends;
+  return args.written_lens.data == nullptr &&
+         std::all_of(args.backend_offsets, end, [](int32_t offset) { return offset == 0; });
+}
+
+template <int kWidth, bool kWhole, int kCapacity>
 void LaunchFusedMetadata(Stream stream, const FusedMetadataArguments& args) {
   const Rows& rows = args.rows;
   const Tables& wanted = args.backends[0].tables;
@@ -96,10 +105,22 @@ void LaunchFusedMetadata(Stream stream, const FusedMetadataArguments& args) {
   for (int b = 0; b < args.num_backends; ++b) {
     parameters.tables[b] = args.backends[b].tables;
     parameters.lengths[b] = args.backends[b].lengths;
+    parameters.backend_offsets[b] = args.backend_offsets[b];
   }
+  const auto [least, greatest] =
+      std::minmax_element(args.backend_offsets, args.backend_offsets + args.num_backends);
+  parameters.least_offset = *least;
+  parameters.greatest_offset = *greatest;
+  parameters.written_lens = args.written_lens;
   const bool wide = wanted.page_indices != nullptr;
-  const int64_t tiles = wide ? CeilDiv(args.max_len, kTileColumns)
-                             : CeilDiv(args.columns(kRealPageTable), kThreads);
+  // A tile begins with an access, at or before the first column that is written.
+  const int64_t tokens =
+      args.written_lens.data == nullptr
+          ? args.max_len
+          : std::min(args.max_new_tokens + (wide ? kWidth - 1 : 0), args.max_len);
+  const int64_t tile_tokens =
+      wide ? kTileColumns : int64_t{kThreads} * parameters.page_size.value;
+  const int64_t tiles = std::max<int64_t>(1, CeilDiv(tokens, tile_tokens));
   const int64_t table_requests = parameters.table_requests;
   const int64_t blocks = std::clamp(table_requests * tiles / 2, kFewestBlocks, kMostBlocks);
   dim3 grid;
@@ -118,29 +139,36 @@ void LaunchFusedMetadata(Stream stream, const FusedMetadataArguments& args) {
   const int64_t grid_rows = parameters.length_rows + table_requests;
   grid.y = std::min<int64_t>(grid_rows, kGridRows);
   grid.z = CeilDiv(grid_rows, kGridRows);
-  const auto kernel = rows.prefill    ? FusedMetadataKernel<kWidth, true, false, kCapacity>
-                      : rows.ragged() ? FusedMetadataKernel<kWidth, true, true, kCapacity>
-                                      : FusedMetadataKernel<kWidth, false, false, kCapacity>;
+  const auto kernel = rows.prefill ? FusedMetadataKernel<kWidth, true, false, kWhole, kCapacity>
+                      : rows.ragged()
+                          ? FusedMetadataKernel<kWidth, true, true, kWhole, kCapacity>
+                          : FusedMetadataKernel<kWidth, false, false, kWhole, kCapacity>;
   Launch(kName, stream, kernel, grid, kThreads, parameters);
 }
 
 template <int kCapacity>
 void LaunchForBackends(Stream stream, const FusedMetadataArguments& args) {
-  if (AllowsVectors(args)) {
-    LaunchFusedMetadata<4, kCapacity>(stream, args);
-  } else {
-    LaunchFusedMetadata<1, kCapacity>(stream, args);
-  }
+  const bool vectors = AllowsVectors(args), whole = IsWhole(args);
+  const auto launch = vectors ? whole ? LaunchFusedMetadata<4, true, kCapacity>
+                                      : LaunchFusedMetadata<4, false, kCapacity>
+                      : whole ? LaunchFusedMetadata<1, true, kCapacity>
+                              : LaunchFusedMetadata<1, false, kCapacity>;
+  launch(stream, args);
+}
+
+template <int kWidth, bool kWhole, int kCapacity>
+void LoadForRows() {
+  LoadKernels(kName, FusedMetadataKernel<kWidth, false, false, kWhole, kCapacity>,
+              FusedMetadataKernel<kWidth, true, true, kWhole, kCapacity>,
+              FusedMetadataKernel<kWidth, true, false, kWhole, kCapacity>);
 }
 
 template <int kCapacity>
 void LoadForBackends() {
-  LoadKernels(kName, FusedMetadataKernel<4, false, false, kCapacity>,
-              FusedMetadataKernel<4, true, true, kCapacity>,
-              FusedMetadataKernel<4, true, false, kCapacity>,
-              FusedMetadataKernel<1, false, false, kCapacity>,
-              FusedMetadataKernel<1, true, true, kCapacity>,
-              FusedMetadataKernel<1, true, false, kCapacity>);
+  LoadForRows<4, true, kCapacity>();
+  LoadForRows<4, false, kCapacity>();
+  LoadForRows<1, true, kCapacity>();
+  LoadForRows<1, false, kCapacity>();
 }
 
 }  // namespace

@@ -42,11 +42,12 @@ struct LengthBlock {
   int32_t share;
 };
 
-// Writes the lengths and prefix sums of one backend for a group of requests, one for each thread,
-// and a share of their rows; sums over earlier requests it takes by itself. Together the blocks of a
-// backend also write the padding rows.
+// Writes the lengths and prefix sums of one backend, computed for `offset` tokens more, for a group
+// of requests, one for each thread, and a share of their rows; sums over earlier requests it takes
+// by itself. Together the blocks of a backend also write the padding rows.
 template <bool kRagged>
-__device__ void WriteLengths(const Rows& rows, int32_t topk, LengthBlock block, const Lengths& to) {
+__device__ void WriteLengths(const Rows& rows, int32_t topk, LengthBlock block, int32_t offset,
+                             const Lengths& to) {
   struct Request {
     int32_t cache_seqlen;
     int32_t q;
@@ -59,12 +60,13 @@ __device__ void WriteLengths(const Rows& rows, int32_t topk, LengthBlock block, 
   const auto sums_of = [&](int32_t cache_seqlen, int32_t q) -> LengthSums {
     return {static_cast<uint32_t>(cache_seqlen), NsaSum(topk, cache_seqlen, q, q - 1)};
   };
-  const auto sums = [&](int64_t i) { return sums_of(rows.cache_seqlen(i), rows.q(i)); };
+  const auto sums = [&](int64_t i) { return sums_of(rows.cache_seqlen(i, offset), rows.q(i)); };
   const int64_t first = int64_t{block.group} * kThreads, i = first + threadIdx.x;
   const int64_t end = first + kThreads < rows.requests ? first + kThreads : rows.requests;
   const bool exists = i < end;
 
-  const int32_t cache_seqlen = exists ? rows.cache_seqlen(i) : 0, q = exists ? rows.q(i) : 0;
+  const int32_t cache_seqlen = exists ? rows.cache_seqlen(i, offset) : 0;
+  const int32_t q = exists ? rows.q(i) : 0;
   const LengthSums before =
       BlockSum<LengthSums>(0, first, sums) + SumBeforeThread(sums_of(cache_seqlen, q));
   int64_t first_row = i * rows.rows_per_request, end_row = end * rows.rows_per_request;
