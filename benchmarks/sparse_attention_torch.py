@@ -90,7 +90,7 @@ def generate(
     """Takes `steps` speculative steps from where JAX has prefilled.
 
     Args:
-      weights, pool, requests: `Weights`, `Pool` and `Requests` of JAX arrays, which stay as they are.
+      weights, pool, requests: `Weights`, `Pool` and `Requests` of JAX arrays; they stay the same.
       sizes: of the model.
       steps: how many.
 
