@@ -56,9 +56,27 @@ struct Rows {
   }
 };
 
-// What the arrays of [rows] hold for a row that sees `kv_len` tokens.
-JAXNSA_HOST_DEVICE RowValues RowValuesOf(int32_t kv_len, int32_t nsa_index_topk) {
-  return RowValues(kv_len, Min(kv_len, nsa_index_topk));
+// What a row's values depend on beside the tokens that it sees.
+struct RowRules {
+  int32_t nsa_index_topk;
+  int32_t index_kpool;
+  bool requests_are_items;  // of the paged MQA logits
+
+  JAXNSA_HOST_DEVICE int32_t pooled(int32_t kv_len) const {
+    return index_kpool == 1 ? kv_len : kv_len / index_kpool;
+  }
+
+  JAXNSA_HOST_DEVICE int32_t nsa_cache_seqlen(int32_t kv_len) const {
+    const int32_t full = pooled(kv_len) * index_kpool;
+    return Min(full, nsa_index_topk) + (kv_len - full);
+  }
+};
+
+// What the arrays of [rows] hold for a row that sees `kv_len` tokens of a request's `cache_seqlen`.
+JAXNSA_HOST_DEVICE RowValues RowValuesOf(int32_t kv_len, int32_t cache_seqlen,
+                                         const RowRules& rules) {
+  return RowValues(kv_len, rules.nsa_cache_seqlen(kv_len), rules.pooled(kv_len),
+                   rules.requests_are_items ? cache_seqlen : kv_len);
 }
 
 // Column c of a table stands for the tokens from c * tokens_per_column on. It is live where a row

@@ -19,7 +19,7 @@ from jaxnsa import (
 from jaxnsa.implementations import IMPLEMENTATIONS
 from jaxnsa.reference_schedules import paged_mqa_schedule, topk_plan
 
-REFUSES = ("pallas", "triton", "interpreted pallas", "interpreted triton", "ffi")
+REFUSES = ("pallas", "triton", "interpreted pallas", "interpreted triton")
 """Implementations that compute no schedules yet, and say so."""
 
 LAYOUTS = ("sm90", "atoms", "legacy", "sm100")

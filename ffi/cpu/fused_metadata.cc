@@ -5,6 +5,7 @@
 #include <vector>
 
 #include "computations.h"
+#include "write_schedules.h"
 
 namespace jaxnsa {
 namespace {
@@ -72,7 +73,7 @@ class Table {
     if (tokens == 1) return pool_row;
     if (static_cast<int64_t>(scratch_.size()) < count) scratch_.resize(count);
     for (int64_t c = 0; c < count; ++c) {
-      scratch_[c] = FloorDiv(pool_row[c * tokens], layout_.tokens_per_column);
+      scratch_[c] = FloorDiv(pool_row[c * tokens], layout_.slots_per_page);
     }
     return scratch_.data();
   }
@@ -111,14 +112,17 @@ std::vector<Table> TablesOf(const FusedMetadataArguments& args) {
 
 void FusedMetadata(Stream, const FusedMetadataArguments& args) {
   const Rows& rows = args.rows;
+  const RowRules rules = args.row_rules();
   std::vector<Table> tables = TablesOf(args);
   const auto store = [&](int64_t index, const auto& values) {
     for (int b = 0; b < args.num_backends; ++b) Store(args.backends[b].lengths, index, values);
   };
   int64_t row = 0;
   int32_t cache_sum = 0, nsa_sum = 0;
-  const auto store_row = [&](int64_t row, int32_t kv_len) {
-    const RowValues values = RowValuesOf(kv_len, args.nsa_index_topk);
+  StepLengths lengths;
+  const auto store_row = [&](int64_t row, int32_t kv_len, int32_t cache_seqlen) {
+    lengths.rows.push_back(kv_len);
+    const RowValues values = RowValuesOf(kv_len, cache_seqlen, rules);
     nsa_sum = Add(nsa_sum, values.nsa_cache_seqlens);
     store(row, values);
     store(row + 1, RowSums(nsa_sum));
@@ -130,11 +134,12 @@ void FusedMetadata(Stream, const FusedMetadataArguments& args) {
     const auto kv_len = [&](int64_t j) {
       return Rows::kv_len(cache_seqlen, q, static_cast<int32_t>(j));
     };
+    lengths.requests.push_back(cache_seqlen);
     cache_sum = Add(cache_sum, cache_seqlen);
     store(i, RequestValues(cache_seqlen));
     store(i + 1, RequestSums(cache_sum));
     const int64_t count = std::min<int64_t>(q, rows.count - row);
-    for (int64_t j = 0; j < count; ++j) store_row(row + j, kv_len(j));
+    for (int64_t j = 0; j < count; ++j) store_row(row + j, kv_len(j), cache_seqlen);
     const auto table_kv_len = [&](int64_t j) {
       return args.request_columns ? cache_seqlen : kv_len(j);
     };
@@ -142,7 +147,8 @@ void FusedMetadata(Stream, const FusedMetadataArguments& args) {
     for (Table& table : tables) table.Write(pool_row, row, count, table_kv_len);
     row += count;
   }
-  for (int64_t padding = row; padding < rows.count; ++padding) store_row(padding, 0);
+  for (int64_t padding = row; padding < rows.count; ++padding) store_row(padding, 0, 0);
+  WriteSchedules(args, lengths);
   if (args.tail == Tail::kKeep) return;
   for (Table& table : tables) table.Clear(row, rows.count - row);
 }

@@ -59,6 +59,25 @@ struct RequestContent {
   __device__ RowContent longest() const { return of_kv_len(cache_seqlen); }
 };
 
+// Stores the number of a page in a row of `real_page_table`, and in `pooled_page_table` where a page
+// of pooled keys begins with it.
+template <int kCapacity, bool kSchedules>
+__device__ __forceinline__ void StorePage(const Parameters<kCapacity, kSchedules>& args,
+                                          int64_t row, int32_t page, int32_t number) {
+  const int64_t offset = row * args.real_page_table_stride + page;
+  ForEach(args.tables, args.num_backends,
+          [&](const Tables& to) { to.real_page_table[offset] = number; });
+  if constexpr (kSchedules) {
+    if (args.tables[0].pooled_page_table == nullptr) return;
+    const Divisor& pages = args.schedules.pages_per_pooled_page;
+    const int32_t pooled = pages.Divide(page);
+    if (pooled * pages.value != page) return;
+    const int64_t pooled_offset = row * args.schedules.pooled_page_table_stride + pooled;
+    ForEach(args.tables, args.num_backends,
+            [&](const Tables& to) { to.pooled_page_table[pooled_offset] = number; });
+  }
+}
+
 // What a thread moves of a tile, in registers.
 template <int kWidth>
 struct Tile {
@@ -86,8 +105,8 @@ struct Tile {
 
   // Stores the tile in a row of `page_indices`, and the pages that begin in it in
   // `real_page_table` if that is wanted. A page begins with an access or in none.
-  template <int kCapacity>
-  __device__ void Store(const Parameters<kCapacity>& args, int32_t begin, int64_t row,
+  template <int kCapacity, bool kSchedules>
+  __device__ void Store(const Parameters<kCapacity, kSchedules>& args, int32_t begin, int64_t row,
                         RowContent content) const {
     const int32_t backends = args.num_backends;
 #pragma unroll
@@ -114,18 +133,15 @@ struct Tile {
           column >= content.end) {
         continue;
       }
-      const int64_t page_offset = row * args.real_page_table_stride + page;
-      const int32_t number = args.page_size.Divide(stored[0]);
-      ForEach(args.tables, backends,
-              [&](const Tables& to) { to.real_page_table[page_offset] = number; });
+      StorePage(args, row, page, args.page_size.Divide(stored[0]));
     }
   }
 };
 
 // Writes a block's share of request i's rows in both tables, and of the padding rows: tiles in a
 // grid stride of gridDim.x blocks.
-template <int kWidth, bool kRagged, int kCapacity>
-__device__ void WriteTables(const Parameters<kCapacity>& args, int32_t i) {
+template <int kWidth, bool kRagged, int kCapacity, bool kSchedules>
+__device__ void WriteTables(const Parameters<kCapacity, kSchedules>& args, int32_t i) {
   // Where there are no requests, one that does not exist clears the padding rows.
   const bool exists = !kRagged || i < args.rows.requests;
   // Both loads are issued before either value is used.
@@ -183,10 +199,7 @@ __device__ void WriteTables(const Parameters<kCapacity>& args, int32_t i) {
         token < longest.live ? args.page_size.Divide(__ldg(source + token)) : 0;
     for_rows([&](int64_t row, RowContent content) {
       if (token >= content.end) return;
-      const int64_t offset = row * args.real_page_table_stride + page;
-      const int32_t stored = token < content.live ? number : 0;
-      ForEach(args.tables, args.num_backends,
-              [&](const Tables& to) { to.real_page_table[offset] = stored; });
+      StorePage(args, row, page, token < content.live ? number : 0);
     });
   }
 }
