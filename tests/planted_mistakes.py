@@ -749,8 +749,8 @@ MISTAKES = [
     ),
     Mistake(
         "sgl_kernel: a known launch takes a narrower pool",
-        "jaxnsa/interop/launch_cache.py",
-        "min_columns=max_len",
+        "jaxnsa/interop/fills.py",
+        "min_columns=spec.max_len",
         "min_columns=1",
         "test_sgl_kernel.py::test_a_launch_that_is_known_is_checked_all_the_same",
     ),
@@ -763,10 +763,38 @@ MISTAKES = [
     ),
     Mistake(
         "sgl_kernel: strides of the first backend for all",
-        "jaxnsa/interop/sgl_kernel.py",
+        "jaxnsa/interop/fills.py",
         "alike.setdefault(strides, [])",
         "alike.setdefault((), [])",
         "test_sgl_kernel.py::test_backends_whose_tables_have_different_strides",
+    ),
+    Mistake(
+        "sglang: rows have the columns that they see themselves",
+        "ffi/cpu/fused_metadata.cc",
+        "args.request_columns ? cache_seqlen : kv_len(j)",
+        "kv_len(j)",
+        "test_sglang.py::test_every_row_of_a_request_has_its_live_columns",
+    ),
+    Mistake(
+        "sglang: a known step of other numbers",
+        "jaxnsa/interop/sglang.py",
+        "(step, *outputs)",
+        "(step.bs, *outputs)",
+        "test_sglang.py::test_wrong_arguments_are_refused_before_anything_is_written",
+    ),
+    Mistake(
+        "sglang: copies with the first destination's strides",
+        "jaxnsa/interop/copies.py",
+        "alike.setdefault(strides, [])",
+        "alike.setdefault((), [])",
+        "test_sglang.py::test_copies_to_three_backends",
+    ),
+    Mistake(
+        "sglang: replaced by halves",
+        "jaxnsa/interop/replacement.py",
+        "for module, attribute, held in done:",
+        "for module, attribute, held in []:",
+        "test_sglang.py::test_install_replaces_all_or_nothing",
     ),
     # The public functions.
     Mistake(

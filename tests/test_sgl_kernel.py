@@ -236,7 +236,9 @@ def test_copy_into_larger_tensors(device):
         field: torch.full(sizes.get(field, (len(t) + 3,)), HELD, dtype=torch.int32, device=device)
         for field, t in vars(src).items()
     }
-    sgl_kernel.fused_metadata_copy_cuda(src, dst)
+    for _ in range(2):
+        src.page_indices.sub_(1)
+        sgl_kernel.fused_metadata_copy_cuda(src, dst)
     for field, source in vars(src).items():
         target = dst[field]
         inside = tuple(map(slice, source.shape))

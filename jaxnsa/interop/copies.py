@@ -1,26 +1,49 @@
 """Tensors copied that are given with each call: checked where they are new, then launched alone."""
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 
+from jaxnsa.implementations.native_library import NativeLibrary
 from jaxnsa.interop.launch_cache import Key, LaunchCache
 from jaxnsa.interop.launches import library_for, on_device, stream_of
 from jaxnsa.interop.tensor_checks import Checked, WrittenMemory
 
-_Launch = tuple[list[tuple[int, int, int, int]], list[list[int]]]
-"""Arrays and their destinations, as the native library takes them."""
+
+class _Copies(NamedTuple):
+    """Launches that were checked.
+
+    Attributes:
+      device: where the tensors are.
+      native: its library.
+      launches: arrays and their destinations, as the library takes them.
+    """
+
+    device: torch.device
+    native: NativeLibrary
+    launches: list[tuple[list[tuple[int, int, int, int]], list[list[int]]]]
+
+    def run(self) -> None:
+        """Launches on PyTorch's current stream."""
+
+        def launch() -> None:
+            stream = stream_of(self.device)
+            for arrays, destinations in self.launches:
+                self.native.copy(stream, arrays, destinations)
+
+        on_device(self.device, launch)
 
 
-class CopyCache(LaunchCache[list[_Launch]]):
+class CopyCache(LaunchCache[_Copies]):
     """Copies of arrays to one or several destinations."""
 
-    def try_copy(self, key: Key | None, device: torch.device) -> bool:
+    def try_copy(self, key: Key | None) -> bool:
         """Copies what is known; False if it is not."""
         known = self.get(key)
         if known is None:
             return False
-        _launch(known, device)
+        known.run()
         return True
 
     def copy(
@@ -52,17 +75,8 @@ class CopyCache(LaunchCache[list[_Launch]]):
                 rows, columns = source.shape if len(source.shape) == 2 else (1, *source.shape)
                 arrays.append((source.start, rows, columns, stride))
             launches.append((arrays, starts))
-        _launch(launches, sources[0].tensor.device)
+        device = sources[0].tensor.device
+        copies = _Copies(device, library_for(device), launches)
+        copies.run()
         if key is not None:
-            self.add(key, launches)
-
-
-def _launch(launches: Sequence[_Launch], device: torch.device) -> None:
-    native = library_for(device)
-
-    def run() -> None:
-        stream = stream_of(device)
-        for arrays, destinations in launches:
-            native.copy(stream, arrays, destinations)
-
-    on_device(device, run)
+            self.add(key, copies)

@@ -6,7 +6,7 @@ from typing import Any, Generic, NamedTuple, TypeVar
 
 import torch
 
-from jaxnsa.interop.launches import library_for
+from jaxnsa.implementations.native_library import library
 from jaxnsa.interop.tensor_checks import exchange_api
 
 _MOST = 256
@@ -25,12 +25,12 @@ class Key(NamedTuple):
     facts: tuple[Hashable, ...]
 
 
-def key_of(device: torch.device, tensors: Iterable[Any], facts: tuple[Hashable, ...]) -> Key | None:
-    """The key of a call; None where it takes checks to tell what its tensors are."""
+def key_of(first: Any, tensors: Iterable[Any], facts: tuple[Hashable, ...]) -> Key | None:
+    """The key of a call whose first tensor is `first`; None where it takes checks to tell."""
     api = exchange_api()
-    if api is None:
+    if api is None or not isinstance(first, torch.Tensor):
         return None
-    described = library_for(device).describe_tensors(api, [*tensors])
+    described = library("gpu" if first.is_cuda else "cpu").describe_tensors(api, [*tensors])
     return None if described is None else Key(described, facts)
 
 

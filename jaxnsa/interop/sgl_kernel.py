@@ -100,7 +100,7 @@ def fused_metadata_precompute_and_broadcast_cuda(
     key = None
     if isinstance(seq_lens, torch.Tensor) and seq_lens.dim() == 1:
         facts = (seq_lens.shape[0], *numbers, *map(len, lists.values()))
-        key = key_of(seq_lens.device, itertools.chain(*lists.values()), facts)
+        key = key_of(seq_lens, itertools.chain(*lists.values()), facts)
     if _FILLS.try_launch(key, inputs):
         return
     read = _checked_inputs(seq_lens, req_pool_indices, req_to_token)
@@ -161,11 +161,10 @@ def fused_metadata_copy_cuda(precomputed: Any, metadata: Any) -> None:
     if not given:
         raise ValueError("precomputed: got no tensors, expected those of NSAMetadata's fields")
     targets = {field: field_of(metadata, field) for field in given}
-    key, first = None, next(iter(given.values()))
-    if isinstance(first, torch.Tensor):
-        key = key_of(first.device, [*given.values(), *targets.values()], tuple(given))
-        if _COPIES.try_copy(key, first.device):
-            return
+    tensors = [*given.values(), *targets.values()]
+    key = key_of(tensors[0], tensors, tuple(given))
+    if _COPIES.try_copy(key):
+        return
     read: list[Checked] = []
     written: list[Checked] = []
     for field, value in given.items():

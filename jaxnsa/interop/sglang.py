@@ -1,0 +1,603 @@
+"""The functions that SGLang 0.5.23 fills DSA metadata with, by its names, and `install`.
+
+Names, arguments and what is written are those of `sglang.kernels.ops.attention.dsa.metadata` and
+`.fused_metadata_copy`. Each call is one launch of the native library on PyTorch's current stream;
+given CPU tensors, it runs the library's CPU functions. Tensors that are written may be larger than
+a step needs and keep what they hold elsewhere: past the sizes given below, and in the page tables
+past the columns that are live for the row's request (SGLang's own kernels write up to 127 columns
+more). Lengths that are negative count as 0, and rows of the pool are clamped into it.
+
+Each function raises ValueError or TypeError, before anything is written, where an argument is
+wrong, and RuntimeError where the library was not built.
+"""
+
+import functools
+from typing import Any, NamedTuple
+
+import torch
+
+from jaxnsa import argument_checks
+from jaxnsa.implementations.native_library import unavailable
+from jaxnsa.interop.copies import CopyCache
+from jaxnsa.interop.fills import CheckedInputs, FillCache, Inputs
+from jaxnsa.interop.launch_cache import key_of
+from jaxnsa.interop.replacement import Replacement
+from jaxnsa.interop.tensor_checks import (
+    Checked,
+    WrittenMemory,
+    checked,
+    checked_pool,
+    checked_vector,
+)
+from jaxnsa.metadata import ForwardMode
+from jaxnsa.spec import MAX_LEN, Rows, Spec
+
+_FILLS = FillCache()
+_COPIES = CopyCache()
+
+_ARGUMENTS = {
+    "nsa_cache_seqlens": "dsa_cache_seqlens",
+    "nsa_cu_seqlens_k": "dsa_cu_seqlens_k",
+    "page_indices": "page_table_1",
+}
+"""SGLang's names of fields, where they differ."""
+
+
+def fused_dsa_decode_metadata(
+    seq_lens: torch.Tensor,
+    req_pool_indices: torch.Tensor,
+    req_to_token: torch.Tensor,
+    cache_seqlens: torch.Tensor,
+    cu_seqlens_k: torch.Tensor,
+    page_table_1: torch.Tensor | None,
+    dsa_cache_seqlens: torch.Tensor,
+    dsa_cu_seqlens_k: torch.Tensor,
+    real_page_table: torch.Tensor,
+    bs: int,
+    max_len: int,
+    dsa_index_topk: int,
+    physical_page_size: int,
+) -> None:
+    """The metadata of a decode step.
+
+    Args:
+      seq_lens: int32 or int64, at least [bs].
+      req_pool_indices: int32 or int64, at least [bs].
+      req_to_token: int32 [pool_rows, pool_cols], rows contiguous.
+      cache_seqlens: int32, at least [bs].
+      cu_seqlens_k: int32, at least [bs + 1].
+      page_table_1: int32, at least [bs, max_len], rows contiguous; None: only real_page_table.
+      dsa_cache_seqlens: int32, at least [bs].
+      dsa_cu_seqlens_k: int32, at least [bs + 1].
+      real_page_table: int32, at least [bs, ceil(max_len / physical_page_size)], rows contiguous;
+        ignored with a page size of 1.
+      bs: requests.
+      max_len: columns of page_table_1, in tokens; at most pool_cols.
+      dsa_index_topk: the indexer's top-k, in tokens.
+      physical_page_size: tokens in a physical page.
+    """
+    step = _Step(ForwardMode.DECODE, bs, None, None, max_len, dsa_index_topk, physical_page_size)
+    inputs = (seq_lens, req_pool_indices, req_to_token, None)
+    outputs = {
+        "cache_seqlens": cache_seqlens,
+        "cu_seqlens_k": cu_seqlens_k,
+        "nsa_cache_seqlens": dsa_cache_seqlens,
+        "nsa_cu_seqlens_k": dsa_cu_seqlens_k,
+    }
+    _fill(step, inputs, outputs, page_table_1, real_page_table)
+
+
+def fused_dsa_target_verify_metadata(
+    seq_lens: torch.Tensor,
+    req_pool_indices: torch.Tensor,
+    req_to_token: torch.Tensor,
+    cache_seqlens: torch.Tensor,
+    cu_seqlens_k: torch.Tensor,
+    page_table_1: torch.Tensor | None,
+    seqlens_expanded: torch.Tensor,
+    dsa_cache_seqlens: torch.Tensor,
+    dsa_cu_seqlens_k: torch.Tensor,
+    real_page_table: torch.Tensor,
+    bs: int,
+    max_seqlen_k: int,
+    dsa_index_topk: int,
+    physical_page_size: int,
+    next_n: int,
+    paged_mqa_ctx_lens_2d: torch.Tensor | None = None,
+) -> None:
+    """The metadata of a target-verify step, of rows = bs * next_n.
+
+    Args:
+      seq_lens, req_pool_indices, req_to_token, cache_seqlens, cu_seqlens_k, bs, dsa_index_topk,
+        physical_page_size: as in `fused_dsa_decode_metadata`.
+      page_table_1: int32, at least [rows, max_seqlen_k]; or None.
+      seqlens_expanded: int32, at least [rows].
+      dsa_cache_seqlens: int32, at least [rows].
+      dsa_cu_seqlens_k: int32, at least [rows + 1].
+      real_page_table: int32, at least [rows, ceil(max_seqlen_k / physical_page_size)].
+      max_seqlen_k: columns of page_table_1, in tokens; at most pool_cols.
+      next_n: tokens to verify for each request, which seq_lens do not count.
+      paged_mqa_ctx_lens_2d: int32 [bs, next_n], filled with the lengths of cache_seqlens; or None.
+    """
+    step = _Step(
+        ForwardMode.TARGET_VERIFY,
+        bs,
+        next_n,
+        None,
+        max_seqlen_k,
+        dsa_index_topk,
+        physical_page_size,
+    )
+    inputs = (seq_lens, req_pool_indices, req_to_token, None)
+    outputs = {
+        "cache_seqlens": cache_seqlens,
+        "cu_seqlens_k": cu_seqlens_k,
+        "seqlens_expanded": seqlens_expanded,
+        "nsa_cache_seqlens": dsa_cache_seqlens,
+        "nsa_cu_seqlens_k": dsa_cu_seqlens_k,
+    }
+    _fill(step, inputs, outputs, page_table_1, real_page_table, paged_mqa_ctx_lens_2d)
+    if paged_mqa_ctx_lens_2d is not None:
+        paged_mqa_ctx_lens_2d.copy_(cache_seqlens[:bs, None])
+
+
+def fused_dsa_draft_extend_metadata(
+    seq_lens: torch.Tensor,
+    extend_seq_lens: torch.Tensor,
+    req_pool_indices: torch.Tensor,
+    req_to_token: torch.Tensor,
+    cache_seqlens: torch.Tensor,
+    cu_seqlens_k: torch.Tensor,
+    page_table_1: torch.Tensor | None,
+    seqlens_expanded: torch.Tensor,
+    dsa_cache_seqlens: torch.Tensor,
+    dsa_cu_seqlens_k: torch.Tensor,
+    real_page_table: torch.Tensor,
+    bs: int,
+    total_len: int,
+    max_seqlen_k: int,
+    dsa_index_topk: int,
+    physical_page_size: int,
+    max_extend_len: int,
+    max_total_len: int,
+    static_extend_len: bool = False,
+) -> None:
+    """The metadata of a draft-extend step, of total_len rows.
+
+    Args:
+      seq_lens, req_pool_indices, req_to_token, cache_seqlens, cu_seqlens_k, bs, dsa_index_topk,
+        physical_page_size: as in `fused_dsa_decode_metadata`; seq_lens count the step's tokens.
+      extend_seq_lens: int32 or int64, at least [bs], rows of each request.
+      page_table_1: int32, at least [total_len, max_seqlen_k]; or None.
+      seqlens_expanded: int32, at least [total_len].
+      dsa_cache_seqlens: int32, at least [total_len].
+      dsa_cu_seqlens_k: int32, at least [total_len + 1].
+      real_page_table: int32, at least [total_len, ceil(max_seqlen_k / physical_page_size)].
+      total_len: rows: the sum of extend_seq_lens. Rows past that sum get lengths of 0.
+      max_seqlen_k: columns of page_table_1, in tokens; at most pool_cols.
+      max_extend_len: the most rows of a request; total_len is at most bs times as many.
+      max_total_len: total_len is at most this.
+      static_extend_len: the caller's word that all of extend_seq_lens are equal. It changes
+        nothing here: rows follow extend_seq_lens either way.
+    """
+    del static_extend_len
+    step = _Step(
+        *(ForwardMode.DRAFT_EXTEND, bs, None, (total_len, max_extend_len, max_total_len)),
+        *(max_seqlen_k, dsa_index_topk, physical_page_size),
+    )
+    inputs = (seq_lens, req_pool_indices, req_to_token, extend_seq_lens)
+    outputs = {
+        "cache_seqlens": cache_seqlens,
+        "cu_seqlens_k": cu_seqlens_k,
+        "seqlens_expanded": seqlens_expanded,
+        "nsa_cache_seqlens": dsa_cache_seqlens,
+        "nsa_cu_seqlens_k": dsa_cu_seqlens_k,
+    }
+    _fill(step, inputs, outputs, page_table_1, real_page_table)
+
+
+def fused_metadata_copy_cuda(
+    cache_seqlens_src: torch.Tensor,
+    cu_seqlens_k_src: torch.Tensor,
+    page_indices_src: torch.Tensor,
+    dsa_cache_seqlens_src: torch.Tensor,
+    seqlens_expanded_src: torch.Tensor | None,
+    dsa_cu_seqlens_k_src: torch.Tensor,
+    real_page_table_src: torch.Tensor | None,
+    flashmla_num_splits_src: torch.Tensor | None,
+    flashmla_metadata_src: torch.Tensor | None,
+    cache_seqlens_dst: torch.Tensor,
+    cu_seqlens_k_dst: torch.Tensor,
+    page_table_1_dst: torch.Tensor,
+    dsa_cache_seqlens_dst: torch.Tensor,
+    seqlens_expanded_dst: torch.Tensor | None,
+    dsa_cu_seqlens_k_dst: torch.Tensor,
+    real_page_table_dst: torch.Tensor | None,
+    flashmla_num_splits_dst: torch.Tensor | None,
+    flashmla_metadata_dst: torch.Tensor | None,
+    forward_mode: int,
+    bs: int,
+    max_len: int,
+    max_seqlen_k: int,
+    seqlens_expanded_size: int,
+) -> None:
+    """Copies a step's metadata to the start of one backend's tensors.
+
+    All tensors are int32. Those named _dst may be larger than those named _src, and the rows of
+    their page tables may be apart. The first element of the prefix sums, 0, is not copied.
+
+    Args:
+      cache_seqlens_src, cache_seqlens_dst: [bs].
+      cu_seqlens_k_src, cu_seqlens_k_dst: [bs + 1].
+      page_indices_src, page_table_1_dst: [bs, max_len] in decode; otherwise [rows, max_seqlen_k],
+        with as many rows as page_indices_src has.
+      dsa_cache_seqlens_src, dsa_cache_seqlens_dst: [size], which is bs in decode and otherwise
+        seqlens_expanded_size.
+      seqlens_expanded_src, seqlens_expanded_dst: [size]; not copied in decode.
+      dsa_cu_seqlens_k_src, dsa_cu_seqlens_k_dst: [size + 1].
+      real_page_table_src, real_page_table_dst: of as many rows as page_indices_src; None as source:
+        not copied.
+      flashmla_num_splits_src, flashmla_num_splits_dst: [size + 1], copied whole; None as source:
+        nothing of FlashMLA's is copied.
+      flashmla_metadata_src, flashmla_metadata_dst: contiguous, of any shape; or None.
+      forward_mode: 0 for decode, 1 for target verify, 2 for draft extend.
+      bs: requests.
+      max_len: columns of page_indices_src in decode.
+      max_seqlen_k: columns of page_indices_src in the other modes.
+      seqlens_expanded_size: rows in the other modes.
+    """
+    decode = argument_checks.integer("forward_mode", forward_mode, 0, 2) == 0
+    sizes = (
+        _CopySizes(decode, bs, bs, max_len)
+        if decode
+        else _CopySizes(decode, bs, seqlens_expanded_size, max_seqlen_k)
+    )
+    source = (
+        *(cache_seqlens_src, cu_seqlens_k_src, page_indices_src, dsa_cache_seqlens_src),
+        *(seqlens_expanded_src, dsa_cu_seqlens_k_src, real_page_table_src),
+        *(flashmla_num_splits_src, flashmla_metadata_src),
+    )
+    destination = (
+        *(cache_seqlens_dst, cu_seqlens_k_dst, page_table_1_dst, dsa_cache_seqlens_dst),
+        *(seqlens_expanded_dst, dsa_cu_seqlens_k_dst, real_page_table_dst),
+        *(flashmla_num_splits_dst, flashmla_metadata_dst),
+    )
+    _copy(sizes, source, {"dst": destination})
+
+
+def fused_metadata_copy_multi_cuda(
+    cache_seqlens_src: torch.Tensor,
+    cu_seqlens_k_src: torch.Tensor,
+    page_indices_src: torch.Tensor,
+    dsa_cache_seqlens_src: torch.Tensor,
+    dsa_cu_seqlens_k_src: torch.Tensor,
+    real_page_table_src: torch.Tensor | None,
+    flashmla_num_splits_src: torch.Tensor | None,
+    flashmla_metadata_src: torch.Tensor | None,
+    cache_seqlens_dst0: torch.Tensor,
+    cu_seqlens_k_dst0: torch.Tensor,
+    page_table_1_dst0: torch.Tensor,
+    dsa_cache_seqlens_dst0: torch.Tensor,
+    dsa_cu_seqlens_k_dst0: torch.Tensor,
+    real_page_table_dst0: torch.Tensor | None,
+    flashmla_num_splits_dst0: torch.Tensor | None,
+    flashmla_metadata_dst0: torch.Tensor | None,
+    cache_seqlens_dst1: torch.Tensor,
+    cu_seqlens_k_dst1: torch.Tensor,
+    page_table_1_dst1: torch.Tensor,
+    dsa_cache_seqlens_dst1: torch.Tensor,
+    dsa_cu_seqlens_k_dst1: torch.Tensor,
+    real_page_table_dst1: torch.Tensor | None,
+    flashmla_num_splits_dst1: torch.Tensor | None,
+    flashmla_metadata_dst1: torch.Tensor | None,
+    cache_seqlens_dst2: torch.Tensor,
+    cu_seqlens_k_dst2: torch.Tensor,
+    page_table_1_dst2: torch.Tensor,
+    dsa_cache_seqlens_dst2: torch.Tensor,
+    dsa_cu_seqlens_k_dst2: torch.Tensor,
+    real_page_table_dst2: torch.Tensor | None,
+    flashmla_num_splits_dst2: torch.Tensor | None,
+    flashmla_metadata_dst2: torch.Tensor | None,
+    bs: int,
+    max_len: int,
+    seqlens_expanded_size: int,
+) -> None:
+    """Copies a decode step's metadata to the start of three backends' tensors.
+
+    It is one launch where their page tables have equal strides.
+
+    The arguments are those of `fused_metadata_copy_cuda` in decode, for each of three destinations.
+    Without real_page_table_dst0 no real page table is copied; seqlens_expanded_size is ignored, as
+    a decode step has bs rows.
+    """
+    del seqlens_expanded_size
+    source = (
+        *(cache_seqlens_src, cu_seqlens_k_src, page_indices_src, dsa_cache_seqlens_src),
+        *(None, dsa_cu_seqlens_k_src),
+        None if real_page_table_dst0 is None else real_page_table_src,
+        *(flashmla_num_splits_src, flashmla_metadata_src),
+    )
+    destinations = {
+        "dst0": (
+            *(cache_seqlens_dst0, cu_seqlens_k_dst0, page_table_1_dst0, dsa_cache_seqlens_dst0),
+            *(None, dsa_cu_seqlens_k_dst0, real_page_table_dst0),
+            *(flashmla_num_splits_dst0, flashmla_metadata_dst0),
+        ),
+        "dst1": (
+            *(cache_seqlens_dst1, cu_seqlens_k_dst1, page_table_1_dst1, dsa_cache_seqlens_dst1),
+            *(None, dsa_cu_seqlens_k_dst1, real_page_table_dst1),
+            *(flashmla_num_splits_dst1, flashmla_metadata_dst1),
+        ),
+        "dst2": (
+            *(cache_seqlens_dst2, cu_seqlens_k_dst2, page_table_1_dst2, dsa_cache_seqlens_dst2),
+            *(None, dsa_cu_seqlens_k_dst2, real_page_table_dst2),
+            *(flashmla_num_splits_dst2, flashmla_metadata_dst2),
+        ),
+    }
+    _copy(_CopySizes(True, bs, bs, max_len), source, destinations)
+
+
+_KERNELS = "sglang.kernels.ops.attention.dsa"
+_REPLACEMENT = Replacement(
+    "sglang",
+    "0.5.23",
+    {
+        f"{_KERNELS}.metadata": (
+            fused_dsa_decode_metadata,
+            fused_dsa_target_verify_metadata,
+            fused_dsa_draft_extend_metadata,
+        ),
+        f"{_KERNELS}.fused_metadata_copy": (
+            fused_metadata_copy_cuda,
+            fused_metadata_copy_multi_cuda,
+        ),
+    },
+)
+
+
+def install() -> tuple[str, ...]:
+    """Puts the functions of this module in place of an installed SGLang's own.
+
+    They are replaced where they are defined and in all of SGLang's modules that have imported them.
+    A backend keeps the functions that it was made with: call this before backends are made, in
+    each process that makes some. SGLang does that by itself for an entry point of the group
+    "sglang.srt.plugins" that names `jaxnsa.interop.sglang:install`. Calling it again replaces what
+    was imported anew.
+
+    Returns:
+      What holds these functions now, as "module.attribute"; the logger `jaxnsa` says so too.
+
+    Raises:
+      RuntimeError: there is no SGLang, the signature of one of its functions is another than in
+        0.5.23, or the native library was not built. Nothing is replaced then.
+    """
+    reason = unavailable("gpu" if torch.cuda.is_available() else "cpu")
+    if reason is not None:
+        raise RuntimeError(reason)
+    return _REPLACEMENT.install()
+
+
+def uninstall() -> tuple[str, ...]:
+    """Undoes `install`, also in modules that were imported after it.
+
+    Returns:
+      What holds SGLang's own functions again, as "module.attribute"; empty if nothing was replaced.
+    """
+    return _REPLACEMENT.uninstall()
+
+
+class _Step(NamedTuple):
+    """The numbers of a step, as they came.
+
+    Attributes:
+      mode: how rows map to requests.
+      bs: requests.
+      next_n: in target verify, rows of each request.
+      total_len: in draft extend, the rows, the most of a request, and the most of all.
+      max_len: columns of the page table, in tokens.
+      dsa_index_topk: the indexer's top-k.
+      physical_page_size: tokens in a page.
+    """
+
+    mode: ForwardMode
+    bs: int
+    next_n: int | None
+    total_len: tuple[int, int, int] | None
+    max_len: int
+    dsa_index_topk: int
+    physical_page_size: int
+
+    def rows(self) -> Rows:
+        """The rows of a step whose numbers are checked here."""
+        integer = argument_checks.integer
+        bs = integer("bs", self.bs, 0)
+        if self.next_n is not None:
+            return Rows.of(self.mode, bs, num_draft_tokens=integer("next_n", self.next_n, 1))
+        if self.total_len is None:
+            return Rows.of(self.mode, bs)
+        total_len, max_extend_len, max_total_len = self.total_len
+        most = min(
+            bs * integer("max_extend_len", max_extend_len, 0),
+            integer("max_total_len", max_total_len, 0),
+        )
+        count = integer("total_len", total_len, 0, most) if bs else 0
+        return Rows.of(self.mode, bs, max_total_tokens=count)
+
+
+def _fill(
+    step: _Step,
+    inputs: Inputs,
+    outputs: dict[str, Any],
+    page_table_1: torch.Tensor | None,
+    real_page_table: torch.Tensor | None,
+    paged_mqa_ctx_lens_2d: torch.Tensor | None = None,
+) -> None:
+    """Fills the outputs of a step, those of `outputs` by field and the others as they came."""
+    if page_table_1 is not None:
+        outputs["page_indices"] = page_table_1
+    if step.physical_page_size != 1:
+        outputs["real_page_table"] = real_page_table
+    ctx_lens = () if paged_mqa_ctx_lens_2d is None else (paged_mqa_ctx_lens_2d,)
+    key = key_of(inputs[0], [*outputs.values(), *ctx_lens], (step, *outputs))
+    if _FILLS.try_launch(key, inputs):
+        return
+    rows = step.rows()
+    bs = rows.requests
+    seq_lens, req_pool_indices, req_to_token, extend_seq_lens = inputs
+    inputs = (
+        _first(seq_lens, bs),
+        _first(req_pool_indices, bs),
+        req_to_token,
+        _first(extend_seq_lens, bs),
+    )
+    if _FILLS.try_launch(key, inputs):
+        return
+    lengths = checked_vector("seq_lens", inputs[0], None, bs)
+    device = lengths.tensor.device
+    ragged = rows.rows_per_request is None
+    read = CheckedInputs(
+        lengths,
+        checked_vector("req_pool_indices", inputs[1], device, bs),
+        checked_pool(req_to_token, device),
+        checked_vector("extend_seq_lens", inputs[3], device, bs) if ragged else None,
+    )
+    width = "max_len" if step.mode is ForwardMode.DECODE else "max_seqlen_k"
+    columns = min(read.req_to_token.shape[1], MAX_LEN)
+    spec = Spec(
+        rows=rows,
+        max_len=argument_checks.integer(width, step.max_len, 1, columns),
+        nsa_index_topk=argument_checks.integer("dsa_index_topk", step.dsa_index_topk, 1),
+        real_page_size=argument_checks.integer("physical_page_size", step.physical_page_size, 1),
+        wide_table=page_table_1 is not None,
+        tail="keep",
+    )
+    if not spec.wide_table and not spec.real_table:
+        raise ValueError("page_table_1: got None, expected a tensor as physical_page_size is 1")
+    written = {
+        field: checked(
+            _ARGUMENTS.get(field, field),
+            outputs[field],
+            device=device,
+            dimensions=len(array.shape),
+            at_least=array.shape,
+        )
+        for field, array in spec.shapes().items()
+        if field in outputs
+    }
+    for tensor in ctx_lens:
+        name, shape = "paged_mqa_ctx_lens_2d", (bs, rows.added_tokens)
+        more = checked(name, tensor, device=device, dimensions=2, shape=shape)
+        WrittenMemory([*written.values(), more]).check_apart([r for r in read if r is not None])
+    _FILLS.launch(key, spec, read, [written], request_columns=True)
+
+
+def _first(value: Any, bs: int) -> Any:
+    """The first `bs` elements of a vector that has as many, contiguous; anything else as it is."""
+    if isinstance(value, torch.Tensor) and value.dim() == 1 and len(value) >= bs:
+        return value[:bs].contiguous()
+    return value
+
+
+class _CopySizes(NamedTuple):
+    """The numbers of a copy, as they came.
+
+    Attributes:
+      decode: whether the mode is decode.
+      bs: requests.
+      size: rows, of the arrays that have an element for each.
+      columns: of page_indices.
+    """
+
+    decode: bool
+    bs: int
+    size: int
+    columns: int
+
+
+_COPIED = (
+    *("cache_seqlens", "cu_seqlens_k", "page_indices", "dsa_cache_seqlens", "seqlens_expanded"),
+    *("dsa_cu_seqlens_k", "real_page_table", "flashmla_num_splits", "flashmla_metadata"),
+)
+"""What is copied, in the order of the arguments."""
+
+_Arrays = tuple[Any, ...]
+"""A tensor or None for each of `_COPIED`."""
+
+
+@functools.cache
+def _wanted(decode: bool, real_page_table: bool, num_splits: bool, metadata: bool) -> list[int]:
+    """Positions in `_COPIED` of what is copied."""
+    absent = {
+        "seqlens_expanded": decode,
+        "real_page_table": not real_page_table,
+        "flashmla_num_splits": not num_splits,
+        "flashmla_metadata": not (num_splits and metadata),
+    }
+    return [k for k, name in enumerate(_COPIED) if not absent.get(name)]
+
+
+def _copy(sizes: _CopySizes, source: _Arrays, destinations: dict[str, _Arrays]) -> None:
+    """Copies from `source` to every destination, which are given by the ends of their names."""
+    wanted = _wanted(sizes.decode, *(array is not None for array in source[-3:]))
+    tensors = [arrays[k] for arrays in (source, *destinations.values()) for k in wanted]
+    key = key_of(source[0], tensors, (sizes, *wanted))
+    if _COPIES.try_copy(key):
+        return
+    integer = argument_checks.integer
+    bs = integer("bs", sizes.bs, 0)
+    size = integer("seqlens_expanded_size", sizes.size, 0)
+    columns = integer("max_len" if sizes.decode else "max_seqlen_k", sizes.columns, 0, MAX_LEN)
+    ends = {
+        "cache_seqlens": bs,
+        "cu_seqlens_k": bs + 1,
+        "dsa_cache_seqlens": size,
+        "seqlens_expanded": size,
+        "dsa_cu_seqlens_k": size + 1,
+        "flashmla_num_splits": size + 1,
+    }
+    read: list[Checked] = []
+    written: dict[str, list[Checked]] = {end: [] for end in destinations}
+    rows = bs
+    for k in wanted:
+        name, value = _COPIED[k], source[k]
+        device = read[0].tensor.device if read else None
+        if isinstance(value, torch.Tensor) and not value.is_contiguous():
+            key, value = None, value.contiguous()
+        if name == "flashmla_metadata":
+            value = _flat(f"{name}_src", value)
+        dimensions = 2 if name in ("page_indices", "real_page_table") else 1
+        whole = checked(f"{name}_src", value, device=device, dimensions=dimensions)
+        if name == "page_indices":
+            rows = bs if sizes.decode else whole.shape[0]
+            if whole.shape[1] != columns:
+                raise ValueError(
+                    f"{name}_src: got shape {whole.shape}, expected {columns} columns, as "
+                    f"{'max_len' if sizes.decode else 'max_seqlen_k'} says"
+                )
+        shape = (rows, whole.shape[1]) if dimensions == 2 else (ends.get(name, *whole.shape),)
+        first = name in ("cu_seqlens_k", "dsa_cu_seqlens_k")
+        read.append(_part(f"{name}_src", value, whole.tensor.device, shape, first))
+        for end, arrays in destinations.items():
+            target = f"{'page_table_1' if name == 'page_indices' else name}_{end}"
+            value = _flat(target, arrays[k]) if name == "flashmla_metadata" else arrays[k]
+            written[end].append(_part(target, value, whole.tensor.device, shape, first))
+    _COPIES.copy(key, read, list(written.values()))
+
+
+def _flat(name: str, value: Any) -> Any:
+    """A tensor as a vector; anything else as it is."""
+    if not isinstance(value, torch.Tensor):
+        return value
+    if not value.is_contiguous():
+        raise ValueError(f"{name}: got strides {value.stride()}, expected a contiguous tensor")
+    return value.view(-1)
+
+
+def _part(
+    name: str, value: Any, device: torch.device, shape: tuple[int, ...], first: bool
+) -> Checked:
+    """What is copied of `value`, which has at least `shape`; with `first`, all but one element."""
+    part = checked(name, value, device=device, dimensions=len(shape), at_least=shape)
+    if not first:
+        return part
+    return part._replace(start=part.start + value.itemsize, shape=(shape[0] - 1,))
