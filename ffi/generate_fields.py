@@ -71,6 +71,7 @@ def load(path: Path) -> ModuleType:
 
 def header(fields: Any, extents: Any) -> str:
     """The header for a mapping of `Field` by name and the enum of extents."""
+
     def of_extents(extents: tuple[str, ...]) -> list[str]:
         return [name for name, field in fields.items() if field.extent.value in extents]
 
