@@ -15,6 +15,7 @@ from jaxnsa import ForwardMode, reference
 PAGE_SIZE = 64
 TOPK = 2048
 DRAFT_TOKENS = 4  # of each request in target verify; up to that many in draft extend
+_ROW_ARRAYS = 7  # of [rows], in prefill
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,6 +28,7 @@ class Problem:
       max_len: columns of the page table, in tokens.
       num_backends: copies, N.
       live: the longest length.
+      new_tokens: in prefill, of all requests together; all have the length `live` then.
     """
 
     mode: ForwardMode
@@ -34,6 +36,7 @@ class Problem:
     max_len: int
     num_backends: int
     live: int
+    new_tokens: int = 1024
 
     @property
     def case(self) -> dict[str, Any]:
@@ -52,6 +55,8 @@ class Problem:
         rng = np.random.default_rng(0)
         low, high = self.live // 2, self.live
         seq_lens = rng.integers(low, high, self.bs, endpoint=True, dtype=np.int32)
+        if self.mode is ForwardMode.EXTEND:
+            seq_lens[:] = high
         if self.mode is ForwardMode.TARGET_VERIFY:  # the drafts are live too
             seq_lens = np.minimum(seq_lens, self.max_len - DRAFT_TOKENS)
         indices = rng.permutation(self.bs).astype(np.int32)
@@ -66,6 +71,8 @@ class Problem:
         if self.mode is ForwardMode.DRAFT_EXTEND:
             rng = np.random.default_rng(1)
             return rng.integers(1, DRAFT_TOKENS, self.bs, endpoint=True)
+        if self.mode is ForwardMode.EXTEND:
+            return np.full(self.bs, self.new_tokens // self.bs)
         return np.ones(self.bs, np.int64)
 
     @property
@@ -81,19 +88,28 @@ class Problem:
             options["num_draft_tokens"] = DRAFT_TOKENS
         if self.mode is ForwardMode.DRAFT_EXTEND:
             options["max_total_tokens"] = self.bs * DRAFT_TOKENS
+        if self.mode is ForwardMode.EXTEND:
+            options["max_total_tokens"] = self.new_tokens
+            options["max_total_keys"] = self.bs * self.live
         return options
 
     @property
     def extend_seq_lens(self) -> np.ndarray | None:
-        """int32 [bs] in draft extend."""
-        ragged = self.mode is ForwardMode.DRAFT_EXTEND
+        """int32 [bs] in draft extend and prefill."""
+        ragged = self.mode in (ForwardMode.DRAFT_EXTEND, ForwardMode.EXTEND)
         return self.rows_of_each.astype(np.int32) if ragged else None
 
     @property
     def bytes_moved(self) -> int:
-        """Bytes that have to move: live elements read once, written to each row of each backend."""
+        """Bytes that have to move: live elements read once, written to each row of each backend.
+
+        In prefill to one table row and the flat table, and the arrays of [rows].
+        """
         lengths = self.arguments[0].astype(np.int64)
         pages = -(-lengths // PAGE_SIZE)
+        if self.mode is ForwardMode.EXTEND:
+            each = (2 * lengths + pages).sum() + _ROW_ARRAYS * self.new_tokens
+            return int(lengths.sum() + each * self.num_backends) * 4
         written = ((lengths + pages) * self.rows_of_each).sum() * self.num_backends
         return int(lengths.sum() + written) * 4
 

@@ -63,6 +63,7 @@ struct FusedMetadataArguments {
   Schedules schedules;
   bool is_fresh;  // whether arrays hold nothing yet: what follows a top-k plan gets 0
   int32_t max_len;
+  int32_t max_total_keys;  // of flat_page_indices
   Tail tail;
   bool request_columns;  // whether a column is live for all rows of a request that its last one sees
   TableLayout tables[kFields];  // by Field, of those that are tables and wanted

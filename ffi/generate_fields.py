@@ -40,7 +40,7 @@ VALUES = {
 """By extents, the struct of what a kernel stores at one index."""
 
 GROUPS = {
-    "Lengths": ("The arrays with a value for each request or row", sum(VALUES, ())),
+    "Lengths": ("The arrays with a value for each request, row or key", (*sum(VALUES, ()), "keys")),
     "Tables": ("The tables", ("table",)),
     "ScheduleArrays": (
         "The arrays that are written as a whole",

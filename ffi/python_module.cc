@@ -74,13 +74,15 @@ void LoadAllKernels() {
   LoadFillDraftExtendMetadata();
 }
 
-Rows RowsOf(int32_t requests, int32_t count, int32_t rows_per_request, int32_t added_tokens) {
-  return {requests, count, rows_per_request, added_tokens, {}, {}};
+Rows RowsOf(int32_t requests, int32_t count, int32_t rows_per_request, int32_t added_tokens,
+            bool prefill) {
+  return {requests, count, rows_per_request, added_tokens, prefill, {}, {}};
 }
 
 void Prepare(PreparedLaunch* self, nb::list backends, nb::dict strides, nb::dict tokens_per_column,
-             nb::dict slots_per_page, int32_t max_len, int32_t nsa_index_topk, int32_t index_kpool,
-             const Numbers& paged_mqa, const Numbers& topk_plan, const Numbers& flash_mla,
+             nb::dict slots_per_page, int32_t max_len, int32_t max_total_keys,
+             int32_t nsa_index_topk, int32_t index_kpool, const Numbers& paged_mqa,
+             const Numbers& topk_plan, const Numbers& flash_mla,
              const std::string& tail, bool request_columns) {
   const auto args = std::make_unique<FusedMetadataArguments>();
   if (backends.size() < 1 || backends.size() > kMaxBackends) {
@@ -103,6 +105,7 @@ void Prepare(PreparedLaunch* self, nb::list backends, nb::dict strides, nb::dict
   args->index_kpool = index_kpool;
   args->schedules = SchedulesOf(paged_mqa, topk_plan, flash_mla);
   args->max_len = max_len;
+  args->max_total_keys = max_total_keys;
   args->tail = FromName<Tail>("tail", tail, kTailNames);
   args->request_columns = request_columns;
   new (self) PreparedLaunch(*args);
@@ -182,17 +185,17 @@ NB_MODULE(jaxnsa_native, module) {
   nb::class_<Rows>(module, "Rows")
       .def("__init__",
            [](Rows* self, int32_t requests, int32_t count, int32_t rows_per_request,
-              int32_t added_tokens) {
-             new (self) Rows(RowsOf(requests, count, rows_per_request, added_tokens));
+              int32_t added_tokens, bool prefill) {
+             new (self) Rows(RowsOf(requests, count, rows_per_request, added_tokens, prefill));
            },
            nb::arg("requests"), nb::arg("count"), nb::arg("rows_per_request"),
-           nb::arg("added_tokens"));
+           nb::arg("added_tokens"), nb::arg("prefill"));
 
   nb::class_<PreparedLaunch>(module, "PreparedLaunch")
       .def("__init__", &Prepare, nb::arg("backends"), nb::kw_only(), nb::arg("strides"),
            nb::arg("tokens_per_column"), nb::arg("slots_per_page"), nb::arg("max_len"),
-           nb::arg("nsa_index_topk"), nb::arg("index_kpool"), nb::arg("paged_mqa"),
-           nb::arg("topk_plan"), nb::arg("flash_mla"), nb::arg("tail"),
+           nb::arg("max_total_keys"), nb::arg("nsa_index_topk"), nb::arg("index_kpool"),
+           nb::arg("paged_mqa"), nb::arg("topk_plan"), nb::arg("flash_mla"), nb::arg("tail"),
            nb::arg("request_columns"))
       .def("watch", &PreparedLaunch::Watch, nb::arg("exchange_api"), nb::arg("tensors"),
            nb::kw_only(), nb::arg("unchanged"), nb::arg("written"), nb::arg("min_columns"))

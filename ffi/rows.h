@@ -26,17 +26,21 @@ struct Vector {
 };
 
 // Request i owns q(i) consecutive rows, its KV length is cache_seqlen(i), and its row j sees
-// kv_len(cache_seqlen(i), q(i), j) tokens. No KV length leaves [0, 2^31 - 1]. The three forward
-// modes are three values of this. Rows past the last request's are padding rows.
+// kv_len(cache_seqlen(i), q(i), j) tokens. No KV length leaves [0, 2^31 - 1]. The four forward
+// modes are four values of this. Rows past the last request's are padding rows.
 struct Rows {
   int32_t requests;
   int32_t count;             // rows; where they are ragged, the capacity
   int32_t rows_per_request;  // 0: ragged, as many as extend_seq_lens says
   int32_t added_tokens;      // tokens that the step appends to each request
+  bool prefill;              // a request has one table row, whatever rows it has, and keys
   Vector seq_lens;
   Vector extend_seq_lens;
 
   JAXNSA_HOST_DEVICE bool ragged() const { return rows_per_request == 0; }
+
+  // Whether table rows are: without prefill they are the rows.
+  JAXNSA_HOST_DEVICE bool tables_ragged() const { return ragged() && !prefill; }
 
   JAXNSA_HOST_DEVICE int32_t q(int64_t i) const {
     return ragged() ? Max(extend_seq_lens[i], 0) : rows_per_request;
@@ -72,12 +76,23 @@ struct RowRules {
   }
 };
 
-// What the arrays of [rows] hold for a row that sees `kv_len` tokens of a request's `cache_seqlen`.
-JAXNSA_HOST_DEVICE RowValues RowValuesOf(int32_t kv_len, int32_t cache_seqlen,
+// The request of a row.
+struct RowOwner {
+  int32_t request;
+  int32_t cache_seqlen;
+  int32_t first_key;  // where its keys begin among those of all requests
+};
+
+// What the arrays of [rows] hold for a row that sees `kv_len` tokens.
+JAXNSA_HOST_DEVICE RowValues RowValuesOf(int32_t kv_len, const RowOwner& owner,
                                          const RowRules& rules) {
-  return RowValues(kv_len, rules.nsa_cache_seqlen(kv_len), rules.pooled(kv_len),
-                   rules.requests_are_items ? cache_seqlen : kv_len);
+  return RowValues(kv_len, rules.nsa_cache_seqlen(kv_len), owner.request, owner.first_key,
+                   Add(owner.first_key, kv_len), owner.first_key, rules.pooled(kv_len),
+                   rules.requests_are_items ? owner.cache_seqlen : kv_len);
 }
+
+// What they hold for a padding row.
+JAXNSA_HOST_DEVICE RowValues PaddingRowValues() { return RowValues(0, 0, 0, 0, 0, 0, 0, 0); }
 
 // Column c of a table stands for the tokens from c * tokens_per_column on. It is live where a row
 // sees the first of them.

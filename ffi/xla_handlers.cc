@@ -5,6 +5,8 @@
 
 #include <algorithm>
 #include <memory>
+#include <ostream>
+#include <sstream>
 #include <stdexcept>
 #include <string>
 #include <string_view>
@@ -20,38 +22,50 @@ namespace {
 
 namespace ffi = xla::ffi;
 
-void Expect(bool condition, const std::string& problem) {
-  if (!condition) throw std::invalid_argument(problem);
+// Throws a problem, put together out of its parts, where a condition does not hold.
+template <typename... Parts>
+void Expect(bool condition, const Parts&... parts) {
+  if (condition) return;
+  std::ostringstream problem;
+  (problem << ... << parts);
+  throw std::invalid_argument(problem.str());
 }
 
-int32_t Int32(int64_t value, int64_t low, const std::string& name) {
-  Expect(value >= low && value <= kInt32Max,
-         name + ": expected an int32 of at least " + std::to_string(low));
+int32_t Int32(int64_t value, int64_t low, std::string_view name) {
+  Expect(value >= low && value <= kInt32Max, name, ": expected an int32 of at least ", low);
   return static_cast<int32_t>(value);
 }
 
+// Dimensions in an error message, where -1 stands for any.
+struct Shape {
+  ffi::Span<const int64_t> dims;
+
+  friend std::ostream& operator<<(std::ostream& out, const Shape& shape) {
+    out << "[";
+    for (size_t k = 0; k < shape.dims.size(); ++k) {
+      out << (k > 0 ? ", " : "") << (shape.dims[k] < 0 ? "*" : std::to_string(shape.dims[k]));
+    }
+    return out << "]";
+  }
+};
+
 // Expects the given dimensions, of which -1 takes any, and int32 elements.
-void ExpectArray(const ffi::AnyBuffer& buffer, const std::string& name,
+void ExpectArray(const ffi::AnyBuffer& buffer, std::string_view name,
                  const std::vector<int64_t>& shape, bool allow_int64 = false) {
   const ffi::DataType type = buffer.element_type();
-  Expect(type == ffi::DataType::S32 || (type == ffi::DataType::S64 && allow_int64),
-         name + ": expected " + (allow_int64 ? "int32 or int64" : "int32"));
+  Expect(type == ffi::DataType::S32 || (type == ffi::DataType::S64 && allow_int64), name,
+         ": expected ", allow_int64 ? "int32 or int64" : "int32");
   const auto dims = buffer.dimensions();
-  bool matches = dims.size() == shape.size();
-  std::string got, expected;
-  for (const int64_t d : dims) got += (got.empty() ? "" : ", ") + std::to_string(d);
-  for (size_t k = 0; k < shape.size(); ++k) {
-    expected += (k > 0 ? ", " : "") + (shape[k] < 0 ? "*" : std::to_string(shape[k]));
-    matches = matches && (shape[k] < 0 || shape[k] == dims[k]);
-  }
-  Expect(matches, name + ": got shape [" + got + "], expected [" + expected + "]");
+  const auto fits = [](int64_t got, int64_t expected) { return expected < 0 || expected == got; };
+  Expect(std::equal(dims.begin(), dims.end(), shape.begin(), shape.end(), fits), name,
+         ": got shape ", Shape{dims}, ", expected ", Shape{{shape.data(), shape.size()}});
 }
 
 int32_t* Data(const ffi::AnyBuffer& buffer) {
   return static_cast<int32_t*>(buffer.untyped_data());
 }
 
-Vector LengthsOf(const ffi::AnyBuffer& buffer, const std::string& name, int64_t size) {
+Vector LengthsOf(const ffi::AnyBuffer& buffer, std::string_view name, int64_t size) {
   ExpectArray(buffer, name, {size}, /*allow_int64=*/true);
   return {buffer.untyped_data(), buffer.element_type() == ffi::DataType::S64 ? 8 : 4};
 }
@@ -129,7 +143,7 @@ void CopyOfBuffers(Stream stream, ffi::RemainingArgs operands, ffi::RemainingRet
   const size_t sources = arrays + live;
   Int32(num_backends, 1, "num_backends");
   Expect(arrays >= 1 && arrays <= kFields,
-         "tokens_per_column: expected 1 to " + std::to_string(kFields) + " arrays");
+         "tokens_per_column: expected 1 to ", static_cast<int>(kFields), " arrays");
   Expect(results.size() == num_backends * arrays, "results: expected num_backends sets");
   Expect(operands.size() == sources || operands.size() == sources + results.size(),
          "operands: expected the source, and nothing or all destinations");
@@ -142,11 +156,11 @@ void CopyOfBuffers(Stream stream, ffi::RemainingArgs operands, ffi::RemainingRet
     const auto dims = source.dimensions();
     const std::string name = "source array " + std::to_string(a);
     const int64_t tokens = tokens_per_column[a];
-    Expect(source.element_type() == ffi::DataType::S32, name + ": expected int32");
+    Expect(source.element_type() == ffi::DataType::S32, name, ": expected int32");
     Int32(tokens, 0, "tokens_per_column");
     if (tokens > 0) {
-      Expect(dims.size() == 2, name + ": expected [rows, columns]");
-      Expect(rows < 0 || dims[0] == rows, name + ": expected the rows of the other table");
+      Expect(dims.size() == 2, name, ": expected [rows, columns]");
+      Expect(rows < 0 || dims[0] == rows, name, ": expected the rows of the other table");
       rows = dims[0];
       args->arrays[a] = {Data(source), dims[0], dims[1], dims[1], tokens};
     } else {
@@ -189,7 +203,9 @@ std::vector<int64_t> ShapeOf(const FusedMetadataArguments& args, Field field) {
     case Extent::kRowsPlus1:
       return {int64_t{rows.count} + 1};
     case Extent::kTable:
-      return {rows.count, args.columns(field)};
+      return {rows.prefill ? rows.requests : rows.count, args.columns(field)};
+    case Extent::kKeys:
+      return {args.max_total_keys};
     case Extent::kPagedMqaItems: {
       const PagedMqaSchedule& schedule = args.schedules.paged_mqa;
       return {schedule.items(rows), schedule.next_n(rows)};
@@ -227,9 +243,9 @@ void FusedMetadataOfBuffers(Stream stream, ffi::RemainingArgs operands, ffi::Rem
                             ffi::Span<const int64_t> field_indices,
                             ffi::Span<const int64_t> tokens_per_column,
                             ffi::Span<const int64_t> slots_per_page, int64_t count,
-                            int64_t rows_per_request, int64_t added_tokens, int64_t max_len,
-                            int64_t nsa_index_topk, int64_t index_kpool,
-                            ffi::Span<const int64_t> paged_mqa,
+                            int64_t rows_per_request, int64_t added_tokens, bool prefill,
+                            int64_t max_total_keys, int64_t max_len, int64_t nsa_index_topk,
+                            int64_t index_kpool, ffi::Span<const int64_t> paged_mqa,
                             ffi::Span<const int64_t> topk_plan,
                             ffi::Span<const int64_t> flash_mla, std::string_view tail,
                             int64_t num_backends, bool stacked) {
@@ -238,6 +254,9 @@ void FusedMetadataOfBuffers(Stream stream, ffi::RemainingArgs operands, ffi::Rem
   rows.count = Int32(count, 0, "rows");
   rows.rows_per_request = Int32(rows_per_request, 0, "rows_per_request");
   rows.added_tokens = Int32(added_tokens, 0, "added_tokens");
+  rows.prefill = prefill;
+  Expect(rows.ragged() || !prefill, "rows_per_request: expected 0 in prefill");
+  args->max_total_keys = Int32(max_total_keys, 0, "max_total_keys");
   args->max_len = Int32(max_len, 1, "max_len");
   Expect(max_len <= kMaxLen, "max_len: expected at most 2^30");
   args->nsa_index_topk = Int32(nsa_index_topk, 1, "nsa_index_topk");
@@ -251,7 +270,7 @@ void FusedMetadataOfBuffers(Stream stream, ffi::RemainingArgs operands, ffi::Rem
   Expect(tokens_per_column.size() == fields.size() && slots_per_page.size() == fields.size(),
          "tokens_per_column, slots_per_page: expected a number for each field");
   Expect(results.size() == fields.size() * (stacked ? 1 : num_backends),
-         "results: expected " + std::to_string(fields.size()) + " arrays of each backend");
+         "results: expected ", fields.size(), " arrays of each backend");
   Expect(operands.size() == inputs || operands.size() == inputs + results.size(),
          "operands: expected the inputs, and nothing or all destinations");
   args->is_fresh = operands.size() == inputs;
@@ -349,6 +368,8 @@ std::vector<XlaHandler> XlaHandlers() {
                              .Attr<int64_t>("rows")
                              .Attr<int64_t>("rows_per_request")
                              .Attr<int64_t>("added_tokens")
+                             .Attr<bool>("prefill")
+                             .Attr<int64_t>("max_total_keys")
                              .Attr<int64_t>("max_len")
                              .Attr<int64_t>("nsa_index_topk")
                              .Attr<int64_t>("index_kpool")

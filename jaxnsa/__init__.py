@@ -13,8 +13,13 @@ from jaxnsa.operations import (
     fused_metadata_precompute_and_broadcast,
     precompute_decode_metadata,
     precompute_draft_extend_metadata,
+    precompute_extend_metadata,
     precompute_target_verify_metadata,
     prefix_sum,
+)
+from jaxnsa.ragged_paged_attention import (
+    RaggedPagedAttentionMetadata,
+    ragged_paged_attention_metadata,
 )
 from jaxnsa.schedules import FlashMlaSchedule, PagedMqaSchedule, Schedules, TopkPlan
 from jaxnsa.value_checks import validate_inputs
@@ -28,6 +33,7 @@ __all__ = [
     "ImplementationUnavailableError",
     "NSAMetadata",
     "PagedMqaSchedule",
+    "RaggedPagedAttentionMetadata",
     "Schedules",
     "TopkPlan",
     "ffi",
@@ -38,8 +44,10 @@ __all__ = [
     "override",
     "precompute_decode_metadata",
     "precompute_draft_extend_metadata",
+    "precompute_extend_metadata",
     "precompute_target_verify_metadata",
     "prefix_sum",
+    "ragged_paged_attention_metadata",
     "reference",
     "validate_inputs",
 ]

@@ -112,6 +112,7 @@ class Arguments(NamedTuple):
     num_draft_tokens: Any = None
     extend_seq_lens: Any = None
     max_total_tokens: Any = None
+    max_total_keys: Any = None
     max_len: Any = None
     nsa_index_topk: Any = 1
     real_page_size: Any = 1
@@ -137,7 +138,8 @@ def inputs(given: Arguments) -> tuple[Inputs, Rows]:
             f"req_to_token: got shape {req_to_token.shape}, expected at least one row and column"
         )
     verify = mode is ForwardMode.TARGET_VERIFY
-    extend = mode is ForwardMode.DRAFT_EXTEND
+    prefill = mode is ForwardMode.EXTEND
+    extend = prefill or mode is ForwardMode.DRAFT_EXTEND
     for name, wanted in (
         ("num_draft_tokens", verify),
         ("extend_seq_lens", extend),
@@ -148,6 +150,9 @@ def inputs(given: Arguments) -> tuple[Inputs, Rows]:
             raise ValueError(f"{name}: got None, expected a value in {mode}")
         if not wanted and value is not None:
             raise ValueError(f"{name}: got {described(value)}, expected None in {mode}")
+    if not prefill and given.max_total_keys is not None:
+        got = described(given.max_total_keys)
+        raise ValueError(f"max_total_keys: got {got}, expected None in {mode}")
     num_draft_tokens = extend_seq_lens = max_total_tokens = None
     if verify:
         num_draft_tokens = integer("num_draft_tokens", given.num_draft_tokens, 1)
@@ -179,6 +184,11 @@ def spec(given: Arguments, rows: Rows, pool_cols: int, *, fresh: bool) -> Spec:
         tail=one_of("tail", tail, ("copy", "zero", "keep")),
         num_backends=integer("num_backends", given.num_backends, 1, MAX_BACKENDS),
         stacked=flag("stacked", given.stacked),
+        max_total_keys=(
+            None
+            if given.max_total_keys is None
+            else integer("max_total_keys", given.max_total_keys, 0, MAX_LEN)
+        ),
     )
     if result.tail == "keep" and fresh:
         raise ValueError("tail: got 'keep', expected 'copy' or 'zero' as there is no out= to keep")

@@ -23,6 +23,7 @@ class ForwardMode(enum.Enum):
     DECODE = "decode"
     TARGET_VERIFY = "target_verify"
     DRAFT_EXTEND = "draft_extend"
+    EXTEND = "extend"
 
 
 class Extent(enum.Enum):
@@ -33,6 +34,7 @@ class Extent(enum.Enum):
     ROWS = "rows"
     ROWS_PLUS_1 = "rows + 1"
     TABLE = "table"
+    KEYS = "keys"
     PAGED_MQA_ITEMS = "paged MQA items"
     MULTIPROCESSORS_PLUS_1 = "multiprocessors + 1"
     PLANNED_ROWS = "planned rows"
@@ -47,6 +49,7 @@ class Extent(enum.Enum):
             Extent.REQUESTS_PLUS_1,
             Extent.ROWS,
             Extent.ROWS_PLUS_1,
+            Extent.KEYS,
             Extent.FLASH_MLA_ITEMS_PLUS_1,
         )
         return 1 if self in vectors else 2
@@ -62,10 +65,11 @@ class Field:
     Attributes:
       name: of the array.
       extent: REQUESTS [requests]; REQUESTS_PLUS_1 [requests + 1], 0 and the inclusive prefix sum of
-        `sum_of`; ROWS [rows]; ROWS_PLUS_1 [rows + 1], likewise; TABLE [rows, columns];
-        PAGED_MQA_ITEMS [items, next_n], which are the rows in their order; MULTIPROCESSORS_PLUS_1
-        [num_sms + 1, 2]; PLANNED_ROWS [rows + 1, 2], of which rows past the plan's end are left
-        alone in place; PARTS [num_sm_parts, 8]; FLASH_MLA_ITEMS_PLUS_1 [items + 1].
+        `sum_of`; ROWS [rows]; ROWS_PLUS_1 [rows + 1], likewise; TABLE [table rows, columns]; KEYS
+        [max_total_keys]; PAGED_MQA_ITEMS [items, next_n], which are the rows in their order;
+        MULTIPROCESSORS_PLUS_1 [num_sms + 1, 2]; PLANNED_ROWS [rows + 1, 2], of which rows past the
+        plan's end are left alone in place; PARTS [num_sm_parts, 8]; FLASH_MLA_ITEMS_PLUS_1
+        [items + 1].
       sum_of: the array whose prefix sum this is.
       tokens_per_column: of a table, the tokens that a column stands for: a number, or the attribute
         of `Spec` that holds it. Column c stands for the tokens from c * tokens_per_column on and is
@@ -94,8 +98,12 @@ class NSAMetadata:
     """What the attention kernels of one step read, for one backend: int32 arrays.
 
     `rows` is bs in decode, bs * num_draft_tokens in target verify and max_total_tokens in draft
-    extend. With `stacked=True` every array has one more leading axis, [num_backends]. An array that
-    was not asked for is None.
+    extend and prefill (extend). `table_rows` is bs in prefill, where a request's tokens share one
+    table row, and `rows` elsewhere. With `stacked=True` every array has one more leading axis,
+    [num_backends]. An array that was not asked for is None.
+
+    In prefill the keys of all requests lie one request behind the other: those of request i at
+    `cu_seqlens_k[i]` and after. A row's query token sees keys `indexer_ks` to before `indexer_ke`.
 
     Attributes:
       cache_seqlens: int32 [bs], KV length of each request after the step.
@@ -104,11 +112,17 @@ class NSAMetadata:
       nsa_cache_seqlens: int32 [rows], `seqlens_expanded` clamped to the indexer's top-k. With
         index_kpool = k, all full groups of k tokens are clamped, and the tokens past them added.
       nsa_cu_seqlens_k: int32 [rows + 1], 0 and the inclusive prefix sum of `nsa_cache_seqlens`.
-      page_indices: int32 [rows, max_len], KV slot of each token; None without the wide table.
-      real_page_table: int32 [rows, ceil(max_len / real_page_size)], physical page of each page of
-        tokens; None when real_page_size is 1.
+      page_indices: int32 [table_rows, max_len], KV slot of each token; None without the wide table.
+      real_page_table: int32 [table_rows, ceil(max_len / real_page_size)], physical page of each
+        page of tokens; None when real_page_size is 1.
+      token_to_request: int32 [rows], the request of each row; this and what follows in prefill.
+      indexer_ks: int32 [rows], where the keys of the row's request begin.
+      indexer_ke: int32 [rows], `indexer_ks + seqlens_expanded`.
+      topk_indices_offset: int32 [rows], what turns a request's top-k indices into indices of keys:
+        `cu_seqlens_k` of the row's request.
+      flat_page_indices: int32 [max_total_keys], KV slot of each key; None without max_total_keys.
       pooled_cache_seqlens: int32 [rows], `seqlens_expanded` // index_kpool; None when that is 1.
-      pooled_page_table: int32 [rows, ceil(max_len / (real_page_size * index_kpool))],
+      pooled_page_table: int32 [table_rows, ceil(max_len / (real_page_size * index_kpool))],
         `real_page_table[:, ::index_kpool]`; None without either.
       paged_mqa_ctx_lens: int32 [items, next_n], KV length of each row of an item of DeepGEMM's
         paged MQA logits. Of target verify, unless its schedule is per row, items are requests and
@@ -134,6 +148,11 @@ class NSAMetadata:
     real_page_table: Array | None = _described(
         Extent.TABLE, tokens_per_column="real_page_size", wanted="real_table"
     )
+    token_to_request: Array | None = _described(Extent.ROWS, wanted="prefill")
+    indexer_ks: Array | None = _described(Extent.ROWS, wanted="prefill")
+    indexer_ke: Array | None = _described(Extent.ROWS, wanted="prefill")
+    topk_indices_offset: Array | None = _described(Extent.ROWS, wanted="prefill")
+    flat_page_indices: Array | None = _described(Extent.KEYS, wanted="flat_table")
     pooled_cache_seqlens: Array | None = _described(Extent.ROWS, wanted="pooled")
     pooled_page_table: Array | None = _described(
         Extent.TABLE, tokens_per_column="pooled_page_tokens", wanted="pooled_table"

@@ -12,14 +12,15 @@ import numpy as np
 from jaxnsa import argument_checks as checks
 from jaxnsa import strategies
 from jaxnsa.argument_checks import Arguments
+from jaxnsa.checked_calls import Computation, UnlikeError, compute_as_before, remember
 from jaxnsa.compilation import compiled
 from jaxnsa.config import Strategy, settings
-from jaxnsa.implementations import FUSED, IMPLEMENTATIONS
+from jaxnsa.implementations import FUSED, PORTABLE, computations
 from jaxnsa.implementations.choice import choose
 from jaxnsa.implementations.lowering import computed_by
 from jaxnsa.metadata import Array, DraftExtendSeqlens, ForwardMode, NSAMetadata
 from jaxnsa.schedules import Schedules
-from jaxnsa.spec import INT32_MAX, MAX_BACKENDS, MAX_ROWS, Rows, Tail, saturated
+from jaxnsa.spec import INT32_MAX, MAX_BACKENDS, MAX_ROWS, Inputs, Rows, Spec, Tail, saturated
 from jaxnsa.value_checks import check_inputs, check_values
 
 _logger = logging.getLogger("jaxnsa")
@@ -68,11 +69,11 @@ def precompute_decode_metadata(
       ValueError, TypeError: an argument has the wrong shape, dtype or value.
       ImplementationUnavailableError: no implementation that was asked for can run here.
     """
-    arguments = Arguments(
-        ForwardMode.DECODE,
-        seq_lens,
-        req_pool_indices,
-        req_to_token,
+    given = dict(
+        forward_mode=ForwardMode.DECODE,
+        seq_lens=seq_lens,
+        req_pool_indices=req_pool_indices,
+        req_to_token=req_to_token,
         max_len=max_len,
         nsa_index_topk=nsa_index_topk,
         real_page_size=real_page_size,
@@ -81,7 +82,7 @@ def precompute_decode_metadata(
         schedules=schedules,
         tail=tail,
     )
-    return _fused_metadata(arguments, out, implementation)[0]
+    return _fused_metadata(given, out, implementation)[0]
 
 
 def precompute_target_verify_metadata(
@@ -120,11 +121,11 @@ def precompute_target_verify_metadata(
       ValueError, TypeError: an argument has the wrong shape, dtype or value.
       ImplementationUnavailableError: no implementation that was asked for can run here.
     """
-    arguments = Arguments(
-        ForwardMode.TARGET_VERIFY,
-        seq_lens,
-        req_pool_indices,
-        req_to_token,
+    given = dict(
+        forward_mode=ForwardMode.TARGET_VERIFY,
+        seq_lens=seq_lens,
+        req_pool_indices=req_pool_indices,
+        req_to_token=req_to_token,
         num_draft_tokens=num_draft_tokens,
         max_len=max_len,
         nsa_index_topk=nsa_index_topk,
@@ -134,7 +135,7 @@ def precompute_target_verify_metadata(
         schedules=schedules,
         tail=tail,
     )
-    return _fused_metadata(arguments, out, implementation)[0]
+    return _fused_metadata(given, out, implementation)[0]
 
 
 def precompute_draft_extend_metadata(
@@ -175,11 +176,11 @@ def precompute_draft_extend_metadata(
       ValueError, TypeError: an argument has the wrong shape, dtype or value.
       ImplementationUnavailableError: no implementation that was asked for can run here.
     """
-    arguments = Arguments(
-        ForwardMode.DRAFT_EXTEND,
-        seq_lens,
-        req_pool_indices,
-        req_to_token,
+    given = dict(
+        forward_mode=ForwardMode.DRAFT_EXTEND,
+        seq_lens=seq_lens,
+        req_pool_indices=req_pool_indices,
+        req_to_token=req_to_token,
         extend_seq_lens=extend_seq_lens,
         max_total_tokens=max_total_tokens,
         max_len=max_len,
@@ -190,7 +191,65 @@ def precompute_draft_extend_metadata(
         schedules=schedules,
         tail=tail,
     )
-    return _fused_metadata(arguments, out, implementation)[0]
+    return _fused_metadata(given, out, implementation)[0]
+
+
+def precompute_extend_metadata(
+    seq_lens: Array,
+    extend_seq_lens: Array,
+    req_pool_indices: Array,
+    req_to_token: Array,
+    *,
+    max_total_tokens: int,
+    max_total_keys: int | None = None,
+    max_len: int | None = None,
+    nsa_index_topk: int = 2048,
+    real_page_size: int = 64,
+    wide_table: bool = True,
+    tail: Tail | None = None,
+    out: NSAMetadata | None = None,
+    implementation: str | Sequence[str] | None = None,
+) -> NSAMetadata:
+    """The metadata of a prefill step: a row for each new token, a table row for each request.
+
+    A prompt may come in chunks, and requests that decode, with one new token, among others. Rows
+    past the total hold 0 and the last prefix sum; where the total exceeds max_total_tokens, the
+    rows stop there. `jaxnsa.spec.Rows` says which row holds what.
+
+    Args:
+      seq_lens: int32 or int64 [bs], KV length of each request, its new tokens counted.
+      extend_seq_lens: int32 or int64 [bs], new tokens of each request; negative counts as 0.
+      req_pool_indices: int32 or int64 [bs], each request's row in the pool; clamped into it.
+      req_to_token: int32 [pool_rows, pool_cols], KV slot of each token of each request.
+      max_total_tokens: capacity, the rows of the result.
+      max_total_keys: capacity of `flat_page_indices`, the slots of all requests' tokens one request
+        behind the other; what lies past the last one is 0, or with tail "keep" left alone. None
+        leaves the array out.
+      max_len, nsa_index_topk, real_page_size, wide_table, tail, out, implementation: as in
+        `precompute_decode_metadata`. A request's table row sees its `cache_seqlens`.
+
+    Returns:
+      NSAMetadata; its docstring gives the shapes.
+
+    Raises:
+      ValueError, TypeError: an argument has the wrong shape, dtype or value.
+      ImplementationUnavailableError: no implementation that was asked for can run here.
+    """
+    given = dict(
+        forward_mode=ForwardMode.EXTEND,
+        seq_lens=seq_lens,
+        req_pool_indices=req_pool_indices,
+        req_to_token=req_to_token,
+        extend_seq_lens=extend_seq_lens,
+        max_total_tokens=max_total_tokens,
+        max_total_keys=max_total_keys,
+        max_len=max_len,
+        nsa_index_topk=nsa_index_topk,
+        real_page_size=real_page_size,
+        wide_table=wide_table,
+        tail=tail,
+    )
+    return _fused_metadata(given, out, implementation)[0]
 
 
 def fused_metadata_precompute_and_broadcast(
@@ -203,6 +262,7 @@ def fused_metadata_precompute_and_broadcast(
     num_draft_tokens: int | None = None,
     extend_seq_lens: Array | None = None,
     max_total_tokens: int | None = None,
+    max_total_keys: int | None = None,
     max_len: int | None = None,
     nsa_index_topk: int = 2048,
     real_page_size: int = 64,
@@ -225,10 +285,11 @@ def fused_metadata_precompute_and_broadcast(
       req_pool_indices: int32 or int64 [bs], each request's row in the pool; clamped into it.
       req_to_token: int32 [pool_rows, pool_cols], KV slot of each token of each request.
       num_backends: N, >= 1.
-      forward_mode: decides the rows, and which of the next three arguments must be given.
+      forward_mode: decides the rows, and which of the next four arguments are given.
       num_draft_tokens: in target verify, see `precompute_target_verify_metadata`.
-      extend_seq_lens: in draft extend, see `precompute_draft_extend_metadata`.
-      max_total_tokens: in draft extend, see `precompute_draft_extend_metadata`.
+      extend_seq_lens, max_total_tokens: in draft extend and prefill, see
+        `precompute_draft_extend_metadata` and `precompute_extend_metadata`.
+      max_total_keys: in prefill, see `precompute_extend_metadata`.
       max_len, nsa_index_topk, real_page_size, wide_table, index_kpool, schedules, tail,
         implementation: as in `precompute_decode_metadata`.
       out: destinations, donated and filled in place: N NSAMetadata, or one with `stacked`.
@@ -243,14 +304,15 @@ def fused_metadata_precompute_and_broadcast(
       ValueError, TypeError: an argument has the wrong shape, dtype or value.
       ImplementationUnavailableError: no implementation that was asked for can run here.
     """
-    arguments = Arguments(
-        forward_mode,
-        seq_lens,
-        req_pool_indices,
-        req_to_token,
+    given = dict(
+        forward_mode=forward_mode,
+        seq_lens=seq_lens,
+        req_pool_indices=req_pool_indices,
+        req_to_token=req_to_token,
         num_draft_tokens=num_draft_tokens,
         extend_seq_lens=extend_seq_lens,
         max_total_tokens=max_total_tokens,
+        max_total_keys=max_total_keys,
         max_len=max_len,
         nsa_index_topk=nsa_index_topk,
         real_page_size=real_page_size,
@@ -261,10 +323,9 @@ def fused_metadata_precompute_and_broadcast(
         num_backends=num_backends,
         stacked=stacked,
     )
-    if strategy is None:
-        strategy = settings().strategy
-    backends = _fused_metadata(arguments, out, implementation, strategy, several=stacked is False)
-    return backends if stacked is False else backends[0]
+    several = stacked is False
+    backends = _fused_metadata(given, out, implementation, strategy, several)
+    return backends if several else backends[0]
 
 
 def fused_metadata_copy(
@@ -307,7 +368,8 @@ def fused_metadata_copy(
         "fused_metadata_copy",
         len(src.cache_seqlens),
     )
-    name = _computing(name, all(array.size for array in src.arrays().values()))
+    something = all(array.size for array in src.arrays().values())
+    name = _computing(name, implementation, something)
     return _run_copy(src, out, num_backends=num_backends, implementation=name)
 
 
@@ -365,7 +427,7 @@ def fill_draft_extend_metadata(
         seq_lens,
         nsa_index_topk=topk,
         max_total_tokens=capacity,
-        implementation=_computing(name, len(seq_lens) > 0 and capacity > 0),
+        implementation=_computing(name, implementation, len(seq_lens) > 0 and capacity > 0),
     )
 
 
@@ -389,41 +451,80 @@ def prefix_sum(x: Array, *, implementation: str | Sequence[str] | None = None) -
     if isinstance(x, np.ndarray):
         x = x.astype(np.int32)  # a copy, as `checks.held` says, whose sums wrap alike
     name = choose(implementation, settings(), _platform(x), "prefix_sum", len(x))
-    return _run_prefix_sum(x, implementation=_computing(name, len(x) > 0))
+    return _run_prefix_sum(x, implementation=_computing(name, implementation, len(x) > 0))
 
 
 def _fused_metadata(
-    arguments: Arguments,
+    given: dict[str, Any],
     out: Any,
     implementation: str | Sequence[str] | None,
-    strategy: Strategy = "ultra_fast",
+    strategy: Strategy | None = "ultra_fast",
     several: bool = False,
 ) -> tuple[NSAMetadata, ...]:
-    """Checks everything, then runs; `several` says whether `out` is a tuple."""
+    """Checks what is not known to be right, then runs.
+
+    Args:
+      given: `Arguments` by name.
+      out, implementation, strategy: as the public functions document them.
+      several: whether `out` is a tuple.
+    """
+    read = [given.pop(name, None) for name in Inputs._fields]
+    written = () if out is None else out if several else (out,)
+    options = (*given.values(), implementation, strategy, several)
+    result = compute_as_before(read, written, options)
+    if result is not None:
+        return result
+
+    arguments = Arguments(**given, **dict(zip(Inputs._fields, read, strict=True)))
     inputs, rows = checks.inputs(arguments)
     spec = checks.spec(arguments, rows, inputs.req_to_token.shape[1], fresh=out is None)
     if out is not None:
         count = spec.num_backends if several else None
         out = checks.destinations(out, spec.shapes(), count, inputs._asdict())
-    strategy = checks.one_of("strategy", strategy, ("ultra_fast", "fast", "fallback"))
     here = settings()
+    strategy = here.strategy if strategy is None else strategy
+    strategy = checks.one_of("strategy", strategy, ("ultra_fast", "fast", "fallback"))
     if here.validate:
-        check_inputs(inputs, rows, spec.max_len, spec.nsa_index_topk, debug=True)
+        check_inputs(inputs, spec, debug=True)
     inputs = checks.held_inputs(inputs)
     name = choose(implementation, here, _platform(inputs), requests=rows.requests, spec=spec)
     _log_path(name, strategy, spec.num_backends)
-    return _run_fused_metadata(
-        inputs,
-        out,
-        spec=spec,
-        strategy=strategy,
-        implementation=_computing(name, not spec.is_empty),
-    )
+    name = _computing(name, implementation, not spec.is_empty)
+    computation = _computation(spec, strategy, name)
+    if not here.validate:
+        remember(computation, list(spec.shapes()), read, written, options)
+    return computation(list(inputs), jax.tree.leaves(out))
 
 
-def _computing(implementation: str, something: bool) -> str:
+@functools.lru_cache(maxsize=1024)
+def _computation(spec: Spec, strategy: Strategy, implementation: str) -> Computation:
+    """What computes the metadata of `spec`, compiled for the arrays that it is called with."""
+    shapes = (spec.metadata(spec.shapes()),) * spec.destinations
+    expected, structure = jax.tree.flatten(shapes)
+
+    # keep_unused: destinations that are only written stay arguments, so that donation reuses them.
+    @functools.partial(compiled, donate_argnums=1, keep_unused=True)
+    def fused_metadata(read: list[Any], written: list[jax.Array]) -> list[jax.Array]:
+        if written and [a.shape for a in written] != [e.shape for e in expected]:
+            raise UnlikeError
+        out = jax.tree.unflatten(structure, written) if written else None
+        backends = strategies.fused_metadata(
+            Inputs(*read), out, spec, strategy=strategy, implementation=implementation
+        )
+        return jax.tree.leaves(backends)
+
+    def compute(read: list[Any], written: list[jax.Array]) -> tuple[NSAMetadata, ...]:
+        return jax.tree.unflatten(structure, fused_metadata(read, written))
+
+    return compute
+
+
+def _computing(chosen: str, requested: str | Sequence[str] | None, something: bool) -> str:
     """What computes: XLA where there is nothing to launch a kernel for."""
-    return implementation if something else "xla"
+    if not something:
+        return "xla"
+    is_named = requested is not None or settings().implementation is not None
+    return PORTABLE if chosen == "ffi" and not is_named else chosen
 
 
 @functools.cache  # once for each path, not for each call
@@ -449,15 +550,6 @@ def _platform(arrays: Any) -> str | None:
     return jax.default_backend()
 
 
-# keep_unused: destinations that are only written stay arguments, so that donation reuses them.
-_run_fused_metadata = compiled(
-    strategies.fused_metadata,
-    static_argnames=("spec", "strategy", "implementation"),
-    donate_argnames=("out",),
-    keep_unused=True,
-)
-
-
 @functools.partial(
     compiled,
     static_argnames=("num_backends", "implementation"),
@@ -472,7 +564,7 @@ def _run_copy(
     implementation: str,
 ) -> tuple[NSAMetadata, ...]:
     src = computed_by(implementation, src)
-    return IMPLEMENTATIONS[implementation].copy(src, out, num_backends=num_backends, live=None)
+    return computations(implementation).copy(src, out, num_backends=num_backends, live=None)
 
 
 @functools.partial(
@@ -486,7 +578,7 @@ def _run_fill_draft_extend_metadata(
     max_total_tokens: int,
     implementation: str,
 ) -> DraftExtendSeqlens:
-    return IMPLEMENTATIONS[implementation].fill_draft_extend_metadata(
+    return computations(implementation).fill_draft_extend_metadata(
         *computed_by(implementation, (saturated(extend_seq_lens), saturated(seq_lens))),
         nsa_index_topk=nsa_index_topk,
         max_total_tokens=max_total_tokens,
@@ -496,4 +588,4 @@ def _run_fill_draft_extend_metadata(
 @functools.partial(compiled, static_argnames=("implementation",))
 def _run_prefix_sum(x: Array, *, implementation: str) -> Array:
     x = computed_by(implementation, jnp.asarray(x, jnp.int32))
-    return IMPLEMENTATIONS[implementation].prefix_sum(x)
+    return computations(implementation).prefix_sum(x)

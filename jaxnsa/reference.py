@@ -60,6 +60,25 @@ def precompute_draft_extend_metadata(
     return _one(seq_lens, req_pool_indices, req_to_token, ForwardMode.DRAFT_EXTEND, options)
 
 
+def precompute_extend_metadata(
+    seq_lens,
+    extend_seq_lens,
+    req_pool_indices,
+    req_to_token,
+    *,
+    max_total_tokens,
+    max_total_keys=None,
+    **options,
+) -> NSAMetadata:
+    """extend_seq_lens[i] rows, which seq_lens[i] counts already, and one table row of request i."""
+    options |= {
+        "extend_seq_lens": extend_seq_lens,
+        "max_total_tokens": max_total_tokens,
+        "max_total_keys": max_total_keys,
+    }
+    return _one(seq_lens, req_pool_indices, req_to_token, ForwardMode.EXTEND, options)
+
+
 def fused_metadata_precompute_and_broadcast(
     seq_lens,
     req_pool_indices,
@@ -70,6 +89,7 @@ def fused_metadata_precompute_and_broadcast(
     num_draft_tokens=None,
     extend_seq_lens=None,
     max_total_tokens=None,
+    max_total_keys=None,
     max_len=None,
     nsa_index_topk=2048,
     real_page_size=64,
@@ -97,7 +117,10 @@ def fused_metadata_precompute_and_broadcast(
     else:
         cache_seqlens = seq_lens
         rows = _draft_extend_rows(seq_lens, _lengths(extend_seq_lens), max_total_tokens)
-    count = max_total_tokens if forward_mode is ForwardMode.DRAFT_EXTEND else len(rows)
+    count = len(rows) if max_total_tokens is None else max_total_tokens
+    prefill = forward_mode is ForwardMode.EXTEND
+    table_rows = list(enumerate(cache_seqlens)) if prefill else rows
+    table_count = len(table_rows) if prefill else count
 
     seqlens_expanded = np.zeros(count, np.int32)
     for r, (_, kv_len) in enumerate(rows):
@@ -114,11 +137,28 @@ def fused_metadata_precompute_and_broadcast(
         "nsa_cache_seqlens": nsa_cache_seqlens,
         "nsa_cu_seqlens_k": prefix_sum(nsa_cache_seqlens),
     }
+    if prefill:
+        token_to_request, first_key = np.zeros((2, count), np.int32)
+        for r, (i, _) in enumerate(rows):
+            token_to_request[r] = i
+            first_key[r] = lengths["cu_seqlens_k"][i]
+        lengths |= {
+            "token_to_request": token_to_request,
+            "indexer_ks": first_key,
+            "indexer_ke": first_key + seqlens_expanded,
+            "topk_indices_offset": first_key,
+        }
+
+    def pool_row(i) -> np.ndarray:
+        return req_to_token[
+            min(max(int(np.asarray(req_pool_indices)[i]), 0), len(req_to_token) - 1)
+        ]
+
     if index_kpool > 1:
         lengths["pooled_cache_seqlens"] = pooled_cache_seqlens
     schedules = schedules or NO_SCHEDULES
     if schedules.paged_mqa is not None:
-        expanded = forward_mode is ForwardMode.DRAFT_EXTEND or schedules.paged_mqa.per_row
+        expanded = max_total_tokens is not None or schedules.paged_mqa.per_row
         next_n = num_draft_tokens if not expanded and num_draft_tokens else 1
         item_lengths = np.array(seqlens_expanded if expanded else cache_seqlens, np.int32)
         lengths["paged_mqa_ctx_lens"] = np.tile(item_lengths[:, None], next_n)
@@ -152,7 +192,9 @@ def fused_metadata_precompute_and_broadcast(
     def fresh() -> NSAMetadata:
         arrays = {name: value.copy() for name, value in lengths.items()}
         for name, (tokens, _) in tables.items():
-            arrays[name] = np.zeros((count, -(-max_len // tokens)), np.int32)
+            arrays[name] = np.zeros((table_count, -(-max_len // tokens)), np.int32)
+        if max_total_keys is not None:
+            arrays["flat_page_indices"] = np.zeros(max_total_keys, np.int32)
         if plan:
             arrays["topk_plan"] = np.zeros((count + 1, 2), np.int32)
         return NSAMetadata(**arrays)
@@ -166,11 +208,20 @@ def fused_metadata_precompute_and_broadcast(
             table = getattr(metadata, name)
             if tail != "keep":
                 table[:] = 0
-            for r, (i, kv_len) in enumerate(rows):
+            for r, (i, kv_len) in enumerate(table_rows):
                 live = max_len if tail == "copy" else min(kv_len, max_len)
-                pool_row = min(max(int(np.asarray(req_pool_indices)[i]), 0), len(req_to_token) - 1)
-                first_tokens = req_to_token[pool_row, :live:tokens]
+                first_tokens = pool_row(i)[:live:tokens]
                 table[r, : len(first_tokens)] = first_tokens // page_size
+        if max_total_keys is not None:
+            keys = np.asarray(metadata.flat_page_indices)
+            if tail != "keep":
+                keys[:] = 0
+            start = 0
+            for i, kv_len in enumerate(cache_seqlens):
+                slots = pool_row(i)[: min(kv_len, max_len)]
+                keys[start : start + kv_len] = 0
+                keys[start : start + len(slots)] = slots[: max(max_total_keys - start, 0)]
+                start += kv_len
         return metadata
 
     if stacked and out is not None:

@@ -1,4 +1,4 @@
-"""Which request each table row belongs to, and the tokens that it sees, in plain `jax.numpy`."""
+"""Which request each row and key belongs to, and the tokens that a row sees, in `jax.numpy`."""
 
 from typing import NamedTuple
 
@@ -8,6 +8,36 @@ from jax import lax
 
 from jaxnsa.metadata import Array
 from jaxnsa.spec import Rows
+
+
+class Owners(NamedTuple):
+    """The owners of places, of which request i has as many as its count, one behind the other.
+
+    Attributes:
+      request: int32 [capacity], the request of each place; any valid one past the total.
+      token: int32 [capacity], which of its request's places it is.
+      total: int32 [], the places of all requests, at most the capacity.
+    """
+
+    request: jax.Array
+    token: jax.Array
+    total: jax.Array
+
+    @classmethod
+    def of(cls, counts: jax.Array, capacity: int) -> "Owners":
+        """The owners of `capacity` places, of int32 [bs] counts of at least 0."""
+        place = jnp.arange(capacity, dtype=jnp.int32)
+        if not len(counts):
+            return cls(jnp.zeros_like(place), place, jnp.int32(0))
+        # A sum of nonnegative int32 turns negative where it first leaves int32, and so past any
+        # place.
+        ends = jnp.cumsum(counts, dtype=jnp.int32)
+        past_int32 = lax.cummax((ends < 0).astype(jnp.int32)) > 0
+        ends = jnp.where(past_int32, capacity, jnp.minimum(ends, capacity))
+        starts = jnp.concatenate([jnp.zeros(1, jnp.int32), ends[:-1]])
+        request = jnp.searchsorted(ends, place, side="right", method="scan_unrolled")
+        request = jnp.minimum(request.astype(jnp.int32), len(counts) - 1)
+        return cls(request, place - starts[request], ends[-1])
 
 
 class RowOwners(NamedTuple):
@@ -40,15 +70,8 @@ def row_owners(rows: Rows, seq_lens: Array, extend_seq_lens: Array | None) -> Ro
         return RowOwners(jnp.zeros_like(row), jnp.zeros_like(row), jnp.int32(0))
     assert extend_seq_lens is not None
     q = jnp.maximum(extend_seq_lens, 0)
-    # A sum of nonnegative int32 turns negative where it first leaves int32, and so past any row.
-    ends = jnp.cumsum(q, dtype=jnp.int32)
-    past_int32 = lax.cummax((ends < 0).astype(jnp.int32)) > 0
-    ends = jnp.where(past_int32, rows.count, jnp.minimum(ends, rows.count))
-    starts = jnp.concatenate([jnp.zeros(1, jnp.int32), ends[:-1]])
-    request = jnp.searchsorted(ends, row, side="right", method="scan_unrolled").astype(jnp.int32)
-    request = jnp.minimum(request, rows.requests - 1)
-    kv_len = _kv_len(kv_lens[request], q[request], row - starts[request])
-    total = ends[-1]
+    request, token, total = Owners.of(q, rows.count)
+    kv_len = _kv_len(kv_lens[request], q[request], token)
     return RowOwners(request, jnp.where(row < total, kv_len, 0), total)
 
 

@@ -16,7 +16,7 @@ from jaxnsa.schedules import NO_SCHEDULES, Schedules
 Tail = Literal["copy", "zero", "keep"]
 
 MAX_LEN = 2**30
-"""The widest page table, in tokens: kernels count the columns of a row in 32 bits."""
+"""The widest page table, and the longest flat one, in tokens: kernels count columns in 32 bits."""
 MAX_ROWS = 2**30
 """The most requests and the most rows, and the longest prefix sum: kernels count them likewise."""
 MAX_BACKENDS = 1024
@@ -30,7 +30,7 @@ class Inputs(NamedTuple):
       seq_lens: int32 or int64 [bs].
       req_pool_indices: int32 or int64 [bs].
       req_to_token: int32 [pool_rows, pool_cols].
-      extend_seq_lens: int32 or int64 [bs] in draft extend, otherwise None.
+      extend_seq_lens: int32 or int64 [bs] in draft extend and prefill, otherwise None.
     """
 
     seq_lens: Array
@@ -48,32 +48,47 @@ def saturated(x: Array) -> jax.Array:
 
 @dataclasses.dataclass(frozen=True)
 class Rows:
-    """How table rows map to requests. The three forward modes are three values of this.
+    """How rows map to requests. The four forward modes are four values of this.
 
     Request i owns q[i] consecutive rows and has KV length
     `cache_seqlens[i] = clip(seq_lens[i], 0, 2^31 - 1 - added_tokens) + added_tokens`. Its row j,
     0 <= j < q[i], sees `seqlens_expanded = max(cache_seqlens[i] - q[i] + 1 + j, 0)` tokens. No KV
     length leaves int32, so that nothing computed from one has to expect a negative one.
 
-    | mode          | q[i]                       | added_tokens     |
-    | ---           | ---                        | ---              |
-    | decode        | 1                          | 0                |
-    | target verify | num_draft_tokens           | num_draft_tokens |
-    | draft extend  | max(extend_seq_lens[i], 0) | 0                |
+    | mode          | q[i]                       | added_tokens     | table rows of request i |
+    | ---           | ---                        | ---              | ---                     |
+    | decode        | 1                          | 0                | its row                 |
+    | target verify | num_draft_tokens           | num_draft_tokens | its rows                |
+    | draft extend  | max(extend_seq_lens[i], 0) | 0                | its rows                |
+    | extend        | max(extend_seq_lens[i], 0) | 0                | one, of cache_seqlens   |
 
-    Rows past the last request's are padding rows. Their lengths are 0.
+    Extend is prefill: its rows are a prompt's tokens, too many for a table row each. Chunks of a
+    prompt, and decoding requests (q = 1) among prefilling ones, are values of extend_seq_lens.
+
+    Rows past the last request's, where q is extend_seq_lens, are padding rows: they see 0 tokens,
+    and all that they hold is 0 but for prefix sums, which repeat the total. Rows past `count` are
+    left out, in the order of requests.
+
+    In prefill there are also keys, the tokens of all requests one behind the other: request i has
+    keys S[i] to before S[i] + cache_seqlens[i], where S is the sum over the requests before it,
+    which does not wrap. Key S[i] + c is its token c, in column c of its table row; it holds 0 where
+    the table has no such column. Keys past `max_total_keys` are left out, and those past the last
+    request's are padding keys, which hold what a table does past its live columns, 0 in place of
+    the pool's content.
 
     Attributes:
       requests: number of requests, bs.
-      count: number of rows; in draft extend the capacity, max_total_tokens.
+      count: number of rows; where extend_seq_lens says them, the capacity, max_total_tokens.
       rows_per_request: q where it is one number for all, None where extend_seq_lens says.
       added_tokens: tokens that the step itself appends to every request.
+      prefill: whether a request has one table row, whatever rows it has, and keys.
     """
 
     requests: int
     count: int
     rows_per_request: int | None
     added_tokens: int
+    prefill: bool = False
 
     @classmethod
     def of(
@@ -90,7 +105,12 @@ class Rows:
             assert num_draft_tokens is not None
             return cls(requests, requests * num_draft_tokens, num_draft_tokens, num_draft_tokens)
         assert max_total_tokens is not None
-        return cls(requests, max_total_tokens, None, 0)
+        return cls(requests, max_total_tokens, None, 0, prefill=mode is ForwardMode.EXTEND)
+
+    @property
+    def tables(self) -> "Rows":
+        """How table rows map to requests: as rows do, but in prefill as in decode."""
+        return Rows.of(ForwardMode.DECODE, self.requests) if self.prefill else self
 
     @property
     def longest_seq_len(self) -> int:
@@ -112,6 +132,7 @@ class Spec:
       schedules: what the consumers want beside the metadata.
       tail: what tables hold past a row's live columns. "keep" without destinations leaves them
         unspecified.
+      max_total_keys: length of `flat_page_indices`; None where it is not wanted.
       num_backends: how many copies of the metadata.
       stacked: one NSAMetadata whose arrays lead with [num_backends] instead of a tuple of them.
     """
@@ -124,6 +145,7 @@ class Spec:
     tail: Tail
     num_backends: int = 1
     stacked: bool = False
+    max_total_keys: int | None = None
     index_kpool: int = 1
     schedules: Schedules = NO_SCHEDULES
 
@@ -131,6 +153,16 @@ class Spec:
     def real_table(self) -> bool:
         """Whether `real_page_table` is wanted."""
         return self.real_page_size > 1
+
+    @property
+    def prefill(self) -> bool:
+        """Whether the arrays of prefill are wanted."""
+        return self.rows.prefill
+
+    @property
+    def flat_table(self) -> bool:
+        """Whether `flat_page_indices` is wanted."""
+        return self.max_total_keys is not None
 
     @property
     def pooled(self) -> bool:
@@ -174,8 +206,8 @@ class Spec:
 
     @property
     def is_empty(self) -> bool:
-        """Whether there is no request or no row: nothing that a kernel could be launched for."""
-        return not self.rows.requests or not self.rows.count
+        """Whether an array has no element: nothing that a kernel could be launched for."""
+        return not self.rows.requests or not self.rows.count or self.max_total_keys == 0
 
     def fields(self, *extents: Extent) -> list[Field]:
         """The arrays that are wanted, of the given extents if there are any, in their order."""
@@ -210,12 +242,13 @@ class Spec:
 
         def shape(field: Field) -> tuple[int, ...]:
             if field.extent is Extent.TABLE:
-                return (rows.count, self.columns(field))
+                return (rows.tables.count, self.columns(field))
             return {
                 Extent.REQUESTS: (rows.requests,),
                 Extent.REQUESTS_PLUS_1: (rows.requests + 1,),
                 Extent.ROWS: (rows.count,),
                 Extent.ROWS_PLUS_1: (rows.count + 1,),
+                Extent.KEYS: (self.max_total_keys or 0,),
                 Extent.PAGED_MQA_ITEMS: self.paged_mqa_items,
                 Extent.MULTIPROCESSORS_PLUS_1: (sms + 1, 2),
                 Extent.PLANNED_ROWS: (rows.count + 1, 2),
@@ -227,6 +260,10 @@ class Spec:
             field.name: jax.ShapeDtypeStruct((*self.lead, *shape(field)), jnp.int32)
             for field in self.fields()
         }
+
+    def table_kv_lens(self, metadata: NSAMetadata) -> Array:
+        """int32 [table rows], the tokens that each table row of a result sees."""
+        return metadata.cache_seqlens if self.prefill else metadata.seqlens_expanded
 
     def metadata(self, arrays: Mapping[str, Any]) -> NSAMetadata:
         """The arrays of one destination, or what stands for them, as NSAMetadata.

@@ -11,9 +11,10 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxnsa.config import Strategy
-from jaxnsa.implementations import IMPLEMENTATIONS
+from jaxnsa.implementations import computations
 from jaxnsa.implementations.lowering import computed_by
 from jaxnsa.metadata import NSAMetadata
+from jaxnsa.row_owners import Owners
 from jaxnsa.spec import Inputs, Spec, saturated
 
 
@@ -26,7 +27,7 @@ def fused_metadata(
     implementation: str,
 ) -> tuple[NSAMetadata, ...]:
     """The metadata of `spec` in each of its destinations."""
-    module = IMPLEMENTATIONS[implementation]
+    module = computations(implementation)
     inputs = computed_by(implementation, jax.tree.map(saturated, inputs))
     if strategy == "ultra_fast":
         return module.fused_metadata(inputs, out, spec)
@@ -42,6 +43,7 @@ def fused_metadata(
     ) -> tuple[NSAMetadata, ...]:
         if isinstance(source, NSAMetadata):
             source = _up_to_the_plans_end(source, destination)
+            source = _with_held_keys(source, destination, live)
             return module.copy(source, destination, num_backends=1, live=live)
         return module.fused_metadata(source, destination, one)
 
@@ -54,6 +56,19 @@ def fused_metadata(
     if spec.stacked:
         return (jax.tree.map(lambda *arrays: jnp.stack(arrays), *backends),)
     return tuple(backends)
+
+
+def _with_held_keys(
+    source: NSAMetadata, destination: tuple[NSAMetadata] | None, live: Spec | None
+) -> NSAMetadata:
+    """`source`, with what a destination holds in place of padding keys that are to be kept."""
+    keys = source.flat_page_indices
+    if destination is None or keys is None or live is None:
+        return source
+    total = Owners.of(jnp.asarray(source.cache_seqlens), len(keys)).total
+    held = jnp.asarray(destination[0].flat_page_indices)
+    kept = jnp.where(jnp.arange(len(keys)) < total, keys, held)
+    return dataclasses.replace(source, flat_page_indices=kept)
 
 
 def _up_to_the_plans_end(

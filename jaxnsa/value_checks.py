@@ -19,7 +19,7 @@ from jaxnsa import argument_checks as checks
 from jaxnsa.argument_checks import Arguments
 from jaxnsa.metadata import Array, ForwardMode
 from jaxnsa.row_owners import row_owners
-from jaxnsa.spec import INT32_MAX, Inputs, Rows, saturated
+from jaxnsa.spec import INT32_MAX, Inputs, Rows, Spec, saturated
 
 _logger = logging.getLogger("jaxnsa")
 
@@ -35,6 +35,7 @@ def validate_inputs(
     num_draft_tokens: int | None = None,
     extend_seq_lens: Array | None = None,
     max_total_tokens: int | None = None,
+    max_total_keys: int | None = None,
     max_len: int | None = None,
     nsa_index_topk: int = 2048,
 ) -> None:
@@ -42,8 +43,8 @@ def validate_inputs(
 
     Legal are lengths of 0 and more, `seq_lens` of at most `max_len`, pool indices inside the pool,
     `extend_seq_lens` of at most `seq_lens` whose sum is at most `max_total_tokens`, and sums of
-    lengths inside int32. The computations themselves accept anything, as the design's corner
-    cases say; this finds what a scheduler did not mean.
+    lengths inside int32 and of at most `max_total_keys`. The computations themselves accept
+    anything, as the design's corner cases say; this finds what a scheduler did not mean.
 
     Concrete inputs are brought to the host. Inside `jit` the same conditions become
     `checkify.check`, so the function must be transformed by `checkify.checkify`.
@@ -54,8 +55,9 @@ def validate_inputs(
       req_to_token: int32 [pool_rows, pool_cols].
       forward_mode: which of the following arguments count.
       num_draft_tokens: in target verify, tokens that the step appends to each request.
-      extend_seq_lens: int32 or int64 [bs], in draft extend, rows of each request.
-      max_total_tokens: in draft extend, the capacity in rows.
+      extend_seq_lens: int32 or int64 [bs], in draft extend and prefill, rows of each request.
+      max_total_tokens: in draft extend and prefill, the capacity in rows.
+      max_total_keys: in prefill, the capacity in keys.
       max_len: columns of the page table, in tokens; None: all columns of the pool.
       nsa_index_topk: the indexer's top-k, in tokens.
 
@@ -64,34 +66,34 @@ def validate_inputs(
         wrong shape or a wrong combination of arguments.
       TypeError: a wrong dtype.
     """
-    inputs, rows = checks.inputs(
-        Arguments(
-            forward_mode,
-            seq_lens,
-            req_pool_indices,
-            req_to_token,
-            num_draft_tokens=num_draft_tokens,
-            extend_seq_lens=extend_seq_lens,
-            max_total_tokens=max_total_tokens,
-        )
+    arguments = Arguments(
+        forward_mode,
+        seq_lens,
+        req_pool_indices,
+        req_to_token,
+        num_draft_tokens=num_draft_tokens,
+        extend_seq_lens=extend_seq_lens,
+        max_total_tokens=max_total_tokens,
+        max_total_keys=max_total_keys,
+        max_len=max_len,
+        nsa_index_topk=nsa_index_topk,
     )
-    columns = checks.max_len(max_len, inputs.req_to_token.shape[1])
-    nsa_index_topk = checks.integer("nsa_index_topk", nsa_index_topk, 1)
-    check_inputs(inputs, rows, columns, nsa_index_topk, debug=False)
+    inputs, rows = checks.inputs(arguments)
+    spec = checks.spec(arguments, rows, inputs.req_to_token.shape[1], fresh=True)
+    check_inputs(inputs, spec, debug=False)
 
 
-def check_inputs(
-    inputs: Inputs, rows: Rows, max_len: int, nsa_index_topk: int, *, debug: bool
-) -> None:
+def check_inputs(inputs: Inputs, spec: Spec, *, debug: bool) -> None:
     """`check_values` of all inputs of a computation."""
     check_values(
-        rows,
+        spec.rows,
         inputs.seq_lens,
         inputs.req_pool_indices,
         inputs.extend_seq_lens,
         pool_rows=len(inputs.req_to_token),
-        max_len=max_len,
-        nsa_index_topk=nsa_index_topk,
+        max_len=spec.max_len,
+        max_total_keys=spec.max_total_keys,
+        nsa_index_topk=spec.nsa_index_topk,
         debug=debug,
     )
 
@@ -104,6 +106,7 @@ def check_values(
     *,
     pool_rows: int | None = None,
     max_len: int | None = None,
+    max_total_keys: int | None = None,
     nsa_index_topk: int,
     debug: bool,
 ) -> None:
@@ -114,6 +117,7 @@ def check_values(
       seq_lens, req_pool_indices, extend_seq_lens: the inputs, None where there are none.
       pool_rows: rows of the pool, if there is one.
       max_len: columns of the page table, if there is one.
+      max_total_keys: capacity of the flat table, if there is one.
       nsa_index_topk: the indexer's top-k.
       debug: where inputs are traced, emit checks that are dropped unless checkify asks for them.
     """
@@ -124,7 +128,7 @@ def check_values(
     emit = checkify.debug_check if debug else checkify.check
     if traced and debug:
         _say_what_jit_needs()
-    for rule in _rules(xp, values, pool_rows, rows, max_len, nsa_index_topk):
+    for rule in _rules(xp, values, pool_rows, rows, max_len, max_total_keys, nsa_index_topk):
         if rule.values.size == 0:
             continue
         if traced:
@@ -170,6 +174,7 @@ def _rules(
     pool_rows: int | None,
     rows: Rows,
     max_len: int | None,
+    max_total_keys: int | None,
     nsa_index_topk: int,
 ) -> Iterator[_Rule]:
     seq_lens, req_pool_indices, extend_seq_lens = values
@@ -185,6 +190,9 @@ def _rules(
         yield _Rule("extend_seq_lens", "at most seq_lens", longer, extend_seq_lens)
         expected = f"a running total of at most max_total_tokens = {rows.count}"
         yield _running_total(xp, "extend_seq_lens", expected, extend_seq_lens, rows.count)
+    if max_total_keys is not None:
+        expected = f"a running total of at most max_total_keys = {max_total_keys}"
+        yield _running_total(xp, "seq_lens", expected, seq_lens, max_total_keys)
     # What follows is of int32 lengths.
     narrow = checks.held if xp is np else saturated
     seq_lens = narrow(seq_lens)

@@ -85,7 +85,7 @@ def copy(
     shapes = {name: jax.ShapeDtypeStruct(view.shape, view.dtype) for name, view in views.items()}
     results = launch(
         kernel,
-        (views, src.seqlens_expanded if live else None),
+        (views, live.table_kv_lens(src) if live else None),
         None if out is None else [held(o) for o in out],
         [shapes] * num_backends,
         blocks=sum(counts.values()),

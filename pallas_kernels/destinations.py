@@ -5,6 +5,7 @@ from typing import Any
 import jax
 
 from jaxnsa.spec import Spec
+from pallas_kernels.lanes import LANES, Lanes, Scalar
 from pallas_kernels.tables import Destination
 
 
@@ -19,6 +20,7 @@ class Destinations:
     def __init__(self, spec: Spec, refs: list[dict[str, Any]]):
         self._spec = spec
         self._refs = refs
+        self._wanted = set(spec.shapes())
         self._unwritten = set(spec.shapes())
 
     def of(self, name: str) -> list[Destination]:
@@ -29,11 +31,21 @@ class Destinations:
             return [(refs[name], (k,)) for k in range(self._spec.num_backends)]
         return [(refs[name], ()) for refs in self._refs]
 
-    def store(self, index: jax.Array | int, **values: jax.Array) -> None:
-        """Stores a value at an index of each named array of every backend."""
-        for name, value in values.items():
+    def store(self, index: Scalar, **values: jax.Array) -> None:
+        """Stores a value at an index of each named array, if it is wanted, of every backend."""
+        for name, value in self._of_wanted(values):
             for ref, lead in self.of(name):
                 ref[(*lead, index)] = value
+
+    def store_first(self, lanes: Lanes, start: Scalar, count: Scalar, **values: Scalar) -> None:
+        """Stores the first `count` of 128 elements, or as often a scalar, likewise from `start`."""
+        for name, value in self._of_wanted(values):
+            vector = lanes.zeros(LANES) + value
+            for ref, lead in self.of(name):
+                lanes.store_first(ref.at[lead] if lead else ref, start, vector, count)
+
+    def _of_wanted(self, values: dict[str, Any]) -> list[tuple[str, Any]]:
+        return [(name, value) for name, value in values.items() if name in self._wanted]
 
     def check_all_written(self) -> None:
         """NotImplementedError where the kernel, which has been traced, left out an array."""

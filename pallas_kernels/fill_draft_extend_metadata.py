@@ -46,7 +46,7 @@ def fill_draft_extend_metadata(
         location = request.locate()
 
         def store(row, kv_len):
-            values = row_values(kv_len, nsa_index_topk)
+            values = row_values(kv_len, nsa_index_topk, 0, 0)
             for name in ("seqlens_expanded", "nsa_cache_seqlens"):
                 results[name][row] = values[name]
 

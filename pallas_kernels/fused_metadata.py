@@ -1,7 +1,8 @@
 """The whole computation in one launch: lengths, prefix sums and page tables, for every destination.
 
 Purpose: `NSAMetadata` of all backends of a step.
-Grid: for each request one block that writes its lengths, then those that share its tables.
+Grid: for each request the blocks that share its lengths, in prefill those that share its keys, then
+those that share its tables.
 Block: a warpgroup. It waits for no other: sums over earlier requests it takes by itself.
 Inputs: seq_lens, req_pool_indices, extend_seq_lens where rows are ragged, req_to_token, and a view
 of req_to_token as whole pages where its rows consist of such.
@@ -18,31 +19,38 @@ from jax.experimental import pallas as pl
 from jaxnsa.metadata import NSAMetadata
 from jaxnsa.spec import Inputs, Spec
 from pallas_kernels.destinations import Destinations
-from pallas_kernels.lanes import Lanes, access_width
+from pallas_kernels.lanes import LANES, Lanes, access_width
 from pallas_kernels.launch import launch
-from pallas_kernels.rows import Lengths, Request, row_values
+from pallas_kernels.rows import Lengths, Request, Share, padding_row_values, row_values
 from pallas_kernels.tables import Source, Table, Targets
 from pallas_kernels.tuning import BlockConfig
 
+_KEY_VECTORS = 4  # of a tile of keys
+_MOST_SHARES = 1024  # blocks of all requests together that share ragged rows, and keys
+
 
 @dataclasses.dataclass(frozen=True)
-class _TablePlan:
-    """How the blocks of a request share its tables; block 0 writes its lengths.
+class _Plan:
+    """How the blocks of a request share its work: first lengths, then keys, then tables.
 
     Attributes:
+      length_blocks: blocks that write its lengths.
+      key_blocks: blocks that write its keys, if they are wanted.
       wide: the tiles of `page_indices`, if it is wanted.
       real: the tiles of `real_page_table`, if it is wanted and not written with the wide table.
       pages_with_wide: whether the blocks of the wide table write both.
       reads_pages: whether the page starts of a pool row form a vector.
     """
 
+    length_blocks: int
+    key_blocks: int
     wide: Table | None
     real: Table | None
     pages_with_wide: bool
     reads_pages: bool
 
     @classmethod
-    def of(cls, spec: Spec, pool_shape: tuple[int, ...], config: BlockConfig) -> "_TablePlan":
+    def of(cls, spec: Spec, pool_shape: tuple[int, ...], config: BlockConfig) -> "_Plan":
         """The plan for a pool [pool_rows, pool_cols]."""
         requests, max_len, page_size = spec.rows.requests, spec.max_len, spec.real_page_size
         pool_cols = pool_shape[1]
@@ -54,12 +62,31 @@ class _TablePlan:
         whole_pages = pool_cols % page_size == 0
         if spec.real_table and not together:
             real = Table.of(requests, max_len, page_size, spec.tail, int(whole_pages), config)
-        return cls(wide, real, together, real is not None and whole_pages)
+
+        def shares(tiles: int) -> int:
+            return min(tiles, max(1, _MOST_SHARES // requests))
+
+        ragged = spec.rows.rows_per_request is None
+        return cls(
+            shares(pl.cdiv(spec.rows.count, 2 * LANES)) if ragged else 1,
+            shares(pl.cdiv(spec.max_total_keys, _KEY_VECTORS * LANES))
+            if spec.max_total_keys
+            else 0,
+            wide,
+            real,
+            together,
+            real is not None and whole_pages,
+        )
+
+    @property
+    def first_wide_block(self) -> int:
+        """The first block that writes tables."""
+        return self.length_blocks + self.key_blocks
 
     @property
     def first_real_block(self) -> int:
         """The first block that writes `real_page_table` alone."""
-        return 1 + (self.wide.blocks if self.wide else 0)
+        return self.first_wide_block + (self.wide.blocks if self.wide else 0)
 
     @property
     def blocks(self) -> int:
@@ -94,7 +121,7 @@ def fused_metadata(
             if spec.wide_table
             else BlockConfig.of_pages(spec.rows.requests, -(-spec.max_len // spec.real_page_size))
         )
-    plan = _TablePlan.of(spec, inputs.req_to_token.shape, config)
+    plan = _Plan.of(spec, inputs.req_to_token.shape, config)
     pool_rows = inputs.req_to_token.shape[0]
     lanes = Lanes(bool(interpret))
     read: dict[str, Any] = {"inputs": inputs}
@@ -109,17 +136,29 @@ def fused_metadata(
         lengths = Lengths(inputs.seq_lens, inputs.extend_seq_lens)
         destinations = Destinations(spec, results)
 
-        @pl.when(block == 0)
+        @pl.when(block < plan.length_blocks)
         def _():
             request = Request.load(lanes, spec.rows, lengths, scratch, i)
-            _write_lengths(request, spec.nsa_index_topk, destinations)
+            share = Share(block, plan.length_blocks)
+            _write_lengths(lanes, request, share, spec.nsa_index_topk, destinations)
+
+        if plan.key_blocks:
+
+            @pl.when((block >= plan.length_blocks) & (block < plan.first_wide_block))
+            def _():
+                pool_row = jnp.clip(inputs.req_pool_indices[i], 0, pool_rows - 1)
+                lanes.start_load(pool_row)
+                request = Request.load(lanes, spec.rows, lengths, scratch, i)
+                share = Share(block - plan.length_blocks, plan.key_blocks)
+                source = inputs.req_to_token.at[pool_row]
+                _write_keys(lanes, request, share, source, spec, destinations)
 
         def write(table: Table, first_block: int, ref: Any, page_size: int, targets: Targets):
             @pl.when((block >= first_block) & (block < first_block + table.blocks))
             def _():
                 pool_row = jnp.clip(inputs.req_pool_indices[i], 0, pool_rows - 1)
                 lanes.start_load(pool_row)
-                request = Request.load(lanes, spec.rows, lengths, scratch, i)
+                request = Request.load(lanes, spec.rows.tables, lengths, scratch, i)
                 source = Source(ref, pool_row, page_size)
                 table.write(lanes, block - first_block, source, request, targets)
 
@@ -128,7 +167,7 @@ def fused_metadata(
             if plan.pages_with_wide:
                 pages = destinations.of("real_page_table")
             targets = Targets(tables, pages, spec.real_page_size)
-            write(plan.wide, 1, inputs.req_to_token, 1, targets)
+            write(plan.wide, plan.first_wide_block, inputs.req_to_token, 1, targets)
         if plan.real:
             targets = Targets(destinations.of("real_page_table"))
             ref = read["pages"] if plan.reads_pages else inputs.req_to_token
@@ -147,25 +186,64 @@ def fused_metadata(
     return tuple(spec.metadata(arrays) for arrays in results)
 
 
-def _write_lengths(request: Request, topk: int, destinations: Destinations) -> None:
-    """All arrays but the tables, as far as a request goes."""
+def _write_lengths(
+    lanes: Lanes, request: Request, share: Share, topk: int, destinations: Destinations
+) -> None:
+    """A share of all arrays but the tables, as far as a request goes."""
     store, i = destinations.store, request.i
     location = request.locate()
     sums = request.sums_before(topk)
-    store(i, cache_seqlens=request.cache_seqlen)
-    store(i + 1, cu_seqlens_k=sums.cache_seqlens + request.cache_seqlen)
-    pl.when(i == 0)(lambda: store(0, cu_seqlens_k=jnp.int32(0), nsa_cu_seqlens_k=jnp.int32(0)))
 
-    def write_row(j, nsa_sum):
-        row, values = location.first_row + j, row_values(request.kv_len(j), topk)
-        nsa_sum = nsa_sum + values["nsa_cache_seqlens"]
-        store(row, **values)
-        store(row + 1, nsa_cu_seqlens_k=nsa_sum)
-        return nsa_sum
+    @pl.when(share.block == 0)
+    def _():
+        store(i, cache_seqlens=request.cache_seqlen)
+        store(i + 1, cu_seqlens_k=sums.cache_seqlens + request.cache_seqlen)
+        pl.when(i == 0)(lambda: store(0, cu_seqlens_k=jnp.int32(0), nsa_cu_seqlens_k=jnp.int32(0)))
 
-    def write_padding_row(row):
-        store(row, **row_values(jnp.int32(0), topk))
-        store(row + 1, nsa_cu_seqlens_k=sums.nsa_total)
+    def write_rows(first):
+        j, count = first + lanes.iota(LANES), location.rows - first
+        row = location.first_row + first
+        values = row_values(request.kv_len(j), topk, i, sums.cache_seqlens)
+        destinations.store_first(lanes, row, count, **values)
+        nsa_sums = sums.nsa_cache_seqlens + request.nsa_sum(j, topk)
+        destinations.store_first(lanes, row + 1, count, nsa_cu_seqlens_k=nsa_sums)
 
-    lax.fori_loop(0, location.rows, write_row, sums.nsa_cache_seqlens)
-    request.for_padding_rows(location, write_padding_row)
+    def write_padding_rows(first):
+        row, count = location.total + first, request.rows.count - location.total - first
+        destinations.store_first(lanes, row, count, **padding_row_values())
+        destinations.store_first(lanes, row + 1, count, nsa_cu_seqlens_k=sums.nsa_total)
+
+    share.for_tiles(location.rows, write_rows)
+    if request.rows.rows_per_request is None:
+        padding = request.rows.count - location.total
+        share.of_all(request).for_tiles(padding, write_padding_rows)
+
+
+def _write_keys(
+    lanes: Lanes,
+    request: Request,
+    share: Share,
+    source: Any,
+    spec: Spec,
+    destinations: Destinations,
+) -> None:
+    """A share of a request's keys, whose slots are in `source`, and of the padding keys."""
+    capacity = spec.max_total_keys
+    assert capacity is not None
+    location = request.locate_keys(capacity)
+
+    def write(first):
+        # All loads are under way before anything is stored.
+        columns = [first + k * LANES for k in range(_KEY_VECTORS)]
+        slots = [lanes.load_first(source, column, spec.max_len - column) for column in columns]
+        for column, vector in zip(columns, slots, strict=True):
+            key, count = location.first_row + column, location.rows - column
+            destinations.store_first(lanes, key, count, flat_page_indices=vector)
+
+    def clear(first):
+        key, count = location.total + first, capacity - location.total - first
+        destinations.store_first(lanes, key, count, flat_page_indices=0)
+
+    share.for_tiles(location.rows, write, _KEY_VECTORS)
+    if spec.tail != "keep":
+        share.of_all(request).for_tiles(capacity - location.total, clear)

@@ -16,6 +16,8 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas_kernels import ptx
 
 LANES = 128
+Scalar = jax.Array | int
+_SCALAR = plgpu.Layout.WG_SPLAT(())
 _UNROLL = 8  # vectors in flight while summing over requests
 
 
@@ -40,33 +42,55 @@ class Lanes:
         """A vector from memory."""
         return self.laid_out(ref[index], width)
 
-    def load_first(self, ref, start: int, count: int) -> jax.Array:
-        """`count` elements of a vector from `start` on, and 0 behind them up to 128."""
+    def load_first(self, ref, start: Scalar, count: Scalar) -> jax.Array:
+        """At most `count` of 128 elements of a vector from `start` on, and 0 behind them."""
         if self._interpret:
-            return jnp.pad(ref[pl.ds(start, count)], (0, LANES - count))
+            if isinstance(count, int):
+                return jnp.pad(ref[pl.ds(start, count)], (0, LANES - count))
+            vector = jnp.zeros(LANES, jnp.int32)
+            for is_part, first, size in _parts(count, ref):
+                vector = lax.cond(
+                    is_part,
+                    lambda v, first, size=size: lax.dynamic_update_slice(
+                        v, ref[pl.ds(start + first, size)], (first,)
+                    ),
+                    lambda v, first: v,
+                    vector,
+                    first,
+                )
+            return vector
         layout = plgpu.Layout.WG_STRIDED((LANES,), vec_size=1)
 
         @plgpu.inline_mgpu(
-            arg_types=(plgpu.RefType(),),
+            arg_types=(plgpu.RefType(), _SCALAR, _SCALAR),
             return_type=plgpu.ShapeDtypeStruct((LANES,), jnp.int32, layout=layout),
         )
-        def load(_, memory):
+        def load(_, memory, start, count):
             return ptx.load_first(memory, start, count)
 
-        return load(ref)
+        return load(ref, jnp.int32(start), jnp.int32(count))
 
-    def store_first(self, ref, start: int, vector: jax.Array, count: int) -> None:
-        """Stores the first `count` of 128 elements from `start` on, and touches nothing else."""
+    def store_first(self, ref, start: Scalar, vector: jax.Array, count: Scalar) -> None:
+        """Stores at most the first `count` of 128 elements from `start` on, and nothing else."""
         if self._interpret:
-            ref[pl.ds(start, count)] = vector[:count]
+            if isinstance(count, int):
+                ref[pl.ds(start, count)] = vector[:count]
+                return
+            for is_part, first, size in _parts(count, ref):
+
+                @pl.when(is_part)
+                def _(first=first, size=size):
+                    part = lax.dynamic_slice(vector, (first,), (size,))
+                    ref[pl.ds(start + first, size)] = part
+
             return
         layout = plgpu.Layout.WG_STRIDED((LANES,), vec_size=1)
 
-        @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), layout))
-        def store(_, memory, registers):
+        @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), layout, _SCALAR, _SCALAR))
+        def store(_, memory, registers, start, count):
             ptx.store_first(memory, registers, start, count)
 
-        store(ref, vector)
+        store(ref, vector, jnp.int32(start), jnp.int32(count))
 
     def sums(self, scratch, *vectors: jax.Array) -> list[jax.Array]:
         """The sum of each of several vectors of 128 elements; wraps as int32 does.
@@ -98,7 +122,7 @@ class Lanes:
         if self._interpret:
             return
 
-        @plgpu.inline_mgpu(arg_types=(plgpu.Layout.WG_SPLAT(()),))
+        @plgpu.inline_mgpu(arg_types=(_SCALAR,))
         def use(_, value):
             ptx.use(value)
 
@@ -173,6 +197,16 @@ class Lanes:
     def zeros(self, size: int, width: int = 1) -> jax.Array:
         """A vector of zeros."""
         return self.laid_out(jnp.zeros((size,), jnp.int32), width)
+
+
+def _parts(count: jax.Array, ref) -> list[tuple[jax.Array, jax.Array, int]]:
+    """[0, count), at most 128, in parts of static sizes: whether each is one, its start, its size.
+
+    The interpreter has no access of a size that is not static.
+    """
+    count = jnp.clip(count, 0, LANES)
+    sizes = [1 << bit for bit in reversed(range(LANES.bit_length())) if 1 << bit <= ref.shape[-1]]
+    return [((count & size) > 0, count & -(2 * size), size) for size in sizes]
 
 
 def floor_div(x: jax.Array, divisor: int) -> jax.Array:

@@ -84,13 +84,15 @@ def scatter(
         )
 
 
-def load_first(memory: ir.Value, start: int, count: int) -> mgpu.FragmentedArray:
+def load_first(
+    memory: ir.Value, start: mgpu.FragmentedArray, count: mgpu.FragmentedArray
+) -> mgpu.FragmentedArray:
     """Loads int32 elements [start, start + count), and 0 behind them up to 128.
 
     Args:
       memory: memref of one dimension.
-      start: the first element.
-      count: at most 128.
+      start: the first element, a scalar.
+      count: a scalar; more than 128 is 128, less than 0 none.
     """
     i32 = ir.IntegerType.get_signless(32)
     value = _assembly(
@@ -107,7 +109,12 @@ def load_first(memory: ir.Value, start: int, count: int) -> mgpu.FragmentedArray
     )
 
 
-def store_first(memory: ir.Value, registers: mgpu.FragmentedArray, start: int, count: int) -> None:
+def store_first(
+    memory: ir.Value,
+    registers: mgpu.FragmentedArray,
+    start: mgpu.FragmentedArray,
+    count: mgpu.FragmentedArray,
+) -> None:
     """Stores the first `count` of 128 elements to [start, start + count) of a memref."""
     _assembly(
         "{ .reg .pred exists; setp.lt.s32 exists, $1, $2; @exists st.global.cs.b32 [$0], $3; }",
@@ -116,13 +123,15 @@ def store_first(memory: ir.Value, registers: mgpu.FragmentedArray, start: int, c
     )
 
 
-def _of_thread(memory: ir.Value, start: int, count: int) -> tuple[ir.Value, ir.Value, ir.Value]:
+def _of_thread(
+    memory: ir.Value, start: mgpu.FragmentedArray, count: mgpu.FragmentedArray
+) -> tuple[ir.Value, ir.Value, ir.Value]:
     """The address of element start + thread, the thread and `count`."""
     i32 = ir.IntegerType.get_signless(32)
     thread = mgpu.utils.thread_idx()
-    index = arith.addi(thread, mgpu.utils.c(start, i32))
+    index = arith.addi(thread, start.registers.item())
     address = mgpu.utils.getelementptr(mgpu.utils.memref_ptr(memory), [index], i32)
-    return address, thread, mgpu.utils.c(count, i32)
+    return address, thread, count.registers.item()
 
 
 def sums(memory: ir.Value, *addends: mgpu.FragmentedArray) -> list[mgpu.FragmentedArray]:

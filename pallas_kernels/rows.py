@@ -1,4 +1,4 @@
-"""How table rows map to requests, inside a kernel: written once for all forward modes.
+"""How rows map to requests, inside a kernel: written once for all forward modes.
 
 `jaxnsa.spec.Rows` says how. Sums over earlier requests are taken by every block for itself, out of
 the L2 cache: no block waits for another.
@@ -13,11 +13,11 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxnsa.spec import Rows
-from pallas_kernels.lanes import Lanes, sum_over_requests
+from pallas_kernels.lanes import LANES, Lanes, Scalar, sum_over_requests
 
 
 class Location(NamedTuple):
-    """Which rows a request has; scalars.
+    """Which rows a request has; scalars. Of its keys, the same.
 
     Attributes:
       first_row: the first of them.
@@ -100,19 +100,23 @@ class Request:
         if isinstance(self.q, int):
             return Location(self.i * self.q, self.q, rows.count)
 
-        def terms(index, exists, extend):
-            q = jnp.clip(extend, 0, rows.count)
-            return jnp.where(index < self.i, q, 0), jnp.where(exists, q, 0)
+        return self._locate(self.lengths.extend_seq_lens, self.q, rows.count)
+
+    def locate_keys(self, max_total_keys: int) -> Location:
+        """Which keys it has in prefill."""
+        return self._locate(self.lengths.seq_lens, self.cache_seqlen, max_total_keys)
+
+    def _locate(self, counts: Any, count: jax.Array, capacity: int) -> Location:
+        """Which places it has, where request k has counts[k] and this one `count`."""
+
+        def terms(index, exists, counts):
+            counts = jnp.clip(counts, 0, capacity)
+            return jnp.where(index < self.i, counts, 0), jnp.where(exists, counts, 0)
 
         first, total = sum_over_requests(
-            self.lanes,
-            rows.requests,
-            (self.lengths.extend_seq_lens,),
-            self.scratch,
-            terms,
-            limit=rows.count,
+            self.lanes, self.rows.requests, (counts,), self.scratch, terms, limit=capacity
         )
-        return Location(first, jnp.minimum(self.q, rows.count - first), total)
+        return Location(first, jnp.minimum(count, capacity - first), total)
 
     def sums_before(self, topk: int) -> LengthSums:
         """Sums over the requests before it."""
@@ -122,7 +126,7 @@ class Request:
         def terms(index, exists, seq_lens, *extend):
             cache_seqlens = _cache_seqlen(rows, seq_lens)
             q = jnp.maximum(extend[0], 0) if each is None else each
-            nsa = _nsa_sum(cache_seqlens, q, topk)
+            nsa = _nsa_sum(cache_seqlens, cache_seqlens, q, topk)
             before = index < self.i
             return (
                 jnp.where(before, cache_seqlens, 0),
@@ -135,6 +139,10 @@ class Request:
             self.lanes, rows.requests, tuple(refs), self.scratch, terms
         )
         return LengthSums(cache, nsa, total[0] if ragged else nsa)
+
+    def nsa_sum(self, j: jax.Array, topk: int) -> jax.Array:
+        """The sum of `nsa_cache_seqlens` over its rows 0 to j; wraps as int32 does."""
+        return _nsa_sum(self.kv_len(j), self.cache_seqlen, self.q, topk)
 
     def for_rows(self, location: Location, body: Callable) -> None:
         """Calls `body(j, row)` for each of its rows j."""
@@ -154,9 +162,52 @@ class Request:
         lax.fori_loop(0, count, lambda m, _: body(first + m * rows.requests), None)
 
 
-def row_values(kv_len: jax.Array, topk: int) -> dict[str, jax.Array]:
-    """What the arrays of [rows] hold for a row that sees `kv_len` tokens, by name."""
-    return {"seqlens_expanded": kv_len, "nsa_cache_seqlens": jnp.minimum(kv_len, topk)}
+class Share(NamedTuple):
+    """One of the blocks that share the places of a request.
+
+    Attributes:
+      block: which of them, a scalar.
+      blocks: how many there are.
+    """
+
+    block: jax.Array
+    blocks: int
+
+    def of_all(self, request: Request) -> "Share":
+        """The same block among those of all requests."""
+        return Share(request.i * self.blocks + self.block, request.rows.requests * self.blocks)
+
+    def for_tiles(self, places: Scalar, body: Callable, vectors: int = 1) -> None:
+        """Calls `body(first)` for its tiles of `vectors` * 128 of so many places."""
+        if isinstance(places, int) and places <= vectors * LANES and self.blocks == 1:
+            body(0)
+            return
+        tile = jnp.int32(vectors * LANES)
+        tiles = lax.div(jnp.int32(places) + (tile - 1), tile)
+        steps = lax.div(tiles - self.block + (self.blocks - 1), jnp.int32(self.blocks))
+        lax.fori_loop(0, steps, lambda k, _: body((self.block + k * self.blocks) * tile), None)
+
+
+def row_values(
+    kv_len: jax.Array, topk: int, request: Scalar, first_key: Scalar
+) -> dict[str, Scalar]:
+    """What the arrays of [rows] hold for rows of a request that see `kv_len` tokens, by name.
+
+    The first of these tokens is the key `first_key`.
+    """
+    return {
+        "seqlens_expanded": kv_len,
+        "nsa_cache_seqlens": jnp.minimum(kv_len, topk),
+        "token_to_request": request,
+        "indexer_ks": first_key,
+        "indexer_ke": first_key + kv_len,
+        "topk_indices_offset": first_key,
+    }
+
+
+def padding_row_values() -> dict[str, Scalar]:
+    """What they hold for padding rows."""
+    return row_values(jnp.int32(0), 1, 0, 0)
 
 
 def _cache_seqlen(rows: Rows, seq_len: jax.Array) -> jax.Array:
@@ -166,12 +217,12 @@ def _cache_seqlen(rows: Rows, seq_len: jax.Array) -> jax.Array:
     return seq_len
 
 
-def _nsa_sum(cache_seqlen: jax.Array, q: jax.Array | int, topk: int) -> jax.Array:
-    """The sum of `nsa_cache_seqlens` over the q rows of a request; wraps as int32 does."""
+def _nsa_sum(kv_len: jax.Array, cache_seqlen: jax.Array, q: Scalar, topk: int) -> jax.Array:
+    """The sum of `nsa_cache_seqlens` over a request's rows up to the one that sees `kv_len`."""
     if isinstance(q, int) and q == 1:
-        return jnp.minimum(cache_seqlen, topk)
+        return jnp.minimum(kv_len, topk)
     before = jnp.maximum(cache_seqlen - q, 0)
-    return _clamped_series(cache_seqlen, topk) - _clamped_series(before, topk)
+    return _clamped_series(kv_len, topk) - _clamped_series(before, topk)
 
 
 def _clamped_series(n: jax.Array, topk: int) -> jax.Array:

@@ -1,5 +1,6 @@
 """The machine that the tests run on, and `implementation`: everything that computes there."""
 
+import itertools
 import os
 import shutil
 
@@ -41,8 +42,8 @@ def _implementations():
 def implementation(request):
     """Every implementation that can run on this machine; on one with a GPU, marked gpu.
 
-    Without a GPU also the kernels of `pallas` and `triton`, run by their interpreters: in tests
-    that are not marked large, and so many of a test's cases that each parameter takes every value.
+    Without a GPU also the kernels of `pallas` and `triton`, run by their interpreters, in tests
+    that are not marked large.
     """
     name = request.param
     if name not in interpreted.NAMES:
@@ -72,33 +73,42 @@ def _clean_environment(monkeypatch):
 
 
 def pytest_collection_modifyitems(config, items):
-    dropped = set()
-    if not ON_GPU:
-        dropped = {item for item in items if item.get_closest_marker("gpu")}
+    """On a GPU all cases of a test run; without one, those that cover its parameters' values.
+
+    Every pair of values of two parameters that occurs in all of its cases occurs in those that run;
+    where kernels are interpreted, every value of each parameter.
+    """
+    if ON_GPU:
+        return
+    dropped = {item for item in items if item.get_closest_marker("gpu")}
     groups = {}
     for item in items:
-        if item.get_closest_marker("interpreted"):
-            if item.get_closest_marker("large"):
-                dropped.add(item)
-            else:
-                name = item.callspec.params["implementation"]
-                groups.setdefault((item.function, name), []).append(item)
-    for group in groups.values():
-        dropped.update(set(group) - set(_covering(group)))
-    if dropped:
-        config.hook.pytest_deselected(items=[item for item in items if item in dropped])
-        items[:] = [item for item in items if item not in dropped]
+        parameters = item.callspec.params if hasattr(item, "callspec") else {}
+        interpreted = item.get_closest_marker("interpreted") is not None
+        if interpreted and item.get_closest_marker("large"):
+            dropped.add(item)
+        elif parameters:
+            key = (item.function, parameters.get("implementation"), 1 if interpreted else 2)
+            groups.setdefault(key, []).append(item)
+    for (*_, together), group in groups.items():
+        dropped.update(set(group) - set(_covering(group, together)))
+    config.hook.pytest_deselected(items=[item for item in items if item in dropped])
+    taken = [item for item in items if item not in dropped]
+    # An installation takes longest: at the end, everything else would wait for it.
+    items[:] = sorted(taken, key=lambda item: item.get_closest_marker("network") is None)
 
 
-def _covering(group):
-    """Cases in which each parameter takes every value, each with as many new ones as there are."""
+def _covering(group, together):
+    """Cases with every combination of `together` parameters' values, taken greedily."""
 
-    def values(item):
-        return {(name, str(value)) for name, value in item.callspec.params.items()}
+    def combinations(item):
+        values = [(name, id(value)) for name, value in item.callspec.params.items()]
+        return set(itertools.combinations(values, min(together, len(values))))
 
-    missing, taken = set().union(*map(values, group)), []
+    combined = {item: combinations(item) for item in group}
+    missing, taken = set().union(*combined.values()), []
     while missing:
-        best = max(group, key=lambda item: len(values(item) & missing))
+        best = max(group, key=lambda item: len(combined[item] & missing))
         taken.append(best)
-        missing -= values(best)
+        missing -= combined[best]
     return taken

@@ -11,11 +11,17 @@ import pytest
 import jaxnsa
 from jaxnsa import ForwardMode, reference
 
+DEFAULT = jaxnsa.get_kernel_info()["default"]
+"""What computes a broadcast to a few requests where nothing is named."""
+
 
 def large(*values):
     """Values of a parameter with which an interpreter of kernels takes too long."""
     return [pytest.param(value, marks=pytest.mark.large) for value in values]
 
+
+TABLE_MODES = [mode for mode in ForwardMode if mode is not ForwardMode.EXTEND]
+"""Those with tables of their own: prefill's are decode's, and test_prefill.py is about the rest."""
 
 BATCH_SIZES = (
     *(0, 1, 2, 3, 6, 7, 31, 33),
@@ -39,10 +45,13 @@ def mode_options(mode, bs, *, seed=0, slack=3):
     """The extra arguments of a forward mode; slack < 0 gives draft extend too little capacity."""
     if mode is ForwardMode.TARGET_VERIFY:
         return {"num_draft_tokens": 3}
-    if mode is ForwardMode.DRAFT_EXTEND:
+    if mode in (ForwardMode.DRAFT_EXTEND, ForwardMode.EXTEND):
         extend = np.random.default_rng(seed).integers(-1, 5, bs, dtype=np.int32)
         total = int(np.maximum(extend, 0).sum())
-        return {"extend_seq_lens": extend, "max_total_tokens": max(total + slack, 0)}
+        options = {"extend_seq_lens": extend, "max_total_tokens": max(total + slack, 0)}
+        if mode is ForwardMode.EXTEND:
+            options["max_total_keys"] = 70
+        return options
     return {}
 
 

@@ -106,15 +106,15 @@ MISTAKES = [
     Mistake(
         "xla: negative pool indices count from the end",
         XLA,
-        "jnp.clip(inputs.req_pool_indices, 0, len(inputs.req_to_token) - 1)",
-        "jnp.minimum(inputs.req_pool_indices, len(inputs.req_to_token) - 1)",
+        "jnp.clip(inputs.req_pool_indices, 0, len(pool) - 1)",
+        "jnp.minimum(inputs.req_pool_indices, len(pool) - 1)",
         operations("xla", "in_place"),
     ),
     Mistake(
         "xla: division truncates",
         XLA,
-        'source.at[self.source_rows].get(mode="promise_in_bounds") // self.stride',
-        "lax.div(source[self.source_rows], jnp.int32(self.stride))",
+        'source.at[self.source_rows].get(mode="promise_in_bounds") // self.page_size',
+        "lax.div(source[self.source_rows], jnp.int32(self.page_size))",
         operations("xla", "extreme_values"),
     ),
     Mistake(
@@ -162,7 +162,7 @@ MISTAKES = [
     Mistake(
         "xla: a copy is live as far as top-k",
         XLA,
-        "RowOwners(rows, jnp.asarray(src.seqlens_expanded), None)",
+        "RowOwners(rows, jnp.asarray(live.table_kv_lens(src)), None)",
         "RowOwners(rows, jnp.asarray(src.nsa_cache_seqlens), None)",
         "test_strategies.py::test_same_bits -k xla",
     ),
@@ -176,8 +176,8 @@ MISTAKES = [
     Mistake(
         "extend totals wrap",
         OWNERS,
-        "jnp.where(past_int32, rows.count, jnp.minimum(ends, rows.count))",
-        "jnp.minimum(ends, rows.count)",
+        "jnp.where(past_int32, capacity, jnp.minimum(ends, capacity))",
+        "jnp.minimum(ends, capacity)",
         operations("xla", "draft_extend_totals_past_int32_fill_the_capacity"),
     ),
     Mistake(
@@ -226,8 +226,12 @@ MISTAKES = [
     Mistake(
         "pallas: pool indices are not clamped",
         "pallas_kernels/fused_metadata.py",
-        "jnp.clip(inputs.req_pool_indices[i], 0, pool_rows - 1)",
-        "jnp.maximum(inputs.req_pool_indices[i], 0)",
+        "pool_row = jnp.clip(inputs.req_pool_indices[i], 0, pool_rows - 1)\n"
+        "                lanes.start_load(pool_row)\n"
+        "                request = Request.load(lanes, spec.rows.tables,",
+        "pool_row = jnp.maximum(inputs.req_pool_indices[i], 0)\n"
+        "                lanes.start_load(pool_row)\n"
+        "                request = Request.load(lanes, spec.rows.tables,",
         pallas("batch_sizes"),
     ),
     Mistake(
@@ -240,15 +244,15 @@ MISTAKES = [
     Mistake(
         "pallas: fields are swapped",
         "pallas_kernels/rows.py",
-        '{"seqlens_expanded": kv_len, "nsa_cache_seqlens": jnp.minimum(kv_len, topk)}',
-        '{"nsa_cache_seqlens": kv_len, "seqlens_expanded": jnp.minimum(kv_len, topk)}',
+        '"seqlens_expanded": kv_len,\n        "nsa_cache_seqlens": jnp.minimum(kv_len, topk),',
+        '"nsa_cache_seqlens": kv_len,\n        "seqlens_expanded": jnp.minimum(kv_len, topk),',
         pallas("batch_sizes"),
     ),
     Mistake(
         "pallas: rows past the capacity",
         "pallas_kernels/rows.py",
-        "jnp.minimum(self.q, rows.count - first)",
-        "self.q",
+        "jnp.minimum(count, capacity - first)",
+        "count",
         pallas("draft_extend_capacity"),
     ),
     Mistake(
@@ -409,8 +413,8 @@ MISTAKES = [
     Mistake(
         "triton: tiles of the wrong grid stride",
         f"{TRITON}/fused_metadata.py",
-        "sizes.programs - 1):",
-        "sizes.programs):",
+        "tl.cdiv(longest, TABLES.tile), programs):",
+        "tl.cdiv(longest, TABLES.tile), programs + 1):",
         "test_triton.py::test_programs_stride_over_tiles",
     ),
     Mistake(
@@ -594,8 +598,8 @@ MISTAKES = [
     Mistake(
         "cuda: every block of lengths is a backend",
         "ffi/cuda/fused_metadata.cu",
-        "blocks == 1 ? block : block / blocks",
-        "block",
+        "b = block / blocks;",
+        "b = block;",
         operations("ffi", "batch_sizes"),
     ),
     Mistake(
@@ -814,15 +818,15 @@ MISTAKES = [
     Mistake(
         "operations: kernels are launched for nothing",
         "jaxnsa/operations.py",
-        "implementation=_computing(name, not spec.is_empty)",
-        "implementation=name",
+        "_computing(name, not spec.is_empty)",
+        "name",
         pallas("batch_sizes"),
     ),
     Mistake(
         "operations: negative extend lengths count",
         "jaxnsa/operations.py",
-        "int(np.maximum(np.asarray(extend_seq_lens, np.int64), 0).sum())",
-        "max(int(np.asarray(extend_seq_lens, np.int64).sum()), 0)",
+        "int(np.clip(lengths, 0, INT32_MAX).sum())",
+        "max(int(lengths.sum()), 0)",
         operations("xla", "fill_draft_extend_metadata"),
     ),
     Mistake(
@@ -841,7 +845,7 @@ MISTAKES = [
     ),
     Mistake(
         "arguments: True is an int",
-        CHECKS,
+        "jaxnsa/scalar_checks.py",
         "if isinstance(value, bool):",
         "if False:",
         "test_argument_checks.py",
@@ -856,8 +860,8 @@ MISTAKES = [
     Mistake(
         "arguments: int64 of the host wraps",
         CHECKS,
-        "return np.clip(value, INT32_MIN, INT32_MAX).astype(np.int32)",
-        "return value.astype(np.int32)",
+        "vector = np.clip(vector, INT32_MIN, INT32_MAX)",
+        "pass",
         operations("xla", "int64_inputs_are_narrowed"),
     ),
     Mistake(
@@ -891,8 +895,8 @@ MISTAKES = [
     Mistake(
         "settings: SGLang's names beat ours",
         "jaxnsa/config.py",
-        "(v for v in variables if environment[v])",
-        "(v for v in variables[::-1] if environment[v])",
+        "(v for v in variables if v in environment)",
+        "(v for v in variables[::-1] if v in environment)",
         "test_config.py",
     ),
     Mistake(

@@ -132,6 +132,22 @@ def out(**changes):
             ValueError,
             "max_total_tokens: got -1",
         ),
+        ({"max_total_keys": 9}, ValueError, "max_total_keys: got 9, expected None in"),
+        (
+            {"forward_mode": ForwardMode.EXTEND, "extend_seq_lens": SEQ_LENS},
+            ValueError,
+            "max_total_tokens: got None, expected a value in ForwardMode.EXTEND",
+        ),
+        (
+            {
+                "forward_mode": ForwardMode.EXTEND,
+                "extend_seq_lens": SEQ_LENS,
+                "max_total_tokens": 9,
+                "max_total_keys": -1,
+            },
+            ValueError,
+            "max_total_keys: got -1",
+        ),
         ({"out": out()}, ValueError, "out: got NSAMetadata, expected a tuple of 1 NSAMetadata"),
         ({"out": (out(),) * 2}, ValueError, "out: got 2 of them, expected a tuple of 1"),
         ({"out": (3,)}, TypeError, r"out\[0\]: got 3, expected an NSAMetadata"),
@@ -323,3 +339,51 @@ def test_metadata_is_equal_to_itself_only():
     assert FRESH == FRESH
     assert out() != FRESH
     assert len({FRESH, FRESH, out()}) == 2
+
+
+def test_calls_like_one_before_are_checked_for_what_can_differ():
+    """Each of these follows a call that was right, and differs from it in one thing."""
+    arguments = on_device(inputs(3))
+    options = {"num_backends": 2, "nsa_index_topk": 1, "real_page_size": 64}
+
+    def fill(out, arguments=arguments, **changed):
+        return jaxnsa.fused_metadata_precompute_and_broadcast(
+            *arguments, out=out, **(options | changed)
+        )
+
+    out = fill(fill(fill(None)))
+    shorter = jax.tree.map(lambda a: a[:-1], out[1])
+    paged = dataclasses.replace(out[1], page_indices=None)
+    host = dataclasses.replace(out[1], cache_seqlens=np.zeros(3, np.int32))
+    deleted = dataclasses.replace(out[1], seqlens_expanded=jnp.zeros(3, jnp.int32))
+    deleted.seqlens_expanded.delete()
+    for wrong, message in (
+        ((out[0], out[0]), r"out\[1\].cache_seqlens: got the array of out\[0\].cache_seqlens"),
+        ((out[0], shorter), r"out\[1\].cache_seqlens: got shape \(2,\), expected \(3,\)"),
+        ((out[0], paged), r"out\[1\].page_indices: got NoneType, expected int32"),
+        ((out[0], deleted), r"out\[1\].seqlens_expanded: got a deleted array"),
+        (out[:1], "out: got 1 of them, expected a tuple of 2"),
+        (list(out[:1]) * 3, "out: got 3 of them"),
+        (out[0], "out: got NSAMetadata, expected a tuple of 2"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            fill(wrong)
+    for wrong, message in (
+        ((out[0], host), r"out\[1\].cache_seqlens: got int32 ndarray .*, expected a jax.Array"),
+        ((out[0], vars(out[1])), r"out\[1\]: got dict, expected an NSAMetadata"),
+    ):
+        with pytest.raises(TypeError, match=message):
+            fill(wrong)
+    for name, value in (("nsa_index_topk", True), ("real_page_size", 64.0)):
+        with pytest.raises(TypeError, match=f"{name}: got {value}, expected an int"):
+            fill(out, **{name: value})
+    with pytest.raises(ValueError, match="the array of seq_lens, expected its own"):
+        fill(out, arguments=(out[0].cache_seqlens, *arguments[1:]))
+    with (
+        jaxnsa.override(validate=True),
+        pytest.raises(ValueError, match="req_pool_indices: got .* at row"),
+    ):
+        fill(out, arguments=(arguments[0], arguments[1] + 99, arguments[2]))
+    # Nothing of it was written or donated.
+    again = fill(jax.tree.map(jnp.copy, out))
+    jax.tree.map(np.testing.assert_array_equal, fill(out), again)

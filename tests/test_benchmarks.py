@@ -10,7 +10,7 @@ import pytest
 from click.testing import CliRunner
 
 import benchmarks.__main__ as commands
-from benchmarks import readme, report
+from benchmarks import measure, readme, report
 from benchmarks.__main__ import RESULTS, main
 from benchmarks.measure import rotations, timing
 from benchmarks.problem import Problem
@@ -29,6 +29,14 @@ def results(tmp_path_factory):
     return tmp_path_factory.mktemp("results")
 
 
+@pytest.fixture
+def hasty(monkeypatch):
+    """Times mean nothing here: no warming up, and few sets of memory to take turns."""
+    monkeypatch.setattr(measure, "WARM_UP_SECONDS", 0)
+    monkeypatch.setattr(measure, "COLD_BYTES", 2**17)
+
+
+@pytest.mark.usefixtures("hasty")
 @pytest.mark.parametrize("suite", SUITES)
 def test_every_suite_runs(suite, results):
     if suite == "torch":
@@ -52,6 +60,7 @@ def test_every_suite_runs(suite, results):
     assert SUITES[suite].title.split(" ")[0] in done.output
 
 
+@pytest.mark.usefixtures("hasty")
 def test_without_matplotlib_there_are_no_plots(monkeypatch, tmp_path):
     found = importlib.util.find_spec
     monkeypatch.setattr(

@@ -8,6 +8,7 @@ import jax
 import numpy as np
 import pytest
 from click.testing import CliRunner
+from helpers import DEFAULT
 
 import jaxnsa
 from jaxnsa import reference
@@ -155,24 +156,24 @@ def test_random_cases_repeat_with_their_seed():
 def test_info():
     result = run("info")
     assert result.exit_code == 0
-    assert re.search(r"xla +│ jaxlib [\d.]+ +│ available, default", result.output)
+    assert re.search(rf"{DEFAULT} +│ .* +│ available, default", result.output)
     assert re.search(r"^jax \d", result.output, re.MULTILINE)
-    assert json.loads(json.dumps(jaxnsa.get_kernel_info()))["default"] == "xla"
+    assert json.loads(json.dumps(jaxnsa.get_kernel_info()))["default"] == DEFAULT
 
 
 def test_info_explains_the_choice(monkeypatch):
     result = run("info", "--explain", "32,2048,3", "1,1,1")
     assert result.exit_code == 0
-    assert "bs 32, max_len 2048, N 3 on this cpu: takes xla\n" in result.output
-    assert "bs 1, max_len 1, N 1 on this cpu: takes xla\n" in result.output
-    assert "  order: xla: " in result.output
+    assert "bs 32, max_len 2048, N 3 on this cpu: takes " + DEFAULT in result.output
+    assert "bs 1, max_len 1, N 1 on this cpu: takes " + DEFAULT in result.output
+    assert "  order: ffi, xla: " in result.output
     assert "bs 32, max_len 2048, N 3, live 2048: ffi 126, xla 236 microseconds" in result.output
     monkeypatch.setenv("JAXNSA_IMPLEMENTATION", "pallas,xla")
     output = run("info", "--explain", "32,2048,3").output
     assert "  the settings name pallas, xla\n  pallas cannot run here: needs an NVIDIA" in output
     assert run("info", "--explain", "32", "2048", "3").output == output
     measured = run("info", "--explain").output
-    assert "bs 6, max_len 131072, N 1 on this cpu: takes xla" in measured
+    assert "bs 6, max_len 131072, N 1 on this cpu: takes " + DEFAULT in measured
     for wrong in ("32", "32,2048", "a,b,c", "0,1,1", "32,-1,3"):
         result = run("info", "--explain", wrong)
         assert result.exit_code == 2

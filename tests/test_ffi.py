@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import ON_GPU
-from helpers import assert_same, check_broadcast, inputs, mode_options
+from helpers import TABLE_MODES, assert_same, check_broadcast, inputs, mode_options
 from jax import export
 
 import jaxnsa
@@ -50,7 +50,7 @@ def test_draft_extend_variants(bs, variant):
 
 
 @pytest.mark.parametrize("name", [pytest.param("ffi", marks=[pytest.mark.gpu] if ON_GPU else [])])
-@pytest.mark.parametrize("mode", ForwardMode)
+@pytest.mark.parametrize("mode", TABLE_MODES)
 @pytest.mark.parametrize("num_backends", (8, 9, 64, 65))
 def test_numbers_of_backends(num_backends, mode, name):
     """One CUDA kernel takes up to 8, another up to 64; more take another launch."""
@@ -112,6 +112,8 @@ FUSED = {
     "rows": np.int64(3),
     "rows_per_request": np.int64(1),
     "added_tokens": np.int64(0),
+    "prefill": False,
+    "max_total_keys": np.int64(0),
     "max_len": np.int64(4),
     "nsa_index_topk": np.int64(2),
     "index_kpool": np.int64(1),

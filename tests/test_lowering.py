@@ -5,10 +5,10 @@ import re
 
 import jax
 import pytest
-from helpers import inputs, lowered_operations, mode_options, on_device
+from helpers import TABLE_MODES, inputs, lowered_operations, mode_options, on_device
 
 import jaxnsa
-from jaxnsa import ForwardMode, reference
+from jaxnsa import reference
 from jaxnsa.implementations import triton
 
 
@@ -20,7 +20,7 @@ def name(request):
     return request.param
 
 
-@pytest.mark.parametrize("mode", ForwardMode)
+@pytest.mark.parametrize("mode", TABLE_MODES)
 @pytest.mark.parametrize("in_place", (False, True))
 @pytest.mark.parametrize("stacked", (False, True))
 @pytest.mark.parametrize(

@@ -22,6 +22,7 @@ from pallas_kernels.tables import Table
 INTERPRETER = InterpretGPUParams(detect_races=True)
 
 
+@pytest.mark.interpreted
 @pytest.mark.parametrize(
     "requests", (1, 31, 32, 33, 127, 128, 129, 256, 1000, 1024, 1100, 1400, 2049)
 )

@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from helpers import TABLE_MODES
 
 from jaxnsa import ForwardMode, reference
 
@@ -72,6 +73,35 @@ def test_draft_extend_with_spare_capacity():
     }
 
 
+def test_extend():
+    metadata = reference.precompute_extend_metadata(
+        [5, 1, 3],
+        [2, 3, 1],
+        [1, 0, 2],
+        POOL,
+        max_total_tokens=7,
+        max_total_keys=11,
+        max_len=4,
+        real_page_size=2,
+        nsa_index_topk=4,
+        tail="zero",
+    )
+    assert lists(metadata) == {
+        "cache_seqlens": [5, 1, 3],
+        "cu_seqlens_k": [0, 5, 6, 9],
+        "seqlens_expanded": [4, 5, 0, 0, 1, 3, 0],
+        "nsa_cache_seqlens": [4, 4, 0, 0, 1, 3, 0],
+        "nsa_cu_seqlens_k": [0, 4, 8, 8, 8, 9, 12, 12],
+        "page_indices": [[80, 81, 82, 83], [0, 0, 0, 0], [-1, 161, 162, 0]],
+        "real_page_table": [[40, 41], [0, 0], [-1, 81]],
+        "token_to_request": [0, 0, 1, 1, 1, 2, 0],
+        "indexer_ks": [0, 0, 5, 5, 5, 6, 0],
+        "indexer_ke": [4, 5, 5, 5, 6, 9, 0],
+        "topk_indices_offset": [0, 0, 5, 5, 5, 6, 0],
+        "flat_page_indices": [80, 81, 82, 83, 0, 0, -1, 161, 162, 0, 0],
+    }
+
+
 def test_draft_extend_beyond_capacity_stops_there():
     lengths = reference.fill_draft_extend_metadata(
         [3, 4], [9, 9], nsa_index_topk=8, max_total_tokens=5
@@ -105,7 +135,7 @@ def test_every_backend_has_its_own_arrays():
     assert stacked.page_indices.shape == (2, 1, 8)
 
 
-@pytest.mark.parametrize("mode", ForwardMode)
+@pytest.mark.parametrize("mode", TABLE_MODES)
 def test_empty_batch(mode):
     options = {
         ForwardMode.DECODE: {},

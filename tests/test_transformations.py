@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from helpers import (
+    TABLE_MODES,
     assert_same,
     count_compilations,
     held,
@@ -24,7 +25,8 @@ compute = jaxnsa.fused_metadata_precompute_and_broadcast
 specify = reference.fused_metadata_precompute_and_broadcast
 
 
-@pytest.mark.parametrize("mode", ForwardMode)
+@pytest.mark.large
+@pytest.mark.parametrize("mode", TABLE_MODES)
 def test_inside_jit(mode, implementation):
     arguments, options = inputs(3, pool_cols=70), mode_options(mode, 3)
     extend = options.pop("extend_seq_lens", None)
@@ -46,6 +48,7 @@ def test_inside_jit(mode, implementation):
     assert_same(step(arguments, extend, mode), expected)
 
 
+@pytest.mark.large
 def test_forward_mode_is_an_argument_of_jit(implementation):
     arguments = inputs(3)
 
@@ -63,7 +66,8 @@ def test_forward_mode_is_an_argument_of_jit(implementation):
     assert step(arguments, ForwardMode.TARGET_VERIFY)[0].page_indices.shape[0] == 6
 
 
-@pytest.mark.parametrize("mode", ForwardMode)
+@pytest.mark.large
+@pytest.mark.parametrize("mode", TABLE_MODES)
 @pytest.mark.parametrize("strategy", ("ultra_fast", "fast", "fallback"))
 @pytest.mark.parametrize("tail", ("copy", "keep"))
 def test_donation_inside_jit_is_in_place(mode, strategy, tail, implementation):
@@ -84,6 +88,7 @@ def test_donation_inside_jit_is_in_place(mode, strategy, tail, implementation):
     assert pointers(result) == before
 
 
+@pytest.mark.large
 @pytest.mark.parametrize("strategy", ("ultra_fast", "fast", "fallback"))
 def test_destinations_may_be_slices(strategy, implementation):
     """Slices at aligned offsets, which XLA may try to pass on without a copy."""
@@ -103,17 +108,18 @@ def test_destinations_may_be_slices(strategy, implementation):
     assert all((a[0] == 3).all() and (a[1] == -7).all() for a in jax.tree.leaves(whole))
 
 
+@pytest.mark.large
 def test_donated_arrays_are_gone(implementation):
     out = jaxnsa.precompute_decode_metadata(*inputs(3))
     jaxnsa.precompute_decode_metadata(*inputs(3), out=out, implementation=implementation)
     assert all(array.is_deleted() for array in jax.tree.leaves(out))
 
 
-@pytest.mark.parametrize("mode", ForwardMode)
+@pytest.mark.parametrize("mode", TABLE_MODES)
 @pytest.mark.parametrize("in_place", (False, True))
 def test_vmap(mode, in_place, implementation):
-    seq_lens, indices, pool = inputs(3, pool_cols=70)
-    options = {"num_backends": 2, "forward_mode": mode} | mode_options(mode, 3)
+    seq_lens, indices, pool = inputs(2, pool_cols=130)  # a vector of the Pallas kernels, and more
+    options = {"num_backends": 2, "forward_mode": mode} | mode_options(mode, 2)
     batches = np.stack([seq_lens, seq_lens[::-1], np.zeros_like(seq_lens)])
     kept = [held(specify(seq_lens, indices, pool, **options)) for _ in batches]
     out = jax.tree.map(lambda *a: jnp.stack(a), *kept) if in_place else None
@@ -151,7 +157,8 @@ def test_vmap_of_the_small_functions(implementation):
         assert_same(jax.tree.map(lambda array, k=k: array[k], filled), expected)
 
 
-@pytest.mark.parametrize("mode", ForwardMode)
+@pytest.mark.large
+@pytest.mark.parametrize("mode", TABLE_MODES)
 @pytest.mark.parametrize("in_place", (False, True))
 def test_shard_map_over_eight_devices(mode, in_place, implementation):
     shards, bs = 8, 3
@@ -196,7 +203,7 @@ def test_shard_map_over_eight_devices(mode, in_place, implementation):
 
 
 @pytest.mark.large
-@pytest.mark.parametrize("mode", ForwardMode)
+@pytest.mark.parametrize("mode", TABLE_MODES)
 def test_new_values_never_recompile(mode, implementation):
     def call(seed):
         seq_lens, indices, pool = inputs(33, seed=seed)

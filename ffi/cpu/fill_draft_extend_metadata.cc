@@ -14,12 +14,12 @@ void FillDraftExtendMetadata(Stream, DraftExtendVariant,
     total = Add(total, q);
     for (int32_t j = 0; j < q && row < rows.count; ++j, ++row) {
       const int32_t kv_len = Rows::kv_len(cache_seqlen, q, j);
-      Store(args.lengths, row, RowValuesOf(kv_len, cache_seqlen, rules));
+      Store(args.lengths, row, RowValuesOf(kv_len, {}, rules));
     }
   }
   *args.total_tokens = total;
   if (!args.clears_padding) return;
-  for (; row < rows.count; ++row) Store(args.lengths, row, RowValuesOf(0, 0, rules));
+  for (; row < rows.count; ++row) Store(args.lengths, row, PaddingRowValues());
 }
 
 void LoadFillDraftExtendMetadata() {}

@@ -96,6 +96,39 @@ class Table {
   std::vector<int32_t> scratch_;
 };
 
+// The keys of all requests in every backend, if they are wanted, request by request.
+class Keys {
+ public:
+  explicit Keys(const FusedMetadataArguments& args)
+      : room_(args.max_total_keys), max_len_(args.max_len) {
+    for (int b = 0; b < args.num_backends; ++b) {
+      int32_t* const array = args.backends[b].lengths.flat_page_indices;
+      if (array != nullptr) ends_.push_back(array);
+    }
+  }
+
+  // The keys of a request: the slots of its tokens, 0 past the table's last column.
+  void Append(const int32_t* pool_row, int32_t cache_seqlen) {
+    const int64_t count = std::min<int64_t>(cache_seqlen, room_);
+    const int64_t copied = std::min<int64_t>(count, max_len_);
+    for (int32_t*& end : ends_) {
+      std::fill_n(std::copy_n(pool_row, copied, end), count - copied, 0);
+      end += count;
+    }
+    room_ -= count;
+  }
+
+  // The padding keys.
+  void Clear() {
+    for (int32_t* const end : ends_) std::fill_n(end, room_, 0);
+  }
+
+ private:
+  std::vector<int32_t*> ends_;
+  int64_t room_;
+  int64_t max_len_;
+};
+
 std::vector<Table> TablesOf(const FusedMetadataArguments& args) {
   std::vector<Table> tables;
   Backend first = args.backends[0];
@@ -120,9 +153,9 @@ void FusedMetadata(Stream, const FusedMetadataArguments& args) {
   int64_t row = 0;
   int32_t cache_sum = 0, nsa_sum = 0;
   StepLengths lengths;
-  const auto store_row = [&](int64_t row, int32_t kv_len, int32_t cache_seqlen) {
-    lengths.rows.push_back(kv_len);
-    const RowValues values = RowValuesOf(kv_len, cache_seqlen, rules);
+  Keys keys(args);
+  const auto store_row = [&](int64_t row, const RowValues& values) {
+    lengths.rows.push_back(values.seqlens_expanded);
     nsa_sum = Add(nsa_sum, values.nsa_cache_seqlens);
     store(row, values);
     store(row + 1, RowSums(nsa_sum));
@@ -135,21 +168,29 @@ void FusedMetadata(Stream, const FusedMetadataArguments& args) {
       return Rows::kv_len(cache_seqlen, q, static_cast<int32_t>(j));
     };
     lengths.requests.push_back(cache_seqlen);
+    const RowOwner owner{static_cast<int32_t>(i), cache_seqlen, cache_sum};
     cache_sum = Add(cache_sum, cache_seqlen);
     store(i, RequestValues(cache_seqlen));
     store(i + 1, RequestSums(cache_sum));
     const int64_t count = std::min<int64_t>(q, rows.count - row);
-    for (int64_t j = 0; j < count; ++j) store_row(row + j, kv_len(j), cache_seqlen);
+    for (int64_t j = 0; j < count; ++j) store_row(row + j, RowValuesOf(kv_len(j), owner, rules));
     const auto table_kv_len = [&](int64_t j) {
-      return args.request_columns ? cache_seqlen : kv_len(j);
+      return rows.prefill || args.request_columns ? cache_seqlen : kv_len(j);
     };
     const int32_t* const pool_row = args.pool.row(args.req_pool_indices[i]);
-    for (Table& table : tables) table.Write(pool_row, row, count, table_kv_len);
+    for (Table& table : tables) {
+      table.Write(pool_row, rows.prefill ? i : row, rows.prefill ? 1 : count, table_kv_len);
+    }
+    keys.Append(pool_row, cache_seqlen);
     row += count;
   }
-  for (int64_t padding = row; padding < rows.count; ++padding) store_row(padding, 0, 0);
+  for (int64_t padding = row; padding < rows.count; ++padding) {
+    store_row(padding, PaddingRowValues());
+  }
   WriteSchedules(args, lengths);
   if (args.tail == Tail::kKeep) return;
+  keys.Clear();
+  if (rows.prefill) return;
   for (Table& table : tables) table.Clear(row, rows.count - row);
 }
 

@@ -1,15 +1,17 @@
 // The whole computation in one launch.
 //
 // Grid: rows of gridDim.x blocks each, counted by blockIdx.y and, beyond kGridRows, by blockIdx.z.
-//   The first rows hold a block for each schedule that is wanted, which writes it to all backends,
-//   and then the blocks that write lengths and prefix sums: for each backend one block for every 128
-//   requests. After them comes a row of blocks for each request, which share its rows of the page
-//   tables: neighbouring blocks write neighbouring memory. No block waits for another.
+//   The first rows hold a block for each schedule that is wanted, which writes it to all backends;
+//   then the blocks that write lengths and prefix sums, for each backend and every 128 requests so
+//   many that each thread has about one row, and those that write keys. After them comes a row of
+//   blocks for each request, which share its rows of the page tables: neighbouring blocks write
+//   neighbouring memory. No block waits for another.
 // Block: 128 threads.
 // Inputs: seq_lens, req_pool_indices, req_to_token, and extend_seq_lens where rows are ragged.
 // Outputs: the arrays of every backend that are not null.
 #include <algorithm>
 
+#include "keys.cuh"
 #include "launch.cuh"
 #include "lengths.cuh"
 #include "parameters.cuh"
@@ -30,32 +32,37 @@ constexpr int64_t kFewestBlocks = 1024, kMostBlocks = 8192;
 
 constexpr int kGridRows = 32768;
 
-template <int kWidth, bool kRagged, int kCapacity, bool kSchedules>
+// Blocks of a backend that write lengths, where rows are ragged.
+constexpr int64_t kMostLengthBlocks = 1024;
+
+template <int kWidth, bool kRagged, bool kTablesRagged, int kCapacity, bool kSchedules>
 __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor)
     FusedMetadataKernel(const __grid_constant__ Parameters<kCapacity, kSchedules> args) {
   const auto row = static_cast<int32_t>(blockIdx.z * kGridRows + blockIdx.y);
   const int32_t i = row - args.length_rows;
   if (i >= args.table_requests) return;
   if (__builtin_expect(i < 0, 0)) {
-    uint32_t block = row * gridDim.x + blockIdx.x;
+    int32_t block = row * gridDim.x + blockIdx.x;
     if constexpr (kSchedules) {
-      const uint32_t schedules = args.schedules.count;
-      if (block < schedules) {
+      if (block < args.schedules.count) {
         WriteSchedule<kRagged>(args.schedules, args.rows, args.row_rules, args.num_backends,
                                args.schedules.kinds[block]);
         return;
       }
-      block -= schedules;
+      block -= args.schedules.count;
     }
-    const uint32_t blocks = args.length_blocks;
-    const uint32_t b = blocks == 1 ? block : block / blocks;
-    if (b < static_cast<uint32_t>(args.num_backends)) {
-      WriteLengths<kRagged>(args.rows, args.row_rules, blocks, block - b * blocks,
+    const int32_t groups = args.length_groups, shares = args.length_shares;
+    const int32_t blocks = groups * shares, b = block / blocks;
+    if (b < args.num_backends) {
+      const int32_t group = block % blocks / shares;
+      WriteLengths<kRagged>(args.rows, args.row_rules, {groups, group, shares, block % shares},
                             args.lengths[b]);
+    } else if (kRagged && !kTablesRagged) {
+      WriteKeys(args, block - args.num_backends * blocks);
     }
     return;
   }
-  WriteTables<kWidth, kRagged>(args, i);
+  WriteTables<kWidth, kTablesRagged>(args, i);
 }
 
 // Whether four columns of every table can be moved at once.
@@ -94,8 +101,8 @@ void LaunchFusedMetadata(Stream stream, const FusedMetadataArguments& args) {
   Parameters<kCapacity, kSchedules> parameters{};
   parameters.seq_lens = rows.seq_lens;
   parameters.req_pool_indices = args.req_pool_indices;
-  parameters.table_requests = rows.ragged() ? std::max(rows.requests, 1) : rows.requests;
-  parameters.rows_per_request = rows.rows_per_request;
+  parameters.table_requests = rows.tables_ragged() ? std::max(rows.requests, 1) : rows.requests;
+  parameters.rows_per_request = rows.prefill ? 1 : rows.rows_per_request;
   parameters.added_tokens = rows.added_tokens;
   parameters.pool = args.pool;
   parameters.page_indices_stride = args.tables[kPageIndices].stride;
@@ -121,8 +128,16 @@ void LaunchFusedMetadata(Stream stream, const FusedMetadataArguments& args) {
   const int64_t blocks = std::clamp(table_requests * tiles / 2, kFewestBlocks, kMostBlocks);
   dim3 grid;
   grid.x = std::clamp<int64_t>(blocks / std::max<int64_t>(table_requests, 1), 1, tiles);
-  parameters.length_blocks = std::max<int64_t>(1, CeilDiv(rows.requests, kThreads));
-  int64_t first_blocks = int64_t{parameters.length_blocks} * args.num_backends;
+  const int64_t groups = std::max<int64_t>(1, CeilDiv(rows.requests, kThreads));
+  const int64_t most_shares = rows.ragged() ? std::max<int64_t>(1, kMostLengthBlocks / groups) : 1;
+  const int64_t shares = std::clamp<int64_t>(CeilDiv(rows.count, kThreads), 1, most_shares);
+  parameters.length_groups = static_cast<int32_t>(groups);
+  parameters.length_shares = static_cast<int32_t>(shares);
+  if (args.backends[0].lengths.flat_page_indices != nullptr) {
+    parameters.max_total_keys = args.max_total_keys;
+    parameters.key_blocks = CeilDiv(args.max_total_keys, kTileKeys);
+  }
+  int64_t first_blocks = groups * shares * args.num_backends + parameters.key_blocks;
   if constexpr (kSchedules) {
     TakeSchedules(args, &parameters.schedules);
     first_blocks += parameters.schedules.count;
@@ -131,8 +146,10 @@ void LaunchFusedMetadata(Stream stream, const FusedMetadataArguments& args) {
   const int64_t grid_rows = parameters.length_rows + table_requests;
   grid.y = std::min<int64_t>(grid_rows, kGridRows);
   grid.z = CeilDiv(grid_rows, kGridRows);
-  const auto kernel = rows.ragged() ? FusedMetadataKernel<kWidth, true, kCapacity, kSchedules>
-                                    : FusedMetadataKernel<kWidth, false, kCapacity, kSchedules>;
+  const auto kernel =
+      rows.prefill    ? FusedMetadataKernel<kWidth, true, false, kCapacity, kSchedules>
+      : rows.ragged() ? FusedMetadataKernel<kWidth, true, true, kCapacity, kSchedules>
+                      : FusedMetadataKernel<kWidth, false, false, kCapacity, kSchedules>;
   Launch(kName, stream, kernel, grid, kThreads, parameters);
 }
 
@@ -147,10 +164,12 @@ void LaunchForBackends(Stream stream, const FusedMetadataArguments& args) {
 
 template <int kCapacity, bool kSchedules>
 void LoadForBackends() {
-  LoadKernels(kName, FusedMetadataKernel<4, false, kCapacity, kSchedules>,
-              FusedMetadataKernel<4, true, kCapacity, kSchedules>,
-              FusedMetadataKernel<1, false, kCapacity, kSchedules>,
-              FusedMetadataKernel<1, true, kCapacity, kSchedules>);
+  LoadKernels(kName, FusedMetadataKernel<4, false, false, kCapacity, kSchedules>,
+              FusedMetadataKernel<4, true, true, kCapacity, kSchedules>,
+              FusedMetadataKernel<4, true, false, kCapacity, kSchedules>,
+              FusedMetadataKernel<1, false, false, kCapacity, kSchedules>,
+              FusedMetadataKernel<1, true, true, kCapacity, kSchedules>,
+              FusedMetadataKernel<1, true, false, kCapacity, kSchedules>);
 }
 
 // Whether a launch writes schedules or pooled arrays.

@@ -1,5 +1,5 @@
-// How a block of the fused kernel writes the lengths and prefix sums of 128 requests and of their
-// rows.
+// How a block of the fused kernel writes the lengths and prefix sums of 128 requests and its share of
+// those of their rows.
 #ifndef JAXNSA_CUDA_LENGTHS_CUH_
 #define JAXNSA_CUDA_LENGTHS_CUH_
 
@@ -53,17 +53,27 @@ struct LengthSums {
   }
 };
 
-// Writes the lengths and prefix sums of one backend for the 128 requests of a block, one for each
-// thread, and for their rows; sums over earlier requests it takes by itself. Together the `blocks`
-// blocks of a backend also write the padding rows.
+// One of the blocks of a backend: group `group` of 128 requests, of `groups`; share `share` of their
+// rows, of `shares`.
+struct LengthBlock {
+  int32_t groups;
+  int32_t group;
+  int32_t shares;
+  int32_t share;
+};
+
+// Writes the lengths and prefix sums of one backend for a group of requests, one for each thread,
+// and a share of their rows; sums over earlier requests it takes by itself. Together the blocks of a
+// backend also write the padding rows.
 template <bool kRagged>
-__device__ void WriteLengths(const Rows& rows, const RowRules& rules, int32_t blocks, int32_t block,
+__device__ void WriteLengths(const Rows& rows, const RowRules& rules, LengthBlock block,
                              const Lengths& to) {
   struct Request {
     int32_t cache_seqlen;
     int32_t q;
     int32_t first_row;  // at most the number of rows
     uint32_t nsa_before;
+    int32_t first_key;
   };
   __shared__ Request requests[kThreads];
   const auto q_of = [&](int64_t i) -> int64_t { return rows.q(i); };
@@ -71,7 +81,7 @@ __device__ void WriteLengths(const Rows& rows, const RowRules& rules, int32_t bl
     return {static_cast<uint32_t>(cache_seqlen), NsaSum(rules, cache_seqlen, q, q - 1)};
   };
   const auto sums = [&](int64_t i) { return sums_of(rows.cache_seqlen(i), rows.q(i)); };
-  const int64_t first = int64_t{block} * kThreads, i = first + threadIdx.x;
+  const int64_t first = int64_t{block.group} * kThreads, i = first + threadIdx.x;
   const int64_t end = first + kThreads < rows.requests ? first + kThreads : rows.requests;
   const bool exists = i < end;
 
@@ -87,12 +97,13 @@ __device__ void WriteLengths(const Rows& rows, const RowRules& rules, int32_t bl
   const auto at_most_all = [&](int64_t row) {
     return row < rows.count ? static_cast<int32_t>(row) : rows.count;
   };
-  requests[threadIdx.x] = {cache_seqlen, q, at_most_all(first_row), before.nsa_cache_seqlens};
-  if (i == 0) {
+  requests[threadIdx.x] = {cache_seqlen, q, at_most_all(first_row), before.nsa_cache_seqlens,
+                           static_cast<int32_t>(before.cache_seqlens)};
+  if (i == 0 && block.share == 0) {
     Store(to, 0, RequestSums(0));
     Store(to, 0, RowSums(0));
   }
-  if (exists) {
+  if (exists && block.share == 0) {
     Store(to, i, RequestValues(cache_seqlen));
     Store(to, i + 1, RequestSums(static_cast<int32_t>(before.cache_seqlens + cache_seqlen)));
   }
@@ -100,7 +111,8 @@ __device__ void WriteLengths(const Rows& rows, const RowRules& rules, int32_t bl
 
   // Unsigned: a row and the next one of the thread fit 32 bits, which saves registers.
   const uint32_t last_row = at_most_all(end_row);
-  for (uint32_t row = requests[0].first_row + threadIdx.x; row < last_row; row += kThreads) {
+  const uint32_t lane = block.share * kThreads + threadIdx.x, lanes = block.shares * kThreads;
+  for (uint32_t row = requests[0].first_row + lane; row < last_row; row += lanes) {
     int low = 0;
     if (kRagged) {
       int high = kThreads - 1;  // the last request that begins at this row or before it
@@ -118,7 +130,9 @@ __device__ void WriteLengths(const Rows& rows, const RowRules& rules, int32_t bl
     const Request request = requests[low];
     const auto j = static_cast<int32_t>(row - request.first_row);
     const int32_t kv_len = Rows::kv_len(request.cache_seqlen, request.q, j);
-    Store(to, row, RowValuesOf(kv_len, request.cache_seqlen, rules));
+    const RowOwner owner{static_cast<int32_t>(first) + low, request.cache_seqlen,
+                         request.first_key};
+    Store(to, row, RowValuesOf(kv_len, owner, rules));
     const uint32_t nsa_sum = request.nsa_before + NsaSum(rules, request.cache_seqlen, request.q, j);
     Store(to, int64_t{row} + 1, RowSums(static_cast<int32_t>(nsa_sum)));
   }
@@ -129,8 +143,9 @@ __device__ void WriteLengths(const Rows& rows, const RowRules& rules, int32_t bl
   if (total >= rows.count) return;
   const RowSums nsa_total(
       static_cast<int32_t>(BlockSum<LengthSums>(0, rows.requests, sums).nsa_cache_seqlens));
-  for (int64_t row = total + i; row < rows.count; row += int64_t{blocks} * kThreads) {
-    Store(to, row, RowValuesOf(0, 0, rules));
+  const int64_t first_lane = int64_t{block.group} * lanes + lane;
+  for (int64_t row = total + first_lane; row < rows.count; row += int64_t{block.groups} * lanes) {
+    Store(to, row, PaddingRowValues());
     Store(to, row + 1, nsa_total);
   }
 }

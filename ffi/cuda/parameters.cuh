@@ -86,7 +86,10 @@ struct Parameters {
   Rows rows;
   RowRules row_rules;
   bool clears_padding;
-  int32_t length_blocks;  // of a backend
+  int32_t length_groups;  // groups of 128 requests, of a backend
+  int32_t length_shares;  // blocks that share the rows of a group
+  int32_t key_blocks;     // after those of lengths
+  int32_t max_total_keys;
   Lengths lengths[kCapacity];
 
   std::conditional_t<kSchedules, ScheduleParameters<kCapacity>, NoScheduleParameters> schedules;

@@ -65,7 +65,7 @@ class Case:
             "req_pool_indices": self.req_pool_indices,
             "req_to_token": self.req_to_token,
         }
-        if self.options["forward_mode"] is ForwardMode.DRAFT_EXTEND:
+        if "max_total_tokens" in self.options:
             arguments["extend_seq_lens"] = self.extend_seq_lens
         if self.function == "fused_metadata_copy":
             arguments |= {"num_backends": 1, "stacked": False}
@@ -188,12 +188,14 @@ def _random_shape(rng: np.random.Generator) -> Case:
     }
     if mode is ForwardMode.TARGET_VERIFY:
         options["num_draft_tokens"] = int(rng.integers(1, 6))
-    if mode is ForwardMode.DRAFT_EXTEND:
+    if mode in (ForwardMode.DRAFT_EXTEND, ForwardMode.EXTEND):
         options["max_total_tokens"] = int(rng.integers(0, 3 * bs + 4))
+    if mode is ForwardMode.EXTEND and rng.random() < 0.8:
+        options["max_total_keys"] = int(rng.integers(0, bs * pool_cols + 2))
     in_place = bool(rng.random() < 0.5)
     options["tail"] = str(rng.choice(["copy", "zero", "keep"] if in_place else ["copy", "zero"]))
     return Case(
-        # The broadcast has three modes, all options and all strategies: half of the cases.
+        # The broadcast has four modes, all options and all strategies: half of the cases.
         function=str(rng.choice(FUNCTIONS, p=[0.55, 0.15, 0.15, 0.15])),
         seq_lens=np.zeros(bs, np.int32),
         extend_seq_lens=np.zeros(bs, np.int32),
@@ -241,6 +243,8 @@ def _smaller(case: Case) -> Iterator[Case]:
     if case.options.get("max_total_tokens", 0) > 0:
         capacity = case.options["max_total_tokens"] // 2
         yield dataclasses.replace(case, options=case.options | {"max_total_tokens": capacity})
+    if case.options.get("max_total_keys") is not None:
+        yield dataclasses.replace(case, options=case.options | {"max_total_keys": None})
     if case.options["num_backends"] > 1:
         yield dataclasses.replace(case, options=case.options | {"num_backends": 1})
     if case.options["stacked"]:

@@ -5,7 +5,7 @@ from typing import Any, Protocol
 
 import jax
 
-from jaxnsa.implementations import ffi, pallas, triton, xla
+from jaxnsa.implementations import ffi, pallas, portable, triton, xla
 from jaxnsa.metadata import DraftExtendSeqlens, NSAMetadata
 from jaxnsa.spec import Inputs, Spec
 
@@ -69,6 +69,15 @@ IMPLEMENTATIONS: dict[str, Implementation] = {
     "triton": triton,
     "xla": xla,
 }
+
+PORTABLE = "portable"
+"""Stands for "ffi" where it was chosen and not named."""
+
+
+def computations(implementation: str) -> Any:
+    """The computations of an implementation, or of `PORTABLE`."""
+    return portable if implementation == PORTABLE else IMPLEMENTATIONS[implementation]
+
 
 FUSED = ("pallas", "ffi", "triton")
 """Those that take one launch for each function, prefix sums included."""

@@ -7,7 +7,7 @@ from typing import Any
 import jax
 
 from jaxnsa.config import Settings, names, origin, settings
-from jaxnsa.implementations import FUSED, IMPLEMENTATIONS, VARIANTS
+from jaxnsa.implementations import FUSED, IMPLEMENTATIONS, VARIANTS, computations
 from jaxnsa.implementations.measurements import FUSED_METADATA, rule
 from jaxnsa.spec import Spec
 
@@ -79,7 +79,7 @@ def choose(
 
 def check_runs(name: str, platform: str) -> None:
     """Raises ImplementationUnavailableError where an implementation cannot run on a platform."""
-    if reason := IMPLEMENTATIONS[name].unavailable(platform):
+    if reason := computations(name).unavailable(platform):
         raise ImplementationUnavailableError(_cannot_run(name, reason))
 
 

@@ -120,6 +120,8 @@ def fused_metadata(
         rows=np.int64(rows.count),
         rows_per_request=np.int64(rows.rows_per_request or 0),
         added_tokens=np.int64(rows.added_tokens),
+        prefill=rows.prefill,
+        max_total_keys=np.int64(spec.max_total_keys or 0),
         max_len=np.int64(spec.max_len),
         nsa_index_topk=np.int64(spec.nsa_index_topk),
         index_kpool=np.int64(spec.index_kpool),
@@ -144,7 +146,8 @@ def copy(
     inputs = list(src.arrays().values())
     tokens_per_column = _tokens_per_column(src.arrays(), live)
     if tokens_per_column.any():
-        inputs.append(src.seqlens_expanded)
+        assert live is not None
+        inputs.append(live.table_kv_lens(src))
     shapes = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), src)
     return _call_in_place(
         _COPY,

@@ -153,7 +153,12 @@ class NativeLibrary(Protocol):
         """
 
     def Rows(
-        self, requests: int, count: int, rows_per_request: int, added_tokens: int
+        self,
+        requests: int,
+        count: int,
+        rows_per_request: int,
+        added_tokens: int,
+        prefill: bool,
     ) -> NativeRows:
         """Rows as the library takes them; `rows_per_request` is 0 where they are ragged."""
 
@@ -165,6 +170,7 @@ class NativeLibrary(Protocol):
         tokens_per_column: Mapping[str, int],
         slots_per_page: Mapping[str, int],
         max_len: int,
+        max_total_keys: int,
         nsa_index_topk: int,
         index_kpool: int,
         paged_mqa: Sequence[int],
@@ -180,6 +186,7 @@ class NativeLibrary(Protocol):
           strides: of each table, the elements from row to row.
           tokens_per_column, slots_per_page: of each table.
           max_len: the most columns of a table, in tokens; a step writes at most those of its pool.
+          max_total_keys: length of the flat table; 0 where there is none.
           nsa_index_topk: the indexer's top-k.
           index_kpool: tokens that the indexer pools into one key.
           paged_mqa, topk_plan, flash_mla: the `schedule_arguments`.

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import importlib.metadata
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +15,7 @@ from jaxnsa.implementations.xla_schedules import (
     topk_plan,
 )
 from jaxnsa.metadata import FIELDS, DraftExtendSeqlens, Extent, Field, ForwardMode, NSAMetadata
-from jaxnsa.row_owners import RowOwners, cache_seqlens, row_owners
+from jaxnsa.row_owners import Owners, RowOwners, cache_seqlens, row_owners
 from jaxnsa.schedules import FlashMlaSchedule
 from jaxnsa.spec import Inputs, Rows, Spec
 
@@ -64,25 +65,40 @@ def fused_metadata(
     inputs: Inputs, out: tuple[NSAMetadata, ...] | None, spec: Spec
 ) -> tuple[NSAMetadata, ...]:
     """Computes the metadata of `spec` for all of its destinations."""
-    owners = row_owners(spec.rows, inputs.seq_lens, inputs.extend_seq_lens)
-    pool_rows = jnp.clip(inputs.req_pool_indices, 0, len(inputs.req_to_token) - 1)
-    source_rows = pool_rows[owners.request] if spec.rows.requests else owners.request
+    rows = spec.rows
+    owners = row_owners(rows, inputs.seq_lens, inputs.extend_seq_lens)
+    table_owners = row_owners(rows.tables, inputs.seq_lens, inputs.extend_seq_lens)
+    pool = jnp.asarray(inputs.req_to_token)
+    pool_rows = jnp.clip(inputs.req_pool_indices, 0, len(pool) - 1)
+    source_rows = pool_rows[table_owners.request] if rows.requests else table_owners.request
+    kv_lens = cache_seqlens(rows, inputs.seq_lens)
     pooled, unpooled = owners.kv_len // spec.index_kpool, owners.kv_len % spec.index_kpool
     values = {
-        "cache_seqlens": cache_seqlens(spec.rows, inputs.seq_lens),
+        "cache_seqlens": kv_lens,
         "seqlens_expanded": owners.kv_len,
         "nsa_cache_seqlens": jnp.minimum(pooled * spec.index_kpool, spec.nsa_index_topk) + unpooled,
         "pooled_cache_seqlens": pooled,
     }
+    if spec.prefill:
+        assert owners.total is not None
+        is_row = jnp.arange(rows.count) < owners.total
+        first_key = jnp.where(is_row, prefix_sum(kv_lens)[owners.request], 0)
+        values |= {
+            "token_to_request": jnp.where(is_row, owners.request, 0),
+            "indexer_ks": first_key,
+            "indexer_ke": first_key + owners.kv_len,
+            "topk_indices_offset": first_key,
+        }
     values |= _schedules(values, spec)
 
-    def value(field: Field) -> jax.Array | _Table:
+    def value(field: Field) -> jax.Array | _Table | _Keys:
         if field.sum_of is not None:
             return prefix_sum(values[field.sum_of])
         if field.extent is Extent.TABLE:
             stride, page_size = spec.tokens_per_column(field), spec.slots_per_page(field)
-            pool = jnp.asarray(inputs.req_to_token)
-            return _Table.of(field, spec, owners, pool, source_rows, stride, page_size)
+            return _Table.of(field, spec, table_owners, pool, source_rows, stride, page_size)
+        if field.extent is Extent.KEYS:
+            return _Keys.of(spec, kv_lens, pool, pool_rows)
         return values[field.name]
 
     return _stored({field.name: value(field) for field in spec.fields()}, out, spec)
@@ -132,10 +148,10 @@ def copy(
         return tuple(jax.tree.map(jnp.copy, src) for _ in range(num_backends))
     if live is None:
         return tuple(jax.tree.map(_overwrite, destination, src) for destination in out)
-    rows = jnp.arange(live.rows.count, dtype=jnp.int32)
-    owners = RowOwners(rows, jnp.asarray(src.seqlens_expanded), None)
+    rows = jnp.arange(live.rows.tables.count, dtype=jnp.int32)
+    owners = RowOwners(rows, jnp.asarray(live.table_kv_lens(src)), None)
 
-    def value(name: str, array: jax.Array) -> jax.Array | _Table:
+    def value(name: str, array: jax.Array) -> jax.Array | _Table | _Keys:
         if FIELDS[name].extent is Extent.TABLE:
             return _Table.of(FIELDS[name], live, owners, array, rows, 1, 1)
         return array
@@ -205,8 +221,27 @@ class _Table:
         return columns[0, :: self.stride] // self.page_size
 
 
+class _Keys(NamedTuple):
+    """The keys of all requests: int32 [max_total_keys] slots, and which are no padding keys."""
+
+    slots: jax.Array
+    is_key: jax.Array
+
+    @classmethod
+    def of(cls, spec: Spec, kv_lens: jax.Array, pool: jax.Array, pool_rows: jax.Array) -> "_Keys":
+        """The keys of requests of the given KV lengths, whose slots are in these rows."""
+        capacity = spec.max_total_keys
+        assert capacity is not None
+        if not spec.rows.requests:
+            return cls(jnp.zeros(capacity, jnp.int32), jnp.zeros(capacity, bool))
+        request, column, total = Owners.of(kv_lens, capacity)
+        is_key = jnp.arange(capacity) < total
+        slots = pool[pool_rows[request], jnp.minimum(column, spec.max_len - 1)]
+        return cls(jnp.where(is_key & (column < spec.max_len), slots, 0), is_key)
+
+
 def _stored(
-    values: dict[str, jax.Array | _Table], out: tuple[NSAMetadata, ...] | None, spec: Spec
+    values: dict[str, jax.Array | _Table | _Keys], out: tuple[NSAMetadata, ...] | None, spec: Spec
 ) -> tuple[NSAMetadata, ...]:
     """Every array and table of the metadata, written to every destination."""
     stored = {
@@ -220,12 +255,19 @@ def _stored(
 
 
 def _write(
-    name: str, value: jax.Array | _Table, destinations: list[jax.Array] | None, spec: Spec
+    name: str,
+    value: jax.Array | _Table | _Keys,
+    destinations: list[jax.Array] | None,
+    spec: Spec,
 ) -> list[jax.Array]:
     if isinstance(value, _Table):
         if destinations is not None and spec.tail == "keep":
             return list(_keep(value, tuple(destinations)))
         value = _whole(value, spec.tail)
+    if isinstance(value, _Keys):
+        if destinations is not None and spec.tail == "keep":
+            return [jnp.where(value.is_key, value.slots, d) for d in destinations]
+        value = value.slots
     if destinations is None:
         return [jnp.broadcast_to(value, (*spec.lead, *value.shape))] * spec.destinations
     if FIELDS[name].extent is Extent.PLANNED_ROWS:

@@ -154,6 +154,7 @@ class _Plan:
         mode: ForwardMode,
         implementation: str,
     ):
+        registered.check_mode(mode)
         verify = mode is ForwardMode.TARGET_VERIFY
         tokens = (
             argument_checks.integer("num_draft_tokens", options.num_draft_tokens, 1)
@@ -162,7 +163,7 @@ class _Plan:
         )
         largest = registered.spec
         requests = largest.rows.requests
-        if mode is not ForwardMode.DRAFT_EXTEND:
+        if mode not in (ForwardMode.DRAFT_EXTEND, ForwardMode.EXTEND):
             requests = min(requests, largest.rows.count // (tokens or 1))
         self.rows = Rows.of(mode, requests, tokens, largest.rows.count)
         self._implementation = implementation
@@ -251,11 +252,13 @@ def _without_padding(
         Extent.REQUESTS_PLUS_1: requests + 1,
         Extent.ROWS: rows,
         Extent.ROWS_PLUS_1: rows + 1,
-        Extent.TABLE: rows,
+        Extent.TABLE: requests if spec.prefill else rows,
     }
 
     def without_padding(field: Field) -> Array:
         new_array, old_array = getattr(new, field.name), getattr(old, field.name)
+        if field.extent is Extent.KEYS:  # a padded request has none
+            return new_array
         is_padding = jnp.arange(len(new_array)) >= ends[field.extent]
         if field.extent is not Extent.TABLE:
             return jnp.where(is_padding, old_array, new_array)

@@ -40,7 +40,9 @@ def library_for(device: torch.device) -> NativeLibrary:
 
 def native_rows(native: NativeLibrary, rows: Rows) -> NativeRows:
     """Rows as the library takes them."""
-    return native.Rows(rows.requests, rows.count, rows.rows_per_request or 0, rows.added_tokens)
+    return native.Rows(
+        rows.requests, rows.count, rows.rows_per_request or 0, rows.added_tokens, rows.prefill
+    )
 
 
 def prepared(
@@ -65,6 +67,7 @@ def prepared(
         tokens_per_column={field.name: spec.tokens_per_column(field) for field in tables},
         slots_per_page={field.name: spec.slots_per_page(field) for field in tables},
         max_len=spec.max_len,
+        max_total_keys=spec.max_total_keys or 0,
         nsa_index_topk=spec.nsa_index_topk,
         index_kpool=spec.index_kpool,
         **schedule_arguments(spec.schedules),

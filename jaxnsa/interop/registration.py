@@ -78,21 +78,21 @@ class Registered:
             raise ValueError(
                 f"num_draft_tokens: got {num_draft_tokens!r}, expected None in {forward_mode}"
             )
-        if forward_mode is not ForwardMode.DRAFT_EXTEND and max_total_tokens is not None:
+        ragged = forward_mode in (ForwardMode.DRAFT_EXTEND, ForwardMode.EXTEND)
+        if not ragged and max_total_tokens is not None:
             raise ValueError(
                 f"max_total_tokens: got {max_total_tokens!r}, expected None in {forward_mode}"
             )
+        self.check_mode(forward_mode)
         integer = argument_checks.integer
         if forward_mode is ForwardMode.TARGET_VERIFY:
             num_draft_tokens = integer("num_draft_tokens", num_draft_tokens, 1)
-        elif forward_mode is ForwardMode.DRAFT_EXTEND:
+        elif ragged:
             max_total_tokens = (
                 most.count
                 if max_total_tokens is None
                 else integer("max_total_tokens", max_total_tokens, 0, most.count)
             )
-        elif forward_mode is not ForwardMode.DECODE:
-            raise TypeError(f"forward_mode: got {forward_mode!r}, expected a ForwardMode")
         rows = Rows.of(forward_mode, bs, num_draft_tokens, max_total_tokens)
         if rows.count > most.count:
             raise ValueError(
@@ -101,12 +101,29 @@ class Registered:
             )
         return rows
 
+    def check_mode(self, forward_mode: Any) -> None:
+        """Raises where the tensors are not those of a forward mode."""
+        if not isinstance(forward_mode, ForwardMode):
+            raise TypeError(f"forward_mode: got {forward_mode!r}, expected a ForwardMode")
+        if (forward_mode is ForwardMode.EXTEND) != self.spec.prefill:
+            registered = "registered" if self.spec.prefill else "not registered"
+            expected = ForwardMode.EXTEND if self.spec.prefill else "another mode"
+            raise ValueError(
+                f"forward_mode: got {forward_mode}, expected {expected} as token_to_request is "
+                f"{registered}"
+            )
+
     def _check_backend(self, name: str, backend: dict[str, torch.Tensor]) -> None:
         shapes, first = self.spec.shapes(), self.backends[0]
         if backend.keys() != first.keys():
             differing = ", ".join(sorted(backend.keys() ^ first.keys()))
             raise ValueError(
                 f"{name}: got {differing} in some backends, expected it in all or none"
+            )
+        if backend.keys() != shapes.keys():
+            raise ValueError(
+                f"{name}: got {', '.join(backend)}, expected {', '.join(shapes)}: all arrays of "
+                f"prefill or none"
             )
         for field, tensor in backend.items():
             if field not in shapes:
@@ -169,14 +186,19 @@ def _largest_spec(
     )
     if not 1 <= max_len <= MAX_LEN:
         raise ValueError(f"{name}: got tables for {max_len} tokens, expected 1 to 2^30")
+    requests, rows = len(first["cache_seqlens"]), len(first["seqlens_expanded"])
+    keys = len(first["flat_page_indices"]) if "flat_page_indices" in first else None
+    if keys is not None and keys > MAX_LEN:
+        raise ValueError(f"{name}.flat_page_indices: got {keys} keys, expected at most 2^30")
     return Spec(
-        rows=Rows(len(first["cache_seqlens"]), len(first["seqlens_expanded"]), None, 0),
+        rows=Rows(requests, rows, None, 0, prefill="token_to_request" in first),
         max_len=max_len,
         nsa_index_topk=nsa_index_topk,
         real_page_size=real_page_size,
         wide_table=wide,
         tail="keep",
         num_backends=num_backends,
+        max_total_keys=keys,
     )
 
 

@@ -351,7 +351,7 @@ def _fill(
         lambda: native.fill_draft_extend_metadata(
             stream_of(device),
             variant=variant,
-            rows=native.Rows(bs, capacity, 0, 0),
+            rows=native.Rows(bs, capacity, 0, 0, False),
             nsa_index_topk=topk,
             extend_seq_lens=extend.vector,
             seq_lens=lengths.vector,

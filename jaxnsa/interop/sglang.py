@@ -247,11 +247,7 @@ def fused_metadata_copy_cuda(
       seqlens_expanded_size: rows in the other modes.
     """
     decode = argument_checks.integer("forward_mode", forward_mode, 0, 2) == 0
-    sizes = (
-        _CopySizes(decode, bs, bs, max_len)
-        if decode
-        else _CopySizes(decode, bs, seqlens_expanded_size, max_seqlen_k)
-    )
+    size, columns = (bs, max_len) if decode else (seqlens_expanded_size, max_seqlen_k)
     source = (
         *(cache_seqlens_src, cu_seqlens_k_src, page_indices_src, dsa_cache_seqlens_src),
         *(seqlens_expanded_src, dsa_cu_seqlens_k_src, real_page_table_src),
@@ -262,7 +258,7 @@ def fused_metadata_copy_cuda(
         *(seqlens_expanded_dst, dsa_cu_seqlens_k_dst, real_page_table_dst),
         *(flashmla_num_splits_dst, flashmla_metadata_dst),
     )
-    _copy(sizes, source, {"dst": destination})
+    _copy(decode, bs, size, columns, source, {"dst": destination})
 
 
 def fused_metadata_copy_multi_cuda(
@@ -334,7 +330,7 @@ def fused_metadata_copy_multi_cuda(
             *(flashmla_num_splits_dst2, flashmla_metadata_dst2),
         ),
     }
-    _copy(_CopySizes(True, bs, bs, max_len), source, destinations)
+    _copy(True, bs, bs, max_len, source, destinations)
 
 
 _KERNELS = "sglang.kernels.ops.attention.dsa"
@@ -498,22 +494,6 @@ def _first(value: Any, bs: int) -> Any:
     return value
 
 
-class _CopySizes(NamedTuple):
-    """The numbers of a copy, as they came.
-
-    Attributes:
-      decode: whether the mode is decode.
-      bs: requests.
-      size: rows, of the arrays that have an element for each.
-      columns: of page_indices.
-    """
-
-    decode: bool
-    bs: int
-    size: int
-    columns: int
-
-
 _COPIED = (
     *("cache_seqlens", "cu_seqlens_k", "page_indices", "dsa_cache_seqlens", "seqlens_expanded"),
     *("dsa_cu_seqlens_k", "real_page_table", "flashmla_num_splits", "flashmla_metadata"),
@@ -525,7 +505,9 @@ _Arrays = tuple[Any, ...]
 
 
 @functools.cache
-def _wanted(decode: bool, real_page_table: bool, num_splits: bool, metadata: bool) -> list[int]:
+def _wanted(
+    decode: bool, real_page_table: bool, num_splits: bool, metadata: bool
+) -> tuple[int, ...]:
     """Positions in `_COPIED` of what is copied."""
     absent = {
         "seqlens_expanded": decode,
@@ -533,20 +515,40 @@ def _wanted(decode: bool, real_page_table: bool, num_splits: bool, metadata: boo
         "flashmla_num_splits": not num_splits,
         "flashmla_metadata": not (num_splits and metadata),
     }
-    return [k for k, name in enumerate(_COPIED) if not absent.get(name)]
+    return tuple(k for k, name in enumerate(_COPIED) if not absent.get(name))
 
 
-def _copy(sizes: _CopySizes, source: _Arrays, destinations: dict[str, _Arrays]) -> None:
-    """Copies from `source` to every destination, which are given by the ends of their names."""
-    wanted = _wanted(sizes.decode, *(array is not None for array in source[-3:]))
+def _copy(
+    decode: bool,
+    bs: int,
+    size: int,
+    columns: int,
+    source: _Arrays,
+    destinations: dict[str, _Arrays],
+) -> None:
+    """Copies from one tuple of arrays to others.
+
+    Args:
+      decode: whether the mode is decode.
+      bs: requests.
+      size: rows, of the arrays that have an element for each.
+      columns: of page_indices.
+      source: what is copied.
+      destinations: what it is copied to, by the end of the arguments' names.
+    """
+    *_, real_page_table, num_splits, metadata = source
+    wanted = _wanted(
+        decode, real_page_table is not None, num_splits is not None, metadata is not None
+    )
     tensors = [arrays[k] for arrays in (source, *destinations.values()) for k in wanted]
-    key = key_of(source[0], tensors, (sizes, *wanted))
+    key = key_of(source[0], tensors, (decode, bs, size, columns, *wanted))
     if _COPIES.try_copy(key):
         return
     integer = argument_checks.integer
-    bs = integer("bs", sizes.bs, 0)
-    size = integer("seqlens_expanded_size", sizes.size, 0)
-    columns = integer("max_len" if sizes.decode else "max_seqlen_k", sizes.columns, 0, MAX_LEN)
+    bs = integer("bs", bs, 0)
+    size = integer("seqlens_expanded_size", size, 0)
+    width = "max_len" if decode else "max_seqlen_k"
+    columns = integer(width, columns, 0, MAX_LEN)
     ends = {
         "cache_seqlens": bs,
         "cu_seqlens_k": bs + 1,
@@ -568,11 +570,11 @@ def _copy(sizes: _CopySizes, source: _Arrays, destinations: dict[str, _Arrays]) 
         dimensions = 2 if name in ("page_indices", "real_page_table") else 1
         whole = checked(f"{name}_src", value, device=device, dimensions=dimensions)
         if name == "page_indices":
-            rows = bs if sizes.decode else whole.shape[0]
+            rows = bs if decode else whole.shape[0]
             if whole.shape[1] != columns:
                 raise ValueError(
-                    f"{name}_src: got shape {whole.shape}, expected {columns} columns, as "
-                    f"{'max_len' if sizes.decode else 'max_seqlen_k'} says"
+                    f"{name}_src: got shape {whole.shape}, expected {columns} columns, as {width} "
+                    f"says"
                 )
         shape = (rows, whole.shape[1]) if dimensions == 2 else (ends.get(name, *whole.shape),)
         first = name in ("cu_seqlens_k", "dsa_cu_seqlens_k")

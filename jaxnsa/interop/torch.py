@@ -127,7 +127,8 @@ class BackendBuffers:
             tensors on one device, contiguous but for the tables, whose rows may be apart. The
             lengths of `cache_seqlens` and `seqlens_expanded` are the most requests and rows.
             `page_indices`, or with a page size of 1 `real_page_table`, may be None or absent in
-            all backends.
+            all backends, and so may the arrays of prefill: tensors with them are for
+            `ForwardMode.EXTEND` and no other mode, `flat_page_indices` among them or not.
           nsa_index_topk: the indexer's top-k, in tokens.
           real_page_size: tokens in a physical page.
           path: None takes "direct" where the native library can run, otherwise "dlpack".
@@ -180,9 +181,9 @@ class BackendBuffers:
             Tables get at most pool_cols columns.
           forward_mode: decides the rows, and which of the next arguments must be given.
           num_draft_tokens: in target verify, tokens to verify for each request.
-          extend_seq_lens: int32 or int64 [bs], in draft extend, rows of each request.
-          max_total_tokens: in draft extend, the rows that are written: padding rows get lengths
-            of 0. None: all registered rows.
+          extend_seq_lens: int32 or int64 [bs], in draft extend and prefill, rows of each request.
+          max_total_tokens: in draft extend and prefill, the rows that are written: padding rows
+            get lengths of 0. None: all registered rows.
 
         Raises:
           ValueError, TypeError: an argument is wrong, or a registered tensor has been freed or

@@ -96,7 +96,7 @@ def copy(
         programs += rows * tiles
     results = launch(
         _copy,
-        Source(tuple(arrays.values()), src.seqlens_expanded if live else None),
+        Source(tuple(arrays.values()), live.table_kv_lens(src) if live else None),
         None if out is None else tuple(tuple(getattr(o, name) for o in out) for name in arrays),
         tuple((jax.ShapeDtypeStruct(a.shape, a.dtype),) * num_backends for a in arrays.values()),
         programs=programs,

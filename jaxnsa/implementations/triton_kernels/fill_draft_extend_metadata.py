@@ -74,7 +74,7 @@ def fill_draft_extend_metadata(
 def _fill_draft_extend_metadata(lengths, results, sizes, ROWS: tl.constexpr):
     request = load_request(lengths, tl.program_id(0), ROWS)
     # No array of sums is written here.
-    write_rows(results.rows, RowSums(()), lengths, request, LengthSums(0, 0, 0), sizes, ROWS)
+    write_rows(results.rows, RowSums(()), lengths, request, LengthSums(0, 0, 0), 0, 1, sizes, ROWS)
     if request.i == 0:
         AT_ONCE: tl.constexpr = ROWS.requests_at_once
         total = tl.zeros([AT_ONCE], tl.int32)

@@ -1,7 +1,8 @@
 """The whole computation in one launch: lengths, prefix sums and page tables, for every destination.
 
 Purpose: `NSAMetadata` of all backends of a step.
-Grid: for each request one program that writes its lengths, then those that share its tables.
+Grid: for each request the programs that share its lengths, in prefill those that share its keys,
+then those that share its tables.
 Program: independent of all others; sums over earlier requests it takes by itself. Those of the
 tables take tiles of the request's pool row with a grid stride, as far as columns are written.
 Inputs: seq_lens, req_pool_indices, req_to_token, and extend_seq_lens where rows are ragged.
@@ -33,6 +34,7 @@ from jaxnsa.implementations.triton_kernels.rows import (
     kv_len,
     load_request,
     locate,
+    locate_among,
     sums_before,
     write_rows,
 )
@@ -45,6 +47,9 @@ from jaxnsa.implementations.triton_kernels.tables import (
 from jaxnsa.implementations.triton_kernels.tuning import BlockConfig
 from jaxnsa.metadata import Extent, NSAMetadata
 from jaxnsa.spec import MAX_LEN, Inputs, Spec, Tail
+
+_KEY_TILE = tl.constexpr(512)
+_MOST_SHARES = 1024  # programs of all requests together that share ragged rows, and keys
 
 
 class RequestValues(NamedTuple):
@@ -66,6 +71,12 @@ class Tables(NamedTuple):
     real_page_table: Any
 
 
+class Keys(NamedTuple):
+    """The arrays of [max_total_keys]."""
+
+    flat_page_indices: Any
+
+
 class Results(NamedTuple):
     """All arrays that the kernel writes, by extent."""
 
@@ -74,6 +85,7 @@ class Results(NamedTuple):
     rows: RowValues
     rows_plus_1: RowSums
     tables: Tables
+    keys: Keys
 
     @classmethod
     def of(cls, spec: Spec, destinations: Sequence[Mapping[str, Any]]) -> "Results":
@@ -88,6 +100,7 @@ class Results(NamedTuple):
             of_extent(RowValues, Extent.ROWS),
             of_extent(RowSums, Extent.ROWS_PLUS_1),
             of_extent(Tables, Extent.TABLE),
+            of_extent(Keys, Extent.KEYS),
         )
 
 
@@ -96,21 +109,29 @@ class Sizes(NamedTuple):
 
     Attributes:
       rows: those of the rows.
+      table_rows: those of the table rows.
+      max_total_keys: keys of all requests, padding keys included.
       max_len: tokens that a table row has columns for.
       pages: columns of the real page table.
       pool_rows: rows of req_to_token.
       pool_stride: of req_to_token, in units of `TableConstants.pool_unit` elements.
       wide_stride: of page_indices, in units of `TableConstants.wide_unit` elements.
       programs: of a request.
+      length_programs: the first of them, which share its lengths.
+      key_programs: those after them, which share its keys.
     """
 
     rows: RowSizes
+    table_rows: RowSizes
+    max_total_keys: Any
     max_len: Any
     pages: Any
     pool_rows: Any
     pool_stride: Any
     wide_stride: Any
     programs: Any
+    length_programs: Any
+    key_programs: Any
 
 
 @dataclasses.dataclass(frozen=True)
@@ -188,7 +209,16 @@ def fused_metadata(
         )
     constants = TableConstants.of(spec, pool_cols, config)
     tiles = -(-max_len // constants.tile)
-    programs = 1 + min(tiles, max(1, config.programs // rows.requests))
+    row_constants = RowConstants.of(rows)
+
+    def shares(places: int, tile: int) -> int:
+        return min(triton.cdiv(places, tile), max(1, _MOST_SHARES // rows.requests))
+
+    ragged = rows.rows_per_request is None
+    length_programs = shares(rows.count, 2 * row_constants.rows_at_once) if ragged else 1
+    key_programs = shares(spec.max_total_keys or 0, _KEY_TILE.value)
+    table_programs = min(tiles, max(1, config.programs // rows.requests))
+    programs = length_programs + key_programs + table_programs
     results = launch(
         _fused_metadata,
         inputs,
@@ -198,49 +228,98 @@ def fused_metadata(
         warps=config.warps,
         sizes=Sizes(
             RowSizes.of(rows, spec.nsa_index_topk),
+            RowSizes.of(rows.tables, spec.nsa_index_topk),
+            spec.max_total_keys or 0,
             max_len,
             pages,
             pool_rows,
             pool_cols // constants.pool_unit,
             max_len // constants.wide_unit,
             programs,
+            length_programs,
+            key_programs,
         ),
-        constants={"ROWS": RowConstants.of(rows), "TABLES": constants},
+        constants={
+            "ROWS": row_constants,
+            "TABLE_ROWS": RowConstants.of(rows.tables),
+            "TABLES": constants,
+        },
     )
     return tuple(spec.metadata(arrays) for arrays in by_name(results))
 
 
 @triton.jit
-def _fused_metadata(inputs, results, sizes, ROWS: tl.constexpr, TABLES: tl.constexpr):
+def _fused_metadata(
+    inputs,
+    results,
+    sizes,
+    ROWS: tl.constexpr,
+    TABLE_ROWS: tl.constexpr,
+    TABLES: tl.constexpr,
+):
     # Neighbouring programs write neighbouring memory.
     i = tl.program_id(0) // sizes.programs
     program = tl.program_id(0) % sizes.programs
     lengths = Lengths(inputs.seq_lens, inputs.extend_seq_lens)
-    request = load_request(lengths, i, ROWS)
-    if program == 0:
-        _write_lengths(results, lengths, request, sizes.rows, ROWS, TABLES)
+    if program < sizes.length_programs:
+        request = load_request(lengths, i, ROWS)
+        _write_lengths(results, program, lengths, request, sizes, ROWS, TABLES)
     else:
+        request = load_request(lengths, i, TABLE_ROWS)
         index = tl.load(inputs.req_pool_indices + i)
         pool_row = tl.minimum(tl.maximum(index, 0), sizes.pool_rows - 1).to(tl.int64)
         source = inputs.req_to_token + pool_row * (sizes.pool_stride * TABLES.pool_unit)
-        _write_tables(results, source, program - 1, lengths, request, sizes, ROWS, TABLES)
+        share = program - sizes.length_programs
+        if share < sizes.key_programs:
+            _write_keys(results.keys, source, share, lengths, request, sizes, ROWS, TABLES)
+        else:
+            share -= sizes.key_programs
+            _write_tables(results, source, share, lengths, request, sizes, TABLE_ROWS, TABLES)
 
 
 @triton.jit
-def _write_lengths(results, lengths, request, sizes, ROWS: tl.constexpr, TABLES: tl.constexpr):
-    """All arrays but the tables, as far as a request goes."""
-    requests, rows = sizes.requests, sizes.rows
+def _write_lengths(
+    results, share, lengths, request, sizes, ROWS: tl.constexpr, TABLES: tl.constexpr
+):
+    """One program's share of all arrays but the tables, as far as a request goes."""
+    requests, rows = sizes.rows.requests, sizes.rows.rows
     of_requests = of_backends(results.requests, requests, TABLES.backends)
     of_requests_plus_1 = of_backends(results.requests_plus_1, requests + 1, TABLES.backends)
     of_rows = of_backends(results.rows, rows, TABLES.backends)
     of_rows_plus_1 = of_backends(results.rows_plus_1, rows + 1, TABLES.backends)
-    sums = sums_before(lengths, request.i, sizes, ROWS)
-    store_values(of_requests, request.i, RequestValues(request.cache_seqlen))
-    if request.i == 0:
-        store_values(of_requests_plus_1, 0, RequestSums(0))
-    cache_sum = sums.cache_seqlens + request.cache_seqlen
-    store_values(of_requests_plus_1, request.i + 1, RequestSums(cache_sum))
-    write_rows(of_rows, of_rows_plus_1, lengths, request, sums, sizes, ROWS)
+    sums = sums_before(lengths, request.i, sizes.rows, ROWS)
+    if share == 0:
+        store_values(of_requests, request.i, RequestValues(request.cache_seqlen))
+        if request.i == 0:
+            store_values(of_requests_plus_1, 0, RequestSums(0))
+        cache_sum = sums.cache_seqlens + request.cache_seqlen
+        store_values(of_requests_plus_1, request.i + 1, RequestSums(cache_sum))
+    shares = sizes.length_programs
+    write_rows(of_rows, of_rows_plus_1, lengths, request, sums, share, shares, sizes.rows, ROWS)
+
+
+@triton.jit
+def _write_keys(
+    keys, source, share, lengths, request, sizes, ROWS: tl.constexpr, TABLES: tl.constexpr
+):
+    """One program's share of a request's keys, and of the padding keys."""
+    capacity = sizes.max_total_keys
+    location = locate_among(
+        lengths.seq_lens, request.i, request.cache_seqlen, capacity, sizes.rows, ROWS
+    )
+    arrays = of_backends(keys, capacity, TABLES.backends)
+    TILE: tl.constexpr = _KEY_TILE
+    for first in range(share * TILE, location.rows, sizes.key_programs * TILE):
+        column = first + tl.arange(0, TILE)
+        exists = column < location.rows
+        slots = tl.load(source + column, exists & (column < sizes.max_len), 0)
+        store_values(arrays, location.first_row + column, Keys(slots), exists)
+    if TABLES.tail != "keep":
+        programs = sizes.rows.requests * sizes.key_programs
+        program = request.i * sizes.key_programs + share
+        for first in range(location.total + program * TILE, capacity, programs * TILE):
+            key = first + tl.arange(0, TILE)
+            store_values(arrays, key, Keys(0), key < capacity)
 
 
 @triton.jit
@@ -269,8 +348,9 @@ def _write_tables(
     longest = sizes.max_len
     if TABLES.tail == "keep":
         longest = tl.minimum(request.cache_seqlen, sizes.max_len)
-    location = locate(lengths, request, sizes.rows, ROWS)
-    for index in range(program, tl.cdiv(longest, TABLES.tile), sizes.programs - 1):
+    location = locate(lengths, request, sizes.table_rows, ROWS)
+    programs = sizes.programs - sizes.length_programs - sizes.key_programs
+    for index in range(program, tl.cdiv(longest, TABLES.tile), programs):
         tile = _load_tile(results.tables, source, index * TABLES.tile, longest, TABLES)
         for j in range(0, location.rows):
             live = sizes.max_len
@@ -279,7 +359,8 @@ def _write_tables(
             end = live if TABLES.tail == "keep" else sizes.max_len
             _store_tile(results.tables, location.first_row + j, tile, live, end, sizes, TABLES)
         if ROWS.rows_per_request is None and TABLES.tail != "keep":
-            for row in range(location.total + request.i, sizes.rows.rows, sizes.rows.requests):
+            rows = sizes.table_rows
+            for row in range(location.total + request.i, rows.rows, rows.requests):
                 _store_tile(results.tables, row, tile, 0, sizes.max_len, sizes, TABLES)
 
 
@@ -313,7 +394,7 @@ def _load_tile(tables, source, start, longest, TABLES: tl.constexpr):
 def _store_tile(tables, row, tile, live, end, sizes, TABLES: tl.constexpr):
     """Stores a tile in a row of the tables: live columns, then 0 up to token `end`."""
     row = tl.cast(row, tl.int64)
-    rows = tl.cast(sizes.rows.rows, tl.int64)
+    rows = tl.cast(sizes.table_rows.rows, tl.int64)
     if len(tables.page_indices) > 0:
         stride = sizes.wide_stride * TABLES.wide_unit
         (wide,) = of_backends((tables.page_indices,), rows * stride, TABLES.backends)

@@ -1,4 +1,4 @@
-"""How table rows map to requests, inside a kernel: written once for all forward modes.
+"""How rows map to requests, inside a kernel: written once for all forward modes.
 
 `jaxnsa.spec.Rows` says how. Sums over earlier requests are taken by every program for itself, out
 of the L2 cache: no program waits for another.
@@ -71,7 +71,7 @@ class RowConstants:
             q,
             rows.added_tokens,
             rows.longest_seq_len,
-            min(32, triton.next_power_of_2(q or 32)),
+            128 if rows.prefill else min(32, triton.next_power_of_2(q or 32)),
             min(1024, triton.next_power_of_2(rows.requests)),
         )
 
@@ -91,7 +91,7 @@ class Request(NamedTuple):
 
 
 class Location(NamedTuple):
-    """Which rows a request has; scalars.
+    """Which rows a request has; scalars. Of its keys, the same.
 
     Attributes:
       first_row: the first of them.
@@ -123,12 +123,26 @@ class RowValues(NamedTuple):
 
     seqlens_expanded: Any
     nsa_cache_seqlens: Any
+    token_to_request: Any
+    indexer_ks: Any
+    indexer_ke: Any
+    topk_indices_offset: Any
 
 
 @triton.jit
-def row_values(kv_len, sizes):
-    """What the arrays of [rows] hold for rows that see `kv_len` tokens."""
-    return RowValues(seqlens_expanded=kv_len, nsa_cache_seqlens=tl.minimum(kv_len, sizes.topk))
+def row_values(kv_len, request, first_key, sizes):
+    """What the arrays of [rows] hold for rows of a request that see `kv_len` tokens.
+
+    The first of these tokens is the key `first_key`.
+    """
+    return RowValues(
+        seqlens_expanded=kv_len,
+        nsa_cache_seqlens=tl.minimum(kv_len, sizes.topk),
+        token_to_request=request,
+        indexer_ks=first_key,
+        indexer_ke=first_key + kv_len,
+        topk_indices_offset=first_key,
+    )
 
 
 class RowSums(NamedTuple):
@@ -160,23 +174,30 @@ def kv_len(request, j):
 def locate(lengths, request, sizes, ROWS: tl.constexpr):
     """Which rows a request has."""
     if ROWS.rows_per_request is None:
-        AT_ONCE: tl.constexpr = ROWS.requests_at_once
-        before = tl.zeros([AT_ONCE], tl.int64)
-        everywhere = tl.zeros([AT_ONCE], tl.int64)
-        for first in range(0, sizes.requests, AT_ONCE):
-            k = first + tl.arange(0, AT_ONCE)
-            extend = tl.load(lengths.extend_seq_lens + k, k < sizes.requests, 0)
-            q = tl.minimum(tl.maximum(extend, 0), sizes.rows).to(tl.int64)
-            before += tl.where(k < request.i, q, 0)
-            everywhere += q
-        first_row = tl.minimum(tl.sum(before), sizes.rows).to(tl.int32)
-        rows = tl.minimum(request.q, sizes.rows - first_row)
-        total = tl.minimum(tl.sum(everywhere), sizes.rows).to(tl.int32)
+        location = locate_among(
+            lengths.extend_seq_lens, request.i, request.q, sizes.rows, sizes, ROWS
+        )
     else:
         first_row = request.i * ROWS.rows_per_request
-        rows = request.q
-        total = sizes.rows
-    return Location(first_row, rows, total)
+        location = Location(first_row, request.q, sizes.rows)
+    return location
+
+
+@triton.jit
+def locate_among(counts, i, count, capacity, sizes, ROWS: tl.constexpr):
+    """Which places request i has, where request k has counts[k] and this one `count`."""
+    AT_ONCE: tl.constexpr = ROWS.requests_at_once
+    before = tl.zeros([AT_ONCE], tl.int64)
+    everywhere = tl.zeros([AT_ONCE], tl.int64)
+    for first in range(0, sizes.requests, AT_ONCE):
+        k = first + tl.arange(0, AT_ONCE)
+        places = tl.load(counts + k, k < sizes.requests, 0)
+        places = tl.minimum(tl.maximum(places, 0), capacity).to(tl.int64)
+        before += tl.where(k < i, places, 0)
+        everywhere += places
+    first_place = tl.minimum(tl.sum(before), capacity).to(tl.int32)
+    total = tl.minimum(tl.sum(everywhere), capacity).to(tl.int32)
+    return Location(first_place, tl.minimum(count, capacity - first_place), total)
 
 
 @triton.jit
@@ -190,7 +211,7 @@ def sums_before(lengths, i, sizes, ROWS: tl.constexpr):
         k = first + tl.arange(0, AT_ONCE)
         exists = k < sizes.requests
         request = load_request(lengths, k, ROWS, exists)
-        nsa = _nsa_sum(request, sizes.topk, ROWS)
+        nsa = _nsa_sum(request, request.cache_seqlen, sizes.topk, ROWS)
         cache_seqlens += tl.where(k < i, request.cache_seqlen, 0)
         nsa_cache_seqlens += tl.where(k < i, nsa, 0)
         nsa_total += tl.where(exists, nsa, 0)
@@ -198,8 +219,10 @@ def sums_before(lengths, i, sizes, ROWS: tl.constexpr):
 
 
 @triton.jit
-def write_rows(row_arrays, row_sums, lengths, request, sums, sizes, ROWS: tl.constexpr):
-    """Writes the lengths of a request's rows, and its share of the padding rows.
+def write_rows(
+    row_arrays, row_sums, lengths, request, sums, share, shares, sizes, ROWS: tl.constexpr
+):
+    """Writes a share of the lengths of a request's rows, and of the padding rows.
 
     Args:
       row_arrays: RowValues, the arrays of [rows].
@@ -207,35 +230,43 @@ def write_rows(row_arrays, row_sums, lengths, request, sums, sizes, ROWS: tl.con
       lengths: of all requests.
       request: whose rows.
       sums: LengthSums before it.
+      share: which share, of `shares` of each request.
+      shares: how many.
       sizes: RowSizes.
       ROWS: RowConstants.
     """
     location = locate(lengths, request, sizes, ROWS)
-    nsa_sum = sums.nsa_cache_seqlens
-    if request.i == 0:
+    AT_ONCE: tl.constexpr = ROWS.rows_at_once
+    if (request.i == 0) & (share == 0):
         store_values(row_sums, 0, RowSums(0))
-    for first in range(0, location.rows, ROWS.rows_at_once):
-        j = first + tl.arange(0, ROWS.rows_at_once)
+    for first in range(share * AT_ONCE, location.rows, shares * AT_ONCE):
+        j = first + tl.arange(0, AT_ONCE)
         exists = j < location.rows
         row = location.first_row + j
-        values = row_values(tl.where(exists, kv_len(request, j), 0), sizes)
-        nsa_sums = nsa_sum + tl.cumsum(values.nsa_cache_seqlens, 0)
+        seen = kv_len(request, j)
+        values = row_values(seen, request.i, sums.cache_seqlens, sizes)
         store_values(row_arrays, row, values, exists)
+        nsa_sums = sums.nsa_cache_seqlens + _nsa_sum(request, seen, sizes.topk, ROWS)
         store_values(row_sums, row + 1, RowSums(nsa_sums), exists)
-        nsa_sum += tl.sum(values.nsa_cache_seqlens)
     if ROWS.rows_per_request is None:
-        for row in range(location.total + request.i, sizes.rows, sizes.requests):
-            store_values(row_arrays, row, row_values(0, sizes))
-            store_values(row_sums, row + 1, RowSums(sums.nsa_total))
+        for first in range(
+            location.total + (request.i * shares + share) * AT_ONCE,
+            sizes.rows,
+            sizes.requests * shares * AT_ONCE,
+        ):
+            row = first + tl.arange(0, AT_ONCE)
+            exists = row < sizes.rows
+            store_values(row_arrays, row, row_values(0, 0, 0, sizes), exists)
+            store_values(row_sums, row + 1, RowSums(sums.nsa_total), exists)
 
 
 @triton.jit
-def _nsa_sum(request, topk, ROWS: tl.constexpr):
-    """The sum of nsa_cache_seqlens over the q rows of a request; wraps as int32 does."""
+def _nsa_sum(request, kv_len, topk, ROWS: tl.constexpr):
+    """The sum of nsa_cache_seqlens over a request's rows up to the one that sees `kv_len`."""
     if ROWS.rows_per_request == 1:
-        return tl.minimum(request.cache_seqlen, topk)
+        return tl.minimum(kv_len, topk)
     before = tl.maximum(request.cache_seqlen - request.q, 0)
-    return _clamped_series(request.cache_seqlen, topk) - _clamped_series(before, topk)
+    return _clamped_series(kv_len, topk) - _clamped_series(before, topk)
 
 
 @triton.jit
