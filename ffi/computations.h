@@ -65,10 +65,16 @@ struct FusedMetadataArguments {
   int32_t max_len;
   int32_t max_total_keys;  // of flat_page_indices
   Tail tail;
+  // Leading tokens of each request that the tables of its rows hold, whose columns are left alone;
+  // data is null: none, and where the tail is not kept.
+  Vector written_lens;
+  // By which a row's live tokens exceed those, for the size of a launch: more take longer.
+  int32_t max_new_tokens;
   bool request_columns;  // whether a column is live for all rows of a request that its last one sees
   TableLayout tables[kFields];  // by Field, of those that are tables and wanted
   int32_t num_backends;
-  Backend backends[kMaxBackends];  // all want the same arrays
+  Backend backends[kMaxBackends];         // all want the same arrays
+  int32_t backend_offsets[kMaxBackends];  // tokens by which each one's seq_lens are longer
 
   RowRules row_rules() const {
     const bool requests_are_items =
@@ -78,9 +84,6 @@ struct FusedMetadataArguments {
 
   int64_t columns(Field table) const { return CeilDiv(max_len, tables[table].tokens_per_column); }
 };
-
-// Arrays that a copy takes at most: those of a backend, or those of SGLang's copy.
-constexpr int kMaxArrays = kFields > 9 ? kFields : 9;
 
 // One array of a copy, contiguous in the source.
 struct CopiedArray {
@@ -93,10 +96,10 @@ struct CopiedArray {
 
 struct CopyArguments {
   int32_t num_arrays;
-  CopiedArray arrays[kMaxArrays];
+  CopiedArray arrays[kFields];
   const int32_t* kv_lens;  // [rows] of the tables that are copied as far as they are live
   int32_t num_backends;
-  int32_t* destinations[kMaxBackends][kMaxArrays];
+  int32_t* destinations[kMaxBackends][kFields];
 };
 
 // The lengths of a draft-extend step, whose rows are ragged.

@@ -12,7 +12,7 @@
 
 namespace jaxnsa {
 
-constexpr int32_t kInt32Max = 0x7fffffff;
+constexpr int32_t kInt32Max = 0x7fffffff, kInt32Min = -kInt32Max - 1;
 
 JAXNSA_HOST_DEVICE int32_t Min(int32_t a, int32_t b) { return a < b ? a : b; }
 JAXNSA_HOST_DEVICE int32_t Max(int32_t a, int32_t b) { return a > b ? a : b; }
@@ -20,6 +20,11 @@ JAXNSA_HOST_DEVICE int32_t Max(int32_t a, int32_t b) { return a > b ? a : b; }
 // Wraps.
 JAXNSA_HOST_DEVICE int32_t Add(int32_t a, int32_t b) {
   return static_cast<int32_t>(static_cast<uint32_t>(a) + static_cast<uint32_t>(b));
+}
+
+// Stops at the ends of int32's range.
+JAXNSA_HOST_DEVICE int32_t SaturatingAdd(int32_t a, int32_t b) {
+  return b < 0 ? Max(a, kInt32Min - b) + b : Min(a, kInt32Max - b) + b;
 }
 
 // Rounds towards minus infinity.

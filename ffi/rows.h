@@ -46,12 +46,14 @@ struct Rows {
     return ragged() ? Max(extend_seq_lens[i], 0) : rows_per_request;
   }
 
-  JAXNSA_HOST_DEVICE int32_t cache_seqlen(int64_t i) const {
-    return cache_seqlen_of(seq_lens[i], added_tokens);
+  // In a backend that is computed for `offset` tokens more.
+  JAXNSA_HOST_DEVICE int32_t cache_seqlen(int64_t i, int32_t offset = 0) const {
+    return cache_seqlen_of(seq_lens[i], offset, added_tokens);
   }
 
-  static JAXNSA_HOST_DEVICE int32_t cache_seqlen_of(int32_t seq_len, int32_t added_tokens) {
-    return Min(Max(seq_len, 0), kInt32Max - added_tokens) + added_tokens;
+  static JAXNSA_HOST_DEVICE int32_t cache_seqlen_of(int32_t seq_len, int32_t offset,
+                                                    int32_t added_tokens) {
+    return Min(Max(SaturatingAdd(seq_len, offset), 0), kInt32Max - added_tokens) + added_tokens;
   }
 
   // For 0 <= j < q.

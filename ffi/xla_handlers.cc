@@ -236,9 +236,10 @@ std::vector<Field> FieldsOf(ffi::Span<const int64_t> indices) {
 }
 
 // Operands: seq_lens, req_pool_indices, req_to_token, extend_seq_lens where rows_per_request is 0,
-// and the destinations where they are filled in place. Results: the arrays `fields` of every
-// backend in their order; stacked ones lead with [num_backends]. `tokens_per_column` and
-// `slots_per_page` tell for each of `fields` what a column stands for, 0 where it is no table.
+// written_lens where `written`, and the destinations where they are filled in place. Results: the
+// arrays `fields` of every backend in their order; stacked ones lead with [num_backends].
+// `tokens_per_column` and `slots_per_page` tell for each of `fields` what a column stands for, 0
+// where it is no table.
 void FusedMetadataOfBuffers(Stream stream, ffi::RemainingArgs operands, ffi::RemainingRets results,
                             ffi::Span<const int64_t> field_indices,
                             ffi::Span<const int64_t> tokens_per_column,
@@ -248,7 +249,9 @@ void FusedMetadataOfBuffers(Stream stream, ffi::RemainingArgs operands, ffi::Rem
                             int64_t index_kpool, ffi::Span<const int64_t> paged_mqa,
                             ffi::Span<const int64_t> topk_plan,
                             ffi::Span<const int64_t> flash_mla, std::string_view tail,
-                            int64_t num_backends, bool stacked) {
+                            int64_t num_backends, bool stacked,
+                            ffi::Span<const int64_t> backend_offsets, bool written,
+                            int64_t max_new_tokens) {
   const auto args = std::make_unique<FusedMetadataArguments>();
   Rows& rows = args->rows;
   rows.count = Int32(count, 0, "rows");
@@ -265,8 +268,12 @@ void FusedMetadataOfBuffers(Stream stream, ffi::RemainingArgs operands, ffi::Rem
       SchedulesOf(NumbersOf(paged_mqa), NumbersOf(topk_plan), NumbersOf(flash_mla));
   args->tail = FromName<Tail>("tail", tail, kTailNames);
   Int32(num_backends, 1, "num_backends");
+  Expect(backend_offsets.size() == static_cast<size_t>(num_backends),
+         "backend_offsets: expected a number for each backend");
+  for (const int64_t offset : backend_offsets) Int32(offset, -kInt32Max, "backend_offsets");
   const std::vector<Field> fields = FieldsOf(field_indices);
-  const size_t inputs = rows.ragged() ? 4 : 3;
+  args->max_new_tokens = Int32(max_new_tokens, 0, "max_new_tokens");
+  const size_t inputs = 3 + rows.ragged() + written;
   Expect(tokens_per_column.size() == fields.size() && slots_per_page.size() == fields.size(),
          "tokens_per_column, slots_per_page: expected a number for each field");
   Expect(results.size() == fields.size() * (stacked ? 1 : num_backends),
@@ -293,6 +300,11 @@ void FusedMetadataOfBuffers(Stream stream, ffi::RemainingArgs operands, ffi::Rem
   } else {
     Expect(count == requests * rows_per_request,
            "rows: expected rows_per_request for each request");
+  }
+  if (written) {
+    Expect(args->tail == Tail::kKeep, "written_lens: expected none as the tail is not kept");
+    args->written_lens =
+        LengthsOf(*operands.get<ffi::AnyBuffer>(inputs - 1), "written_lens", requests);
   }
 
   std::vector<Backend> backends(num_backends, Backend{});
@@ -323,6 +335,9 @@ void FusedMetadataOfBuffers(Stream stream, ffi::RemainingArgs operands, ffi::Rem
   ForLaunches(num_backends, [&](int64_t first, int32_t count) {
     args->num_backends = count;
     std::copy_n(backends.begin() + first, count, args->backends);
+    for (int32_t b = 0; b < count; ++b) {
+      args->backend_offsets[b] = static_cast<int32_t>(backend_offsets[first + b]);
+    }
     FusedMetadata(stream, *args);
   });
 }
@@ -378,7 +393,10 @@ std::vector<XlaHandler> XlaHandlers() {
                              .Attr<Integers>("flash_mla")
                              .Attr<std::string_view>("tail")
                              .Attr<int64_t>("num_backends")
-                             .Attr<bool>("stacked"),
+                             .Attr<bool>("stacked")
+                             .Attr<Integers>("backend_offsets")
+                             .Attr<bool>("written")
+                             .Attr<int64_t>("max_new_tokens"),
                          {ffi::Traits::kCmdBufferCompatible});
   return {{"jaxnsa_prefix_sum", prefix_sum},
           {"jaxnsa_fill_draft_extend_metadata", fill_draft_extend_metadata},

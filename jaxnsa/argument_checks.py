@@ -90,12 +90,8 @@ def held(vector: Array) -> Array:
 
 def held_inputs(given: Inputs) -> Inputs:
     """The same inputs, their vectors held; the pool, which is large, is not copied."""
-    seq_lens, req_pool_indices, pool, extend_seq_lens = given
-    return Inputs(
-        held(seq_lens),
-        held(req_pool_indices),
-        pool,
-        None if extend_seq_lens is None else held(extend_seq_lens),
+    return Inputs._make(
+        value if value is None or value is given.req_to_token else held(value) for value in given
     )
 
 
@@ -122,6 +118,9 @@ class Arguments(NamedTuple):
     tail: Any = None
     num_backends: Any = 1
     stacked: Any = False
+    backend_offsets: Any = None
+    written_lens: Any = None
+    max_new_tokens: Any = None
 
 
 def inputs(given: Arguments) -> tuple[Inputs, Rows]:
@@ -159,17 +158,22 @@ def inputs(given: Arguments) -> tuple[Inputs, Rows]:
     if extend:
         extend_seq_lens = vector("extend_seq_lens", given.extend_seq_lens, bs)
         max_total_tokens = integer("max_total_tokens", given.max_total_tokens, 0, MAX_ROWS)
+    written_lens = given.written_lens
+    if written_lens is not None:
+        written_lens = vector("written_lens", written_lens, bs)
     rows = Rows.of(mode, bs, num_draft_tokens, max_total_tokens)
     if rows.count > MAX_ROWS:
         raise ValueError(
             f"num_draft_tokens: got {num_draft_tokens} for each of {bs} requests, expected at most "
             f"{MAX_ROWS} rows in all"
         )
-    return Inputs(seq_lens, req_pool_indices, req_to_token, extend_seq_lens), rows
+    read = Inputs(seq_lens, req_pool_indices, req_to_token, extend_seq_lens, written_lens)
+    return read, rows
 
 
 def spec(given: Arguments, rows: Rows, pool_cols: int, *, fresh: bool) -> Spec:
     """The static description of a computation, whose results are fresh or in place."""
+    num_backends = integer("num_backends", given.num_backends, 1, MAX_BACKENDS)
     page_size = integer("real_page_size", given.real_page_size, 1)
     tail = ("copy" if fresh else "keep") if given.tail is None else given.tail
     result = Spec(
@@ -182,8 +186,10 @@ def spec(given: Arguments, rows: Rows, pool_cols: int, *, fresh: bool) -> Spec:
         index_kpool=integer("index_kpool", given.index_kpool, 1, INT32_MAX // page_size),
         schedules=schedules(given.schedules),
         tail=one_of("tail", tail, ("copy", "zero", "keep")),
-        num_backends=integer("num_backends", given.num_backends, 1, MAX_BACKENDS),
+        num_backends=num_backends,
         stacked=flag("stacked", given.stacked),
+        backend_offsets=backend_offsets(given.backend_offsets, num_backends),
+        max_new_tokens=max_new_tokens(given.max_new_tokens, given.written_lens),
         max_total_keys=(
             None
             if given.max_total_keys is None
@@ -192,6 +198,16 @@ def spec(given: Arguments, rows: Rows, pool_cols: int, *, fresh: bool) -> Spec:
     )
     if result.tail == "keep" and fresh:
         raise ValueError("tail: got 'keep', expected 'copy' or 'zero' as there is no out= to keep")
+    if result.tail != "keep" and given.written_lens is not None:
+        raise ValueError(
+            f"written_lens: got {described(given.written_lens)}, expected None as there is "
+            + ("no out= that holds anything" if fresh else f"tail {result.tail!r}, not 'keep'")
+        )
+    if result.backend_offsets is not None and rows.prefill:
+        raise ValueError(
+            f"backend_offsets: got {result.backend_offsets}, expected None in "
+            f"{ForwardMode.EXTEND}, where all backends see the same tokens"
+        )
     if not result.wide_table and not result.real_table:
         raise ValueError(
             "wide_table: got False, expected True as real_page_size is 1: no table would be left"
@@ -211,6 +227,30 @@ def schedules(value: Any) -> Schedules:
 def max_len(value: Any, pool_cols: int) -> int:
     """`value` as the number of columns of a page table; None takes all of the pool."""
     return integer("max_len", pool_cols if value is None else value, 1, min(pool_cols, MAX_LEN))
+
+
+def backend_offsets(value: Any, num_backends: int) -> tuple[int, ...] | None:
+    """`value` as the offset of each backend; None where all are 0."""
+    if value is None:
+        return None
+    if not isinstance(value, (tuple, list)) or len(value) != num_backends:
+        got = f"{len(value)} of them" if isinstance(value, (tuple, list)) else described(value)
+        raise ValueError(f"backend_offsets: got {got}, expected a tuple of {num_backends} ints")
+    offsets = tuple(
+        integer(f"backend_offsets[{k}]", offset, -INT32_MAX) for k, offset in enumerate(value)
+    )
+    return offsets if any(offsets) else None
+
+
+def max_new_tokens(value: Any, written_lens: Any) -> int:
+    """`value` as the tokens that a launch is sized for; None takes any number."""
+    if value is None:
+        return MAX_LEN
+    if written_lens is None:
+        raise ValueError(
+            f"max_new_tokens: got {described(value)}, expected None without written_lens"
+        )
+    return min(integer("max_new_tokens", value, 0), MAX_LEN)
 
 
 def source(src: Any) -> NSAMetadata:

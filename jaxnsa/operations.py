@@ -39,6 +39,8 @@ def precompute_decode_metadata(
     schedules: Schedules | None = None,
     tail: Tail | None = None,
     out: NSAMetadata | None = None,
+    written_lens: Array | None = None,
+    max_new_tokens: int | None = None,
     implementation: str | Sequence[str] | None = None,
 ) -> NSAMetadata:
     """The metadata of a decode step: one row per request.
@@ -60,6 +62,14 @@ def precompute_decode_metadata(
         needs `out` and makes the cost follow the live lengths. None: "keep" with `out`, otherwise
         "copy".
       out: destination, donated and filled in place: the result has its device memory.
+      written_lens: int32 or int64 [bs], with `out` and tail "keep": how many leading tokens of
+        request i the tables of each of its rows in `out` hold already, at most those that are live.
+        Their columns are neither read nor written, so that the cost follows what is new; a page is
+        held if its first token is. It is safe where a row belonged to the same request in the call
+        that wrote those tokens, and the pool's entries for them are the same. A wrong claim leaves
+        old columns in place and touches nothing else. `BatchTracker` makes claims that are right.
+      max_new_tokens: with `written_lens`, tokens of any row that are live and not written, at most;
+        no blocks are launched for more. A row that has more is written all the same, by few blocks.
       implementation: a name, or names to try in order; None: the fastest that can run here.
 
     Returns:
@@ -81,6 +91,8 @@ def precompute_decode_metadata(
         index_kpool=index_kpool,
         schedules=schedules,
         tail=tail,
+        written_lens=written_lens,
+        max_new_tokens=max_new_tokens,
     )
     return _fused_metadata(given, out, implementation)[0]
 
@@ -99,6 +111,8 @@ def precompute_target_verify_metadata(
     schedules: Schedules | None = None,
     tail: Tail | None = None,
     out: NSAMetadata | None = None,
+    written_lens: Array | None = None,
+    max_new_tokens: int | None = None,
     implementation: str | Sequence[str] | None = None,
 ) -> NSAMetadata:
     """The metadata of a target-verify step: num_draft_tokens rows per request.
@@ -112,7 +126,7 @@ def precompute_target_verify_metadata(
       req_to_token: int32 [pool_rows, pool_cols], KV slot of each token of each request.
       num_draft_tokens: tokens to verify for each request, >= 1.
       max_len, nsa_index_topk, real_page_size, wide_table, index_kpool, schedules, tail, out,
-        implementation: as in `precompute_decode_metadata`.
+        written_lens, max_new_tokens, implementation: as in `precompute_decode_metadata`.
 
     Returns:
       NSAMetadata; its docstring gives the shapes.
@@ -134,6 +148,8 @@ def precompute_target_verify_metadata(
         index_kpool=index_kpool,
         schedules=schedules,
         tail=tail,
+        written_lens=written_lens,
+        max_new_tokens=max_new_tokens,
     )
     return _fused_metadata(given, out, implementation)[0]
 
@@ -153,6 +169,8 @@ def precompute_draft_extend_metadata(
     schedules: Schedules | None = None,
     tail: Tail | None = None,
     out: NSAMetadata | None = None,
+    written_lens: Array | None = None,
+    max_new_tokens: int | None = None,
     implementation: str | Sequence[str] | None = None,
 ) -> NSAMetadata:
     """The metadata of a draft-extend step: extend_seq_lens[i] rows for request i.
@@ -167,7 +185,7 @@ def precompute_draft_extend_metadata(
       req_to_token: int32 [pool_rows, pool_cols], KV slot of each token of each request.
       max_total_tokens: capacity, the rows of the result.
       max_len, nsa_index_topk, real_page_size, wide_table, index_kpool, schedules, tail, out,
-        implementation: as in `precompute_decode_metadata`.
+        written_lens, max_new_tokens, implementation: as in `precompute_decode_metadata`.
 
     Returns:
       NSAMetadata; its docstring gives the shapes.
@@ -190,6 +208,8 @@ def precompute_draft_extend_metadata(
         index_kpool=index_kpool,
         schedules=schedules,
         tail=tail,
+        written_lens=written_lens,
+        max_new_tokens=max_new_tokens,
     )
     return _fused_metadata(given, out, implementation)[0]
 
@@ -208,6 +228,8 @@ def precompute_extend_metadata(
     wide_table: bool = True,
     tail: Tail | None = None,
     out: NSAMetadata | None = None,
+    written_lens: Array | None = None,
+    max_new_tokens: int | None = None,
     implementation: str | Sequence[str] | None = None,
 ) -> NSAMetadata:
     """The metadata of a prefill step: a row for each new token, a table row for each request.
@@ -225,8 +247,9 @@ def precompute_extend_metadata(
       max_total_keys: capacity of `flat_page_indices`, the slots of all requests' tokens one request
         behind the other; what lies past the last one is 0, or with tail "keep" left alone. None
         leaves the array out.
-      max_len, nsa_index_topk, real_page_size, wide_table, tail, out, implementation: as in
-        `precompute_decode_metadata`. A request's table row sees its `cache_seqlens`.
+      max_len, nsa_index_topk, real_page_size, wide_table, tail, out, written_lens, max_new_tokens,
+        implementation: as in `precompute_decode_metadata`. A request's table row sees its
+        `cache_seqlens`.
 
     Returns:
       NSAMetadata; its docstring gives the shapes.
@@ -248,6 +271,8 @@ def precompute_extend_metadata(
         real_page_size=real_page_size,
         wide_table=wide_table,
         tail=tail,
+        written_lens=written_lens,
+        max_new_tokens=max_new_tokens,
     )
     return _fused_metadata(given, out, implementation)[0]
 
@@ -271,7 +296,10 @@ def fused_metadata_precompute_and_broadcast(
     schedules: Schedules | None = None,
     tail: Tail | None = None,
     out: Sequence[NSAMetadata] | NSAMetadata | None = None,
+    written_lens: Array | None = None,
+    max_new_tokens: int | None = None,
     stacked: bool = False,
+    backend_offsets: Sequence[int] | None = None,
     strategy: Strategy | None = None,
     implementation: str | Sequence[str] | None = None,
 ) -> tuple[NSAMetadata, ...] | NSAMetadata:
@@ -291,11 +319,15 @@ def fused_metadata_precompute_and_broadcast(
         `precompute_draft_extend_metadata` and `precompute_extend_metadata`.
       max_total_keys: in prefill, see `precompute_extend_metadata`.
       max_len, nsa_index_topk, real_page_size, wide_table, index_kpool, schedules, tail,
+        written_lens, max_new_tokens,
         implementation: as in `precompute_decode_metadata`.
       out: destinations, donated and filled in place: N NSAMetadata, or one with `stacked`.
       stacked: one NSAMetadata whose arrays lead with [N], which costs fewer arrays to hand over.
+      backend_offsets: N ints: backend k is computed for `seq_lens + backend_offsets[k]`, so that
+        drafts may each see one token more; None: all 0.
       strategy: "ultra_fast" one launch; "fast" one computation and N copies; "fallback" N
-        computations; None: what the settings say, by default "ultra_fast". All give the same bits.
+        computations, which "fast" stands for too with `written_lens` or `backend_offsets`; None:
+        what the settings say, by default "ultra_fast". All give the same bits.
 
     Returns:
       N NSAMetadata, or one with `stacked`; its docstring gives the shapes.
@@ -322,6 +354,9 @@ def fused_metadata_precompute_and_broadcast(
         tail=tail,
         num_backends=num_backends,
         stacked=stacked,
+        backend_offsets=backend_offsets,
+        written_lens=written_lens,
+        max_new_tokens=max_new_tokens,
     )
     several = stacked is False
     backends = _fused_metadata(given, out, implementation, strategy, several)

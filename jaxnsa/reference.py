@@ -98,87 +98,23 @@ def fused_metadata_precompute_and_broadcast(
     schedules=None,
     tail=None,
     out=None,
+    written_lens=None,
+    max_new_tokens=None,
     stacked=False,
+    backend_offsets=None,
 ) -> tuple[NSAMetadata, ...] | NSAMetadata:
-    """The same metadata for every backend, each in its own arrays."""
-    seq_lens = _lengths(seq_lens)
+    """The metadata of every backend, each in its own arrays."""
+    del max_new_tokens  # sizes launches
     req_to_token = np.asarray(req_to_token)
     max_len = req_to_token.shape[1] if max_len is None else max_len
     tail = tail or ("copy" if out is None else "keep")
-
-    # The KV length of each request; then, of each row, its request and the tokens that it sees.
-    if forward_mode is ForwardMode.DECODE:
-        cache_seqlens = seq_lens
-        rows = list(enumerate(cache_seqlens))
-    elif forward_mode is ForwardMode.TARGET_VERIFY:
-        d = num_draft_tokens
-        cache_seqlens = [min(n, _INT32.max - d) + d for n in seq_lens]
-        rows = [(i, kv - d + 1 + j) for i, kv in enumerate(cache_seqlens) for j in range(d)]
-    else:
-        cache_seqlens = seq_lens
-        rows = _draft_extend_rows(seq_lens, _lengths(extend_seq_lens), max_total_tokens)
-    count = len(rows) if max_total_tokens is None else max_total_tokens
-    prefill = forward_mode is ForwardMode.EXTEND
-    table_rows = list(enumerate(cache_seqlens)) if prefill else rows
-    table_count = len(table_rows) if prefill else count
-
-    seqlens_expanded = np.zeros(count, np.int32)
-    for r, (_, kv_len) in enumerate(rows):
-        seqlens_expanded[r] = kv_len
-    pooled_cache_seqlens = seqlens_expanded // index_kpool
-    nsa_cache_seqlens = (
-        np.minimum(pooled_cache_seqlens * index_kpool, np.int32(nsa_index_topk))
-        + seqlens_expanded % index_kpool
-    ).astype(np.int32)
-    lengths = {
-        "cache_seqlens": np.array(cache_seqlens, np.int32),
-        "cu_seqlens_k": prefix_sum(cache_seqlens),
-        "seqlens_expanded": seqlens_expanded,
-        "nsa_cache_seqlens": nsa_cache_seqlens,
-        "nsa_cu_seqlens_k": prefix_sum(nsa_cache_seqlens),
-    }
-    if prefill:
-        token_to_request, first_key = np.zeros((2, count), np.int32)
-        for r, (i, _) in enumerate(rows):
-            token_to_request[r] = i
-            first_key[r] = lengths["cu_seqlens_k"][i]
-        lengths |= {
-            "token_to_request": token_to_request,
-            "indexer_ks": first_key,
-            "indexer_ke": first_key + seqlens_expanded,
-            "topk_indices_offset": first_key,
-        }
+    schedules = schedules or NO_SCHEDULES
+    written = _lengths([0] * len(seq_lens) if written_lens is None else written_lens)
 
     def pool_row(i) -> np.ndarray:
         return req_to_token[
             min(max(int(np.asarray(req_pool_indices)[i]), 0), len(req_to_token) - 1)
         ]
-
-    if index_kpool > 1:
-        lengths["pooled_cache_seqlens"] = pooled_cache_seqlens
-    schedules = schedules or NO_SCHEDULES
-    if schedules.paged_mqa is not None:
-        expanded = max_total_tokens is not None or schedules.paged_mqa.per_row
-        next_n = num_draft_tokens if not expanded and num_draft_tokens else 1
-        item_lengths = np.array(seqlens_expanded if expanded else cache_seqlens, np.int32)
-        lengths["paged_mqa_ctx_lens"] = np.tile(item_lengths[:, None], next_n)
-        if index_kpool > 1:
-            item_lengths = np.maximum(item_lengths // index_kpool, 1)
-        lengths["paged_mqa_schedule"] = paged_mqa_schedule(
-            item_lengths.tolist(), next_n, schedules.paged_mqa
-        )
-    if schedules.flash_mla is not None:
-        item_lengths = {
-            "topk": [nsa_index_topk] * count,
-            "nsa_cache_seqlens": np.maximum(nsa_cache_seqlens, 1).tolist(),
-            "cache_seqlens": cache_seqlens,
-        }[schedules.flash_mla.lengths]
-        lengths["flash_mla_schedule"], lengths["flash_mla_num_splits"] = flash_mla_schedule(
-            item_lengths, schedules.flash_mla
-        )
-    plan = []
-    if schedules.topk_plan is not None:
-        plan = topk_plan(seqlens_expanded.tolist(), schedules.topk_plan)
 
     # Of each table, every how many tokens it has a column, and how many slots its pages have.
     tables = {}
@@ -189,17 +125,85 @@ def fused_metadata_precompute_and_broadcast(
         if index_kpool > 1:
             tables["pooled_page_table"] = (real_page_size * index_kpool, real_page_size)
 
-    def fresh() -> NSAMetadata:
-        arrays = {name: value.copy() for name, value in lengths.items()}
-        for name, (tokens, _) in tables.items():
-            arrays[name] = np.zeros((table_count, -(-max_len // tokens)), np.int32)
-        if max_total_keys is not None:
-            arrays["flat_page_indices"] = np.zeros(max_total_keys, np.int32)
-        if plan:
-            arrays["topk_plan"] = np.zeros((count + 1, 2), np.int32)
-        return NSAMetadata(**arrays)
+    def backend(offset: int, metadata: NSAMetadata | None) -> NSAMetadata:
+        lens = _lengths(_saturated(seq_lens) + offset)
+        # The KV length of each request; then, of each row, its request and the tokens that it sees.
+        if forward_mode is ForwardMode.DECODE:
+            cache_seqlens = lens
+            rows = list(enumerate(cache_seqlens))
+        elif forward_mode is ForwardMode.TARGET_VERIFY:
+            d = num_draft_tokens
+            cache_seqlens = [min(n, _INT32.max - d) + d for n in lens]
+            rows = [(i, kv - d + 1 + j) for i, kv in enumerate(cache_seqlens) for j in range(d)]
+        else:
+            cache_seqlens = lens
+            rows = _draft_extend_rows(lens, _lengths(extend_seq_lens), max_total_tokens)
+        count = len(rows) if max_total_tokens is None else max_total_tokens
+        prefill = forward_mode is ForwardMode.EXTEND
+        table_rows = list(enumerate(cache_seqlens)) if prefill else rows
+        table_count = len(table_rows) if prefill else count
 
-    def fill(metadata: NSAMetadata) -> NSAMetadata:
+        seqlens_expanded = np.zeros(count, np.int32)
+        for r, (_, kv_len) in enumerate(rows):
+            seqlens_expanded[r] = kv_len
+        pooled_cache_seqlens = seqlens_expanded // index_kpool
+        nsa_cache_seqlens = (
+            np.minimum(pooled_cache_seqlens * index_kpool, np.int32(nsa_index_topk))
+            + seqlens_expanded % index_kpool
+        ).astype(np.int32)
+        lengths = {
+            "cache_seqlens": np.array(cache_seqlens, np.int32),
+            "cu_seqlens_k": prefix_sum(cache_seqlens),
+            "seqlens_expanded": seqlens_expanded,
+            "nsa_cache_seqlens": nsa_cache_seqlens,
+            "nsa_cu_seqlens_k": prefix_sum(nsa_cache_seqlens),
+        }
+        if prefill:
+            token_to_request, first_key = np.zeros((2, count), np.int32)
+            for r, (i, _) in enumerate(rows):
+                token_to_request[r] = i
+                first_key[r] = lengths["cu_seqlens_k"][i]
+            lengths |= {
+                "token_to_request": token_to_request,
+                "indexer_ks": first_key,
+                "indexer_ke": first_key + seqlens_expanded,
+                "topk_indices_offset": first_key,
+            }
+
+        if index_kpool > 1:
+            lengths["pooled_cache_seqlens"] = pooled_cache_seqlens
+        if schedules.paged_mqa is not None:
+            expanded = max_total_tokens is not None or schedules.paged_mqa.per_row
+            next_n = num_draft_tokens if not expanded and num_draft_tokens else 1
+            item_lengths = np.array(seqlens_expanded if expanded else cache_seqlens, np.int32)
+            lengths["paged_mqa_ctx_lens"] = np.tile(item_lengths[:, None], next_n)
+            if index_kpool > 1:
+                item_lengths = np.maximum(item_lengths // index_kpool, 1)
+            lengths["paged_mqa_schedule"] = paged_mqa_schedule(
+                item_lengths.tolist(), next_n, schedules.paged_mqa
+            )
+        if schedules.flash_mla is not None:
+            item_lengths = {
+                "topk": [nsa_index_topk] * count,
+                "nsa_cache_seqlens": np.maximum(nsa_cache_seqlens, 1).tolist(),
+                "cache_seqlens": cache_seqlens,
+            }[schedules.flash_mla.lengths]
+            lengths["flash_mla_schedule"], lengths["flash_mla_num_splits"] = flash_mla_schedule(
+                item_lengths, schedules.flash_mla
+            )
+        plan = []
+        if schedules.topk_plan is not None:
+            plan = topk_plan(seqlens_expanded.tolist(), schedules.topk_plan)
+
+        if metadata is None:
+            arrays = {name: value.copy() for name, value in lengths.items()}
+            for name, (tokens, _) in tables.items():
+                arrays[name] = np.zeros((table_count, -(-max_len // tokens)), np.int32)
+            if max_total_keys is not None:
+                arrays["flat_page_indices"] = np.zeros(max_total_keys, np.int32)
+            if plan:
+                arrays["topk_plan"] = np.zeros((count + 1, 2), np.int32)
+            metadata = NSAMetadata(**arrays)
         for name, value in lengths.items():
             getattr(metadata, name)[:] = value
         if plan:
@@ -211,7 +215,8 @@ def fused_metadata_precompute_and_broadcast(
             for r, (i, kv_len) in enumerate(table_rows):
                 live = max_len if tail == "copy" else min(kv_len, max_len)
                 first_tokens = pool_row(i)[:live:tokens]
-                table[r, : len(first_tokens)] = first_tokens // page_size
+                first = -(-written[i] // tokens)
+                table[r, first : len(first_tokens)] = first_tokens[first:] // page_size
         if max_total_keys is not None:
             keys = np.asarray(metadata.flat_page_indices)
             if tail != "keep":
@@ -224,11 +229,13 @@ def fused_metadata_precompute_and_broadcast(
                 start += kv_len
         return metadata
 
+    offsets = [0] * num_backends if backend_offsets is None else backend_offsets
     if stacked and out is not None:
-        for k in range(num_backends):
-            fill(_map(lambda array, k=k: array[k], out))
+        for k, offset in enumerate(offsets):
+            backend(offset, _map(lambda array, k=k: array[k], out))
         return out
-    backends = tuple(fill(m) for m in (out or [fresh() for _ in range(num_backends)]))
+    destinations = [None] * num_backends if out is None else out
+    backends = tuple(map(backend, offsets, destinations))
     return _map(lambda *arrays: np.stack(arrays), *backends) if stacked else backends
 
 
@@ -264,13 +271,19 @@ def _draft_extend_rows(seq_lens, extend_seq_lens, capacity) -> list[tuple[int, i
     return rows
 
 
+def _saturated(lengths) -> np.ndarray:
+    """int64 [n], lengths in int32's range."""
+    return np.clip(np.asarray(lengths, np.int64), _INT32.min, _INT32.max)
+
+
 def _lengths(lengths) -> list[int]:
     """Lengths in int32's range: negative ones count as 0."""
     return [min(max(int(n), 0), _INT32.max) for n in np.asarray(lengths)]
 
 
 def _wrap(values):
-    return np.asarray(values, np.int64).astype(np.int32)
+    wrapped = (np.asarray(values, object) + 2**31) % 2**32 - 2**31
+    return np.asarray(wrapped, np.int32)
 
 
 def _map(function, *metadata: NSAMetadata) -> NSAMetadata:

@@ -56,7 +56,7 @@ class RowOwners(NamedTuple):
 
 def cache_seqlens(rows: Rows, seq_lens: Array) -> jax.Array:
     """int32 [bs], the KV length of each request."""
-    return jnp.clip(seq_lens, 0, rows.longest_seq_len) + rows.added_tokens
+    return jnp.clip(seq_lens, *rows.seq_len_range) + rows.offset + rows.added_tokens
 
 
 def row_owners(rows: Rows, seq_lens: Array, extend_seq_lens: Array | None) -> RowOwners:

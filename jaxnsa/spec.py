@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import operator
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -31,12 +31,15 @@ class Inputs(NamedTuple):
       req_pool_indices: int32 or int64 [bs].
       req_to_token: int32 [pool_rows, pool_cols].
       extend_seq_lens: int32 or int64 [bs] in draft extend and prefill, otherwise None.
+      written_lens: int32 or int64 [bs], leading tokens of each request that the tables of its rows
+        hold, whose columns are left alone; None: none.
     """
 
     seq_lens: Array
     req_pool_indices: Array
     req_to_token: Array
     extend_seq_lens: Array | None
+    written_lens: Array | None = None
 
 
 def saturated(x: Array) -> jax.Array:
@@ -51,9 +54,9 @@ class Rows:
     """How rows map to requests. The four forward modes are four values of this.
 
     Request i owns q[i] consecutive rows and has KV length
-    `cache_seqlens[i] = clip(seq_lens[i], 0, 2^31 - 1 - added_tokens) + added_tokens`. Its row j,
-    0 <= j < q[i], sees `seqlens_expanded = max(cache_seqlens[i] - q[i] + 1 + j, 0)` tokens. No KV
-    length leaves int32, so that nothing computed from one has to expect a negative one.
+    `cache_seqlens[i] = clip(seq_lens[i] + offset, 0, 2^31 - 1 - added_tokens) + added_tokens`. Its
+    row j, 0 <= j < q[i], sees `seqlens_expanded = max(cache_seqlens[i] - q[i] + 1 + j, 0)` tokens.
+    No KV length leaves int32, so that nothing computed from one has to expect a negative one.
 
     | mode          | q[i]                       | added_tokens     | table rows of request i |
     | ---           | ---                        | ---              | ---                     |
@@ -82,6 +85,8 @@ class Rows:
       rows_per_request: q where it is one number for all, None where extend_seq_lens says.
       added_tokens: tokens that the step itself appends to every request.
       prefill: whether a request has one table row, whatever rows it has, and keys.
+      offset: what counts in place of `seq_lens` is `seq_lens + offset`: see
+        `Spec.backend_offsets`.
     """
 
     requests: int
@@ -89,6 +94,7 @@ class Rows:
     rows_per_request: int | None
     added_tokens: int
     prefill: bool = False
+    offset: int = 0
 
     @classmethod
     def of(
@@ -110,12 +116,16 @@ class Rows:
     @property
     def tables(self) -> "Rows":
         """How table rows map to requests: as rows do, but in prefill as in decode."""
-        return Rows.of(ForwardMode.DECODE, self.requests) if self.prefill else self
+        if not self.prefill:
+            return self
+        rows = Rows.of(ForwardMode.DECODE, self.requests)
+        return dataclasses.replace(rows, offset=self.offset)
 
     @property
-    def longest_seq_len(self) -> int:
-        """Where `seq_lens` saturate, so that KV lengths fit int32."""
-        return INT32_MAX - self.added_tokens
+    def seq_len_range(self) -> tuple[int, int]:
+        """The least and greatest of `seq_lens` that count as they are: KV lengths fit int32."""
+        longest = INT32_MAX - self.added_tokens
+        return max(-self.offset, INT32_MIN), min(longest - self.offset, INT32_MAX)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -135,6 +145,9 @@ class Spec:
       max_total_keys: length of `flat_page_indices`; None where it is not wanted.
       num_backends: how many copies of the metadata.
       stacked: one NSAMetadata whose arrays lead with [num_backends] instead of a tuple of them.
+      backend_offsets: of each backend, the tokens by which its `seq_lens` are longer; None: all 0.
+      max_new_tokens: tokens by which a row's live ones exceed `Inputs.written_lens`, which a launch
+        is sized for: where they are more, it takes longer.
     """
 
     rows: Rows
@@ -148,6 +161,34 @@ class Spec:
     max_total_keys: int | None = None
     index_kpool: int = 1
     schedules: Schedules = NO_SCHEDULES
+    backend_offsets: tuple[int, ...] | None = None
+    max_new_tokens: int = MAX_LEN
+
+    @property
+    def offsets(self) -> tuple[int, ...]:
+        """Of each backend, the tokens by which its `seq_lens` are longer."""
+        return self.backend_offsets or (0,) * self.num_backends
+
+    def rows_of(self, offset: int) -> Rows:
+        """The rows of the backends of an offset."""
+        return dataclasses.replace(self.rows, offset=offset)
+
+    def of_backend(self, k: int) -> "Spec":
+        """What backend k alone is."""
+        offsets = self.backend_offsets and self.backend_offsets[k : k + 1]
+        return dataclasses.replace(self, num_backends=1, stacked=False, backend_offsets=offsets)
+
+    def destination(self, out: tuple[NSAMetadata, ...] | None, k: int) -> tuple[NSAMetadata] | None:
+        """Where backend k alone goes."""
+        if out is None:
+            return None
+        return (jax.tree.map(lambda array: array[k], out[0]) if self.stacked else out[k],)
+
+    def joined(self, backends: Sequence[NSAMetadata]) -> tuple[NSAMetadata, ...]:
+        """Backends that were computed alone, as destinations."""
+        if self.stacked:
+            return (jax.tree.map(lambda *arrays: jnp.stack(arrays), *backends),)
+        return tuple(backends)
 
     @property
     def real_table(self) -> bool:

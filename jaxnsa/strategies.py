@@ -32,30 +32,27 @@ def fused_metadata(
     if strategy == "ultra_fast":
         return module.fused_metadata(inputs, out, spec)
 
-    one = dataclasses.replace(spec, num_backends=1, stacked=False)
+    backends: list[NSAMetadata] = []
     source: Inputs | NSAMetadata = inputs
-    if strategy == "fast":
-        (source,) = module.fused_metadata(inputs, None, one)
-    live = one if spec.tail == "keep" else None
+    if strategy == "fast" and inputs.written_lens is None and spec.backend_offsets is None:
+        (source,) = module.fused_metadata(inputs, None, spec.of_backend(0))
 
     def step(
-        source: Inputs | NSAMetadata, destination: tuple[NSAMetadata] | None
+        source: Inputs | NSAMetadata, destination: tuple[NSAMetadata] | None, one: Spec
     ) -> tuple[NSAMetadata, ...]:
         if isinstance(source, NSAMetadata):
+            live = one if spec.tail == "keep" else None
             source = _up_to_the_plans_end(source, destination)
             source = _with_held_keys(source, destination, live)
             return module.copy(source, destination, num_backends=1, live=live)
         return module.fused_metadata(source, destination, one)
 
-    backends = []
     for k in range(spec.num_backends):
-        (backend,) = step(source, _destination(out, spec, k))
+        (backend,) = step(source, spec.destination(out, k), spec.of_backend(k))
         # Each step waits for the one before it; otherwise XLA would merge equal steps into one.
         source, backend = lax.optimization_barrier((source, backend))
         backends.append(backend)
-    if spec.stacked:
-        return (jax.tree.map(lambda *arrays: jnp.stack(arrays), *backends),)
-    return tuple(backends)
+    return spec.joined(backends)
 
 
 def _with_held_keys(
@@ -81,11 +78,3 @@ def _up_to_the_plans_end(
     is_planned = jnp.arange(len(plan))[:, None] <= plan[0, 1]
     held = jnp.asarray(destination[0].topk_plan)
     return dataclasses.replace(source, topk_plan=jnp.where(is_planned, plan, held))
-
-
-def _destination(
-    out: tuple[NSAMetadata, ...] | None, spec: Spec, k: int
-) -> tuple[NSAMetadata] | None:
-    if out is None:
-        return None
-    return (jax.tree.map(lambda array: array[k], out[0]) if spec.stacked else out[k],)

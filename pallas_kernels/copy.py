@@ -74,8 +74,8 @@ def copy(
                 block = lax.div(index - first, jnp.int32(rows.count))
                 kv_len = kv_lens[row] if table.tail == "keep" else jnp.int32(0)
                 request = Request(lanes, rows, Lengths(None, None), scratch, row, kv_len, 1)
-                targets = Targets([(result[name], ()) for result in results])
-                table.write(lanes, block, Source(sources[name], row), request, targets)
+                targets = Targets(request, [(result[name], ()) for result in results])
+                table.write(lanes, block, Source(sources[name], row), [targets])
 
             first += counts[name]
 

@@ -1,15 +1,17 @@
 """The whole computation in one launch: lengths, prefix sums and page tables, for every destination.
 
 Purpose: `NSAMetadata` of all backends of a step.
-Grid: for each request the blocks that share its lengths, in prefill those that share its keys, then
-those that share its tables.
+Grid: for each request the blocks that share its lengths, for each offset of backends; in prefill
+those that share its keys; then those that share its tables.
 Block: a warpgroup. It waits for no other: sums over earlier requests it takes by itself.
-Inputs: seq_lens, req_pool_indices, extend_seq_lens where rows are ragged, req_to_token, and a view
-of req_to_token as whole pages where its rows consist of such.
+Inputs: seq_lens, req_pool_indices, extend_seq_lens where rows are ragged, written_lens if that is
+given, req_to_token, and a view of req_to_token as whole pages where its rows consist of such.
 Outputs: the arrays of `Spec.shapes` of every destination.
 """
 
 import dataclasses
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax.numpy as jnp
@@ -34,7 +36,8 @@ class _Plan:
     """How the blocks of a request share its work: first lengths, then keys, then tables.
 
     Attributes:
-      length_blocks: blocks that write its lengths.
+      offsets: those of backends, each once and in ascending order.
+      length_blocks: blocks that write its lengths, for each offset.
       key_blocks: blocks that write its keys, if they are wanted.
       wide: the tiles of `page_indices`, if it is wanted.
       real: the tiles of `real_page_table`, if it is wanted and not written with the wide table.
@@ -42,6 +45,7 @@ class _Plan:
       reads_pages: whether the page starts of a pool row form a vector.
     """
 
+    offsets: tuple[int, ...]
     length_blocks: int
     key_blocks: int
     wide: Table | None
@@ -53,21 +57,23 @@ class _Plan:
     def of(cls, spec: Spec, pool_shape: tuple[int, ...], config: BlockConfig) -> "_Plan":
         """The plan for a pool [pool_rows, pool_cols]."""
         requests, max_len, page_size = spec.rows.requests, spec.max_len, spec.real_page_size
-        pool_cols = pool_shape[1]
+        pool_cols, new = pool_shape[1], spec.max_new_tokens
         wide = real = None
         if spec.wide_table:
             width = access_width(pool_cols, max_len)
-            wide = Table.of(requests, max_len, 1, spec.tail, width, config)
+            wide = Table.of(requests, max_len, 1, spec.tail, width, config, new)
         together = spec.real_table and wide is not None and wide.yields_pages(page_size)
         whole_pages = pool_cols % page_size == 0
         if spec.real_table and not together:
-            real = Table.of(requests, max_len, page_size, spec.tail, int(whole_pages), config)
+            width = int(whole_pages)
+            real = Table.of(requests, max_len, page_size, spec.tail, width, config, new)
 
         def shares(tiles: int) -> int:
             return min(tiles, max(1, _MOST_SHARES // requests))
 
         ragged = spec.rows.rows_per_request is None
         return cls(
+            tuple(sorted(set(spec.offsets))),
             shares(pl.cdiv(spec.rows.count, 2 * LANES)) if ragged else 1,
             shares(pl.cdiv(spec.max_total_keys, _KEY_VECTORS * LANES))
             if spec.max_total_keys
@@ -79,9 +85,14 @@ class _Plan:
         )
 
     @property
+    def first_key_block(self) -> int:
+        """The first block that writes keys."""
+        return len(self.offsets) * self.length_blocks
+
+    @property
     def first_wide_block(self) -> int:
         """The first block that writes tables."""
-        return self.length_blocks + self.key_blocks
+        return self.first_key_block + self.key_blocks
 
     @property
     def first_real_block(self) -> int:
@@ -136,42 +147,55 @@ def fused_metadata(
         lengths = Lengths(inputs.seq_lens, inputs.extend_seq_lens)
         destinations = Destinations(spec, results)
 
-        @pl.when(block < plan.length_blocks)
-        def _():
-            request = Request.load(lanes, spec.rows, lengths, scratch, i)
-            share = Share(block, plan.length_blocks)
-            _write_lengths(lanes, request, share, spec.nsa_index_topk, destinations)
+        for n, offset in enumerate(plan.offsets):
+            share = Share(block - n * plan.length_blocks, plan.length_blocks)
+
+            @pl.when((share.block >= 0) & (share.block < share.blocks))
+            def _(offset=offset, share=share):
+                request = Request.load(lanes, spec.rows_of(offset), lengths, scratch, i)
+                _write_lengths(lanes, request, share, spec.nsa_index_topk, destinations)
 
         if plan.key_blocks:
 
-            @pl.when((block >= plan.length_blocks) & (block < plan.first_wide_block))
+            @pl.when((block >= plan.first_key_block) & (block < plan.first_wide_block))
             def _():
                 pool_row = jnp.clip(inputs.req_pool_indices[i], 0, pool_rows - 1)
                 lanes.start_load(pool_row)
                 request = Request.load(lanes, spec.rows, lengths, scratch, i)
-                share = Share(block - plan.length_blocks, plan.key_blocks)
+                share = Share(block - plan.first_key_block, plan.key_blocks)
                 source = inputs.req_to_token.at[pool_row]
                 _write_keys(lanes, request, share, source, spec, destinations)
 
-        def write(table: Table, first_block: int, ref: Any, page_size: int, targets: Targets):
+        def write(table: Table, first_block: int, ref: Any, page_size: int, targets: Callable):
             @pl.when((block >= first_block) & (block < first_block + table.blocks))
             def _():
                 pool_row = jnp.clip(inputs.req_pool_indices[i], 0, pool_rows - 1)
                 lanes.start_load(pool_row)
-                request = Request.load(lanes, spec.rows.tables, lengths, scratch, i)
+                written = None
+                if inputs.written_lens is not None:
+                    written = inputs.written_lens[i]
+                    lanes.start_load(written)
                 source = Source(ref, pool_row, page_size)
-                table.write(lanes, block - first_block, source, request, targets)
+                each = []
+                for offset in plan.offsets:
+                    rows = spec.rows_of(offset).tables
+                    request = Request.load(lanes, rows, lengths, scratch, i)
+                    each.append(targets(request, offset))
+                table.write(lanes, block - first_block, source, each, written)
+
+        def both_tables(request: Request, offset: int) -> Targets:
+            pages = destinations.of("real_page_table", offset) if plan.pages_with_wide else []
+            tables = destinations.of("page_indices", offset)
+            return Targets(request, tables, pages, spec.real_page_size)
+
+        def real_table(request: Request, offset: int) -> Targets:
+            return Targets(request, destinations.of("real_page_table", offset))
 
         if plan.wide:
-            tables, pages = destinations.of("page_indices"), []
-            if plan.pages_with_wide:
-                pages = destinations.of("real_page_table")
-            targets = Targets(tables, pages, spec.real_page_size)
-            write(plan.wide, plan.first_wide_block, inputs.req_to_token, 1, targets)
+            write(plan.wide, plan.first_wide_block, inputs.req_to_token, 1, both_tables)
         if plan.real:
-            targets = Targets(destinations.of("real_page_table"))
             ref = read["pages"] if plan.reads_pages else inputs.req_to_token
-            write(plan.real, plan.first_real_block, ref, spec.real_page_size, targets)
+            write(plan.real, plan.first_real_block, ref, spec.real_page_size, real_table)
         destinations.check_all_written()
 
     results = launch(
@@ -189,8 +213,9 @@ def fused_metadata(
 def _write_lengths(
     lanes: Lanes, request: Request, share: Share, topk: int, destinations: Destinations
 ) -> None:
-    """A share of all arrays but the tables, as far as a request goes."""
-    store, i = destinations.store, request.i
+    """A share of all arrays but the tables, as far as a request goes, of an offset's backends."""
+    store, i = functools.partial(destinations.store, request.rows.offset), request.i
+    store_first = functools.partial(destinations.store_first, request.rows.offset, lanes)
     location = request.locate()
     sums = request.sums_before(topk)
 
@@ -204,14 +229,14 @@ def _write_lengths(
         j, count = first + lanes.iota(LANES), location.rows - first
         row = location.first_row + first
         values = row_values(request.kv_len(j), topk, i, sums.cache_seqlens)
-        destinations.store_first(lanes, row, count, **values)
+        store_first(row, count, **values)
         nsa_sums = sums.nsa_cache_seqlens + request.nsa_sum(j, topk)
-        destinations.store_first(lanes, row + 1, count, nsa_cu_seqlens_k=nsa_sums)
+        store_first(row + 1, count, nsa_cu_seqlens_k=nsa_sums)
 
     def write_padding_rows(first):
         row, count = location.total + first, request.rows.count - location.total - first
-        destinations.store_first(lanes, row, count, **padding_row_values())
-        destinations.store_first(lanes, row + 1, count, nsa_cu_seqlens_k=sums.nsa_total)
+        store_first(row, count, **padding_row_values())
+        store_first(row + 1, count, nsa_cu_seqlens_k=sums.nsa_total)
 
     share.for_tiles(location.rows, write_rows)
     if request.rows.rows_per_request is None:
@@ -238,11 +263,13 @@ def _write_keys(
         slots = [lanes.load_first(source, column, spec.max_len - column) for column in columns]
         for column, vector in zip(columns, slots, strict=True):
             key, count = location.first_row + column, location.rows - column
-            destinations.store_first(lanes, key, count, flat_page_indices=vector)
+            destinations.store_first(
+                request.rows.offset, lanes, key, count, flat_page_indices=vector
+            )
 
     def clear(first):
         key, count = location.total + first, capacity - location.total - first
-        destinations.store_first(lanes, key, count, flat_page_indices=0)
+        destinations.store_first(request.rows.offset, lanes, key, count, flat_page_indices=0)
 
     share.for_tiles(location.rows, write, _KEY_VECTORS)
     if spec.tail != "keep":

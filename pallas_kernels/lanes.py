@@ -135,31 +135,20 @@ class Lanes:
         else:
             self._inline(ptx.store, width, vector)(ref.at[index], vector)
 
-    def store_live(
-        self,
-        ref,
-        index,
-        vector: jax.Array,
-        start: jax.Array,
-        live: jax.Array,
-        tokens_per_column: int,
-        width: int = 1,
-    ) -> None:
-        """Stores the live columns of a vector that begins at column `start`, and nothing else.
-
-        Column c is live where token c * tokens_per_column is one of the first `live`.
-        """
-        left = live - (start + self.iota(vector.size, width)) * tokens_per_column
+    def store_part(self, ref, index, vector: jax.Array, start, first, end, width: int = 1) -> None:
+        """Stores columns [first, end) of a vector that begins at column `start`, no others."""
+        column = start + self.iota(vector.size, width)
+        left, skipped = end - column, first - column
         if self._interpret:
-            ref[index] = jnp.where(left > 0, vector, ref[index])
+            ref[index] = jnp.where((left > 0) & (skipped <= 0), vector, ref[index])
         else:
-            store = self._inline(ptx.store_live, width, vector, left, step=tokens_per_column)
-            store(ref.at[index], vector, left)
+            store = self._inline(ptx.store_part, width, vector, left, skipped)
+            store(ref.at[index], vector, left, skipped)
 
     def store_pages(
-        self, ref, index, columns: jax.Array, start, end, page: int, width: int = 1
+        self, ref, index, columns: jax.Array, start, first, end, page: int, width: int = 1
     ) -> None:
-        """Stores the pages of a table's columns [start, start + columns.size) below `end`.
+        """Stores the pages of a table's columns [start, start + columns.size) in [first, end).
 
         A page starts where a column is a multiple of `page`: its number, the column's value divided
         by `page`, goes to `ref[(*index, column // page)]`. At most one starts in an access: `page`
@@ -167,7 +156,7 @@ class Lanes:
         """
         column = start + self.iota(columns.size, width)
         position = floor_div(column, page)
-        starts = (column == position * page) & (column < end)
+        starts = (column == position * page) & (column >= first) & (column < end)
         pages = floor_div(columns, page)
         if not self._interpret:
             positions = jnp.where(starts, position, -1)
@@ -197,6 +186,11 @@ class Lanes:
     def zeros(self, size: int, width: int = 1) -> jax.Array:
         """A vector of zeros."""
         return self.laid_out(jnp.zeros((size,), jnp.int32), width)
+
+
+def ceil_div(x: jax.Array, divisor: int) -> jax.Array:
+    """`x / divisor`, rounded up, of scalars that are not negative; never past int32."""
+    return x if divisor == 1 else floor_div(x - 1, divisor) + 1
 
 
 def _parts(count: jax.Array, ref) -> list[tuple[jax.Array, jax.Array, int]]:

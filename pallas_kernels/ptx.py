@@ -28,35 +28,41 @@ def store(memory: ir.Value, registers: mgpu.FragmentedArray, width: int) -> None
         _assembly(_instruction(width), pointer, *values)
 
 
-def store_live(
+def store_part(
     memory: ir.Value,
     registers: mgpu.FragmentedArray,
     left: mgpu.FragmentedArray,
+    skipped: mgpu.FragmentedArray,
     width: int,
-    step: int,
 ) -> None:
-    """Stores the live elements of an int32 array to global memory, and touches nothing else.
+    """Stores some elements of an int32 array to global memory, and touches nothing else.
 
     Args:
       memory: memref of the shape of the array.
       registers: the array, with `width` neighbouring elements in each access.
-      left: int32, live tokens from the one on that the element stands for; not above 0: none.
+      left: int32, elements from this one on before the end of those that are stored; not above 0:
+        none.
+      skipped: int32, elements from this one on before the first one that is stored.
       width: 1, 2 or 4.
-      step: tokens from one element to the next.
     """
+    left_operand, skipped_operand = f"${width + 1}", f"${width + 2}"
     lines = [
         ".reg .pred whole, part;",
-        f"setp.gt.s32 whole, ${width + 1}, {(width - 1) * step};",
+        f"setp.gt.s32 whole, {left_operand}, {width - 1};",
+        f"setp.le.and.s32 whole, {skipped_operand}, 0, whole;",
         f"@whole {_instruction(width)}",
     ]
     if width > 1:
         for k in range(width):
-            lines.append(f"setp.gt.and.s32 part, ${width + 1}, {k * step}, !whole;")
+            lines.append(f"setp.gt.and.s32 part, {left_operand}, {k}, !whole;")
+            lines.append(f"setp.le.and.s32 part, {skipped_operand}, {k}, part;")
             lines.append(f"@part st.global.cs.b32 [$0+{4 * k}], ${k + 1};")
-    counts = [values[0] for _, values in _accesses(memory, left, width)]
+    bounds = [
+        [values[0] for _, values in _accesses(memory, bound, width)] for bound in (left, skipped)
+    ]
     accesses = _accesses(memory, registers, width)
-    for (pointer, values), count in zip(accesses, counts, strict=True):
-        _assembly(f"{{ {' '.join(lines)} }}", pointer, *values, count)
+    for (pointer, values), *of_access in zip(accesses, *bounds, strict=True):
+        _assembly(f"{{ {' '.join(lines)} }}", pointer, *values, *of_access)
 
 
 def scatter(

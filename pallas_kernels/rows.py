@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxnsa.spec import Rows
+from jaxnsa.spec import INT32_MAX, Rows
 from pallas_kernels.lanes import LANES, Lanes, Scalar, sum_over_requests
 
 
@@ -82,7 +82,7 @@ class Request:
     def load(
         cls, lanes: Lanes, rows: Rows, lengths: Lengths, scratch: Any, i: jax.Array
     ) -> "Request":
-        """Request i."""
+        """Request i, in backends that have these rows."""
         cache_seqlen = _cache_seqlen(rows, lengths.seq_lens[i])
         each = rows.rows_per_request
         q = jnp.maximum(lengths.extend_seq_lens[i], 0) if each is None else each
@@ -211,10 +211,11 @@ def padding_row_values() -> dict[str, Scalar]:
 
 
 def _cache_seqlen(rows: Rows, seq_len: jax.Array) -> jax.Array:
-    seq_len = jnp.maximum(seq_len, 0)
-    if rows.added_tokens:
-        seq_len = jnp.minimum(seq_len, rows.longest_seq_len) + rows.added_tokens
-    return seq_len
+    least, greatest = rows.seq_len_range
+    seq_len = jnp.maximum(seq_len, least)
+    if greatest < INT32_MAX:
+        seq_len = jnp.minimum(seq_len, greatest)
+    return seq_len + rows.offset + rows.added_tokens
 
 
 def _nsa_sum(kv_len: jax.Array, cache_seqlen: jax.Array, q: Scalar, topk: int) -> jax.Array:

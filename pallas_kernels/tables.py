@@ -1,7 +1,7 @@
 """Writing a page table: cut into tiles, each element loaded once and stored everywhere it goes."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -10,7 +10,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 
 from jaxnsa.spec import MAX_LEN, Tail
-from pallas_kernels.lanes import LANES, Lanes, floor_div
+from pallas_kernels.lanes import LANES, Lanes, ceil_div, floor_div
 from pallas_kernels.rows import Location, Request
 from pallas_kernels.tuning import BlockConfig
 
@@ -42,17 +42,31 @@ class Source(NamedTuple):
 
 
 class Targets(NamedTuple):
-    """Where the columns of a table go.
+    """Where the columns of a table go, in all backends that see the same tokens.
 
     Attributes:
+      request: whose rows, as these backends see it.
       tables: as they are.
       pages: where the pages that start in them go, if the table yields any.
       page_size: tokens in a page.
     """
 
+    request: Request
     tables: Sequence[Destination]
     pages: Sequence[Destination] = ()
     page_size: int = 1
+
+
+class Vector(NamedTuple):
+    """Columns that are moved at once.
+
+    Attributes:
+      start: the first of them.
+      first: the first of them that is stored.
+    """
+
+    start: Any
+    first: Any
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,13 +99,21 @@ class Table:
         tail: Tail,
         width: int,
         config: BlockConfig,
+        max_new_tokens: int = MAX_LEN,
     ) -> "Table":
-        """A table whose accesses are as wide as strides (`width`) and columns allow."""
+        """A table whose accesses are as wide as strides (`width`) and columns allow.
+
+        Its blocks are as many as a row of `max_new_tokens` wants.
+        """
         columns = -(-max_len // tokens_per_column)
         while width and LANES * width > columns:
             width //= 2
         table = cls(max_len, tokens_per_column, tail, width, 0, config)
-        blocks = min(table.tiles, max(1, config.blocks // requests)) if width else table.tiles
+        # The first access may begin before the first new column.
+        new_columns = -(-max_new_tokens // tokens_per_column) + max(width - 1, 0)
+        blocks = min(table.tiles, max(1, -(-new_columns // table.tile)))
+        if width:
+            blocks = min(blocks, max(1, config.blocks // requests))
         return dataclasses.replace(table, blocks=blocks)
 
     @property
@@ -121,7 +143,12 @@ class Table:
         return self.tokens_per_column == 1 and self.width > 0 and page_size % self.width == 0
 
     def write(
-        self, lanes: Lanes, block: jax.Array, source: Source, request: Request, targets: Targets
+        self,
+        lanes: Lanes,
+        block: jax.Array,
+        source: Source,
+        targets: Sequence[Targets],
+        written: jax.Array | None = None,
     ) -> None:
         """Writes the share of one block in all rows of a request.
 
@@ -129,34 +156,51 @@ class Table:
           lanes: vector operations.
           block: which of the request's blocks.
           source: where the columns come from.
-          request: whose rows.
-          targets: where they go.
+          targets: where they go; the backends that see the most tokens come last.
+          written: leading tokens whose columns are left alone; None: none. Needs tail "keep".
         """
-        writer = _Writer(self, lanes, source, request, targets)
-        if not self.width:
-            writer.write_scalars(block, request.locate())
+        writer = _Writer(self, lanes, source, targets)
+        if written is not None:
+            self._write_new(writer, block, self.columns_of(jnp.maximum(written, 0)))
+        elif not self.width:
+            writer.write_scalars(block * self.tile, writer.request.locate())
         elif self.blocks == self.tiles:
             self._write_tile(writer, block, None)
         else:
-            location = request.locate()
+            location = writer.request.locate()
             tiles = jnp.int32(self.tiles)
             if self.tail == "keep":
-                tile_tokens = min(self.tile * self.tokens_per_column, MAX_LEN)
-                live = self.live_tokens(request.cache_seqlen)
-                tiles = jnp.minimum(
-                    tiles, lax.div(live + (tile_tokens - 1), jnp.int32(tile_tokens))
-                )
-            strides = lax.div(tiles - block + (self.blocks - 1), jnp.int32(self.blocks))
-            lax.fori_loop(
-                0,
-                strides,
-                lambda k, _: self._write_tile(writer, block + k * self.blocks, location),
-                None,
+                tiles = jnp.minimum(tiles, ceil_div(writer.live_columns(), self.tile))
+            self._for_tiles(block, tiles, lambda index: self._write_tile(writer, index, location))
+
+    def columns_of(self, tokens: jax.Array) -> jax.Array:
+        """Columns that stand for the first `tokens` of a row: those whose first token is one."""
+        return ceil_div(jnp.minimum(tokens, self.max_len), self.tokens_per_column)
+
+    def _for_tiles(self, block: jax.Array, tiles: jax.Array, write: Callable) -> None:
+        """Calls `write` with the index of each of a block's tiles, of so many."""
+        strides = lax.div(tiles - block + (self.blocks - 1), jnp.int32(self.blocks))
+        lax.fori_loop(0, strides, lambda k, _: write(block + k * self.blocks), None)
+
+    def _write_new(self, writer: "_Writer", block: jax.Array, first: jax.Array) -> None:
+        """Writes the live columns from `first` on, where the tiles begin."""
+        location, live = writer.request.locate(), writer.live_columns()
+        begin = first - lax.rem(first, jnp.int32(max(self.width, 1)))
+        tiles = jnp.where(first < live, ceil_div(live - begin, self.tile), 0)
+
+        def write(index: jax.Array) -> None:
+            start = begin + index * self.tile
+            if not self.width:
+                writer.write_scalars(start, location)
+                return
+            starts = [start + k * self.vector for k in range(self.config.vectors)]
+            # What would go past the end of the row begins before, and stores no column twice.
+            last = self.columns - self.vector
+            writer.write_vectors(
+                [Vector(jnp.minimum(s, last), jnp.maximum(s, first)) for s in starts], location
             )
 
-    def live_tokens(self, kv_len: jax.Array) -> jax.Array:
-        """Tokens of a row that columns stand for: column c is live if c * tokens_per_column is."""
-        return jnp.minimum(kv_len, self.max_len)
+        self._for_tiles(block, tiles, write)
 
     def _write_tile(self, writer: "_Writer", index: jax.Array, location: Location | None) -> None:
         in_last = self.columns // self.vector - (self.tiles - 1) * self.config.vectors
@@ -165,7 +209,7 @@ class Table:
 
         def write(vectors: int, more: Sequence[int] = ()) -> None:
             starts = [index * self.tile + k * self.vector for k in range(vectors)]
-            writer.write_vectors([*starts, *more], location)
+            writer.write_vectors([Vector(s, None) for s in (*starts, *more)], location)
 
         if in_last == self.config.vectors and not rest:
             write(in_last)
@@ -182,107 +226,130 @@ class _Writer:
     table: Table
     lanes: Lanes
     source: Source
-    request: Request
-    targets: Targets
+    targets: Sequence[Targets]
 
-    def write_vectors(self, starts: Sequence[Any], location: Location | None) -> None:
+    @property
+    def request(self) -> Request:
+        """As the backends see it that see the most tokens."""
+        return self.targets[-1].request
+
+    def live_columns(self) -> jax.Array:
+        """Of the longest row."""
+        return self.table.columns_of(self.request.cache_seqlen)
+
+    def write_vectors(self, vectors: Sequence[Vector], location: Location | None) -> None:
         """Loads the vectors of a tile and stores them in all rows.
 
         Args:
-          starts: the first column of each vector.
+          vectors: in ascending order.
           location: the rows; None: to be found once the loads are under way.
         """
         if self.table.tail == "keep":
-            live = self.table.live_tokens(self.request.cache_seqlen)
-            first_token = starts[0] * self.table.tokens_per_column
-            pl.when(first_token < live)(lambda: self._keep(starts, live, location))
+            live = self.live_columns()
+            pl.when(vectors[0].start < live)(lambda: self._keep(vectors, live, location))
         else:
-            self._overwrite(starts, location)
+            self._overwrite(vectors, location)
 
-    def _keep(self, starts: Sequence[Any], longest: jax.Array, location: Location | None) -> None:
+    def _keep(
+        self, vectors: Sequence[Vector], longest: jax.Array, location: Location | None
+    ) -> None:
         """Stores the live columns and touches nothing else."""
         table, lanes = self.table, self.lanes
-        tokens = table.tokens_per_column
 
         def load(start):
             nothing = lanes.zeros(table.vector, table.width)
-            return lax.cond(start * tokens < longest, lambda: self._load(start), lambda: nothing)
+            return lax.cond(start < longest, lambda: self._load(start), lambda: nothing)
 
-        vectors = [load(start) for start in starts]
+        loaded = [load(vector.start) for vector in vectors]
         location = location or self.request.locate()
 
         def write_row(j, row):
-            live = table.live_tokens(self.request.kv_len(j))
-            for start, vector in zip(starts, vectors, strict=True):
-                columns = pl.ds(start, table.vector)
-
-                def whole(vector=vector, columns=columns):
-                    for ref, lead in self.targets.tables:
-                        lanes.store(ref, (*lead, row, columns), vector, table.width)
-
-                def part(vector=vector, columns=columns, start=start):
-                    for ref, lead in self.targets.tables:
-                        index = (*lead, row, columns)
-                        lanes.store_live(ref, index, vector, start, live, tokens, table.width)
-
-                last_token = (start + (table.vector - 1)) * tokens
-                lax.cond(last_token < live, whole, part)
-                self._store_pages(row, start, vector, live)
+            for targets in self.targets:
+                live = table.columns_of(targets.request.kv_len(j))
+                for (start, first), values in zip(vectors, loaded, strict=True):
+                    self._store_live(targets, row, start, first, live, values)
 
         self.request.for_rows(location, write_row)
 
-    def _overwrite(self, starts: Sequence[Any], location: Location | None) -> None:
+    def _store_live(self, targets: Targets, row, start, first, live, values) -> None:
+        """Stores the columns of a vector from `first`, if that is not None, to before `live`."""
+        table, lanes = self.table, self.lanes
+        columns = pl.ds(start, table.vector)
+
+        def whole():
+            for ref, lead in targets.tables:
+                lanes.store(ref, (*lead, row, columns), values, table.width)
+
+        def part():
+            for ref, lead in targets.tables:
+                index = (*lead, row, columns)
+                low = start if first is None else first
+                lanes.store_part(ref, index, values, start, low, live, table.width)
+
+        is_whole = start + (table.vector - 1) < live
+        if first is not None:
+            is_whole &= first <= start
+        lax.cond(is_whole, whole, part)
+        self._store_pages(targets, row, start, start if first is None else first, live, values)
+
+    def _overwrite(self, vectors: Sequence[Vector], location: Location | None) -> None:
         """Stores every column, 0 past the live ones with tail "zero" and in padding rows."""
         table, lanes = self.table, self.lanes
-        tokens = lanes.iota(table.vector, table.width) * table.tokens_per_column
-        vectors = [self._load(start) for start in starts]
+        iota = lanes.iota(table.vector, table.width)
+        starts = [vector.start for vector in vectors]
+        loaded = [self._load(start) for start in starts]
         location = location or self.request.locate()
 
-        def store(row, start, vector):
-            for ref, lead in self.targets.tables:
+        def store(targets, row, start, values):
+            for ref, lead in targets.tables:
                 index = (*lead, row, pl.ds(start, table.vector))
-                lanes.store(ref, index, vector, table.width)
-            self._store_pages(row, start, vector, table.max_len)
+                lanes.store(ref, index, values, table.width)
+            self._store_pages(targets, row, start, start, table.max_len, values)
 
         def write_row(j, row):
-            live = table.live_tokens(self.request.kv_len(j)) if table.tail == "zero" else None
-            for start, vector in zip(starts, vectors, strict=True):
-                if live is not None:
-                    is_live = start * table.tokens_per_column + tokens < live
-                    vector = jnp.where(is_live, vector, 0)
-                store(row, start, vector)
+            for targets in self.targets:
+                live = None
+                if table.tail == "zero":
+                    live = table.columns_of(targets.request.kv_len(j))
+                for start, values in zip(starts, loaded, strict=True):
+                    if live is not None:
+                        values = jnp.where(start + iota < live, values, 0)
+                    store(targets, row, start, values)
 
         def clear_row(row):
-            for start in starts:
-                store(row, start, lanes.zeros(table.vector, table.width))
+            for targets in self.targets:
+                for start in starts:
+                    store(targets, row, start, lanes.zeros(table.vector, table.width))
 
         self.request.for_rows(location, write_row)
         self.request.for_padding_rows(location, clear_row)
 
-    def write_scalars(self, tile: jax.Array, location: Location) -> None:
+    def write_scalars(self, start: jax.Array, location: Location) -> None:
         """The same, column by column."""
         table = self.table
         last = table.columns - 1
-        columns = [tile * table.tile + k for k in range(table.tile)]
-        tokens = [jnp.minimum(column, last) * table.tokens_per_column for column in columns]
-        values = [self.source.columns(self.lanes, jnp.minimum(c, last)) for c in columns]
+        columns = [start + k for k in range(table.tile)]
+        loaded = [self.source.columns(self.lanes, jnp.minimum(c, last)) for c in columns]
 
-        def store(row, column, value, is_stored):
+        def store(targets, row, column, value, is_stored):
             @pl.when(is_stored & (column <= last))
             def _():
-                for ref, lead in self.targets.tables:
+                for ref, lead in targets.tables:
                     ref[(*lead, row, column)] = value
 
         def write_row(j, row):
-            live = table.live_tokens(self.request.kv_len(j))
-            for column, token, value in zip(columns, tokens, values, strict=True):
-                if table.tail == "zero":
-                    value = jnp.where(token < live, value, 0)
-                store(row, column, value, token < live if table.tail == "keep" else True)
+            for targets in self.targets:
+                live = table.columns_of(targets.request.kv_len(j))
+                for column, value in zip(columns, loaded, strict=True):
+                    if table.tail == "zero":
+                        value = jnp.where(column < live, value, 0)
+                    is_stored = column < live if table.tail == "keep" else True
+                    store(targets, row, column, value, is_stored)
 
         def clear_row(row):
-            for column in columns:
-                store(row, column, jnp.int32(0), True)
+            for targets in self.targets:
+                for column in columns:
+                    store(targets, row, column, jnp.int32(0), True)
 
         self.request.for_rows(location, write_row)
         if table.tail != "keep":
@@ -292,9 +359,9 @@ class _Writer:
         columns = self.source.columns(self.lanes, pl.ds(start, self.table.vector))
         return self.lanes.laid_out(columns, self.table.width)
 
-    def _store_pages(self, row, start, vector, end) -> None:
-        for ref, lead in self.targets.pages:
-            page_size = self.targets.page_size
+    def _store_pages(self, targets: Targets, row, start, first, end, values) -> None:
+        for ref, lead in targets.pages:
+            page_size = targets.page_size
             self.lanes.store_pages(
-                ref, (*lead, row), vector, start, end, page_size, self.table.width
+                ref, (*lead, row), values, start, first, end, page_size, self.table.width
             )

@@ -195,7 +195,12 @@ def replaced(sequence, k, value):
         (None, None, {"paged_mqa": np.arange(3)}, "paged_mqa: got 0"),
         (None, None, {"topk_plan": np.arange(4)}, "topk_plan: got 4 numbers, expected 5"),
         (None, None, {"flash_mla": np.array([66, 3, 5, 0])}, "flash_mla: got 3"),
-        (None, None, {"fields": np.arange(len(NAMES)) + len(FIELDS)}, "fields: expected indices of"),
+        (
+            None,
+            None,
+            {"fields": np.arange(len(NAMES)) + len(FIELDS)},
+            "fields: expected indices of",
+        ),
         (None, None, {"fields": np.arange(len(NAMES))[::-1]}, "fields: expected indices of"),
         (None, None, {"rows": np.int64(4)}, "rows: expected rows_per_request for each request"),
         (None, None, {"rows": np.int64(2**31)}, "rows: expected an int32 of at least 0"),

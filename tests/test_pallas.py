@@ -111,7 +111,7 @@ def test_an_array_that_no_block_writes_is_an_error():
     destinations = Destinations(spec, [refs])
     for name in spec.shapes():
         if name != "seqlens_expanded":
-            destinations.of(name)
+            destinations.of(name, 0)
     with pytest.raises(NotImplementedError, match=r"does not write \['seqlens_expanded'\]"):
         destinations.check_all_written()
 

@@ -71,7 +71,13 @@ def check(lengths, schedules, implementation, *, mode=ForwardMode.DECODE, **opti
     "k, mode, bs, options",
     [
         (0, ForwardMode.DECODE, 33, {}),
-        (0, ForwardMode.DRAFT_EXTEND, 3, {"in_place": True, "num_backends": 2}),
+        (
+            0,
+            ForwardMode.DRAFT_EXTEND,
+            3,
+            {"in_place": True, "num_backends": 2, "backend_offsets": (0, 70)},
+        ),
+        (0, ForwardMode.EXTEND, 3, {"index_kpool": 2}),
         (1, ForwardMode.TARGET_VERIFY, 7, {"stacked": True, "num_backends": 2}),
         (1, ForwardMode.DECODE, 2, {"index_kpool": 4, "in_place": True, "tail": "zero"}),
         (2, ForwardMode.DRAFT_EXTEND, 7, {"index_kpool": 3, "tail": "zero"}),

@@ -30,23 +30,28 @@ class Table {
     }
   }
 
-  // Writes `count` rows from `first_row` on, of which row j sees kv_len(j) tokens of a pool row.
+  // Writes `count` rows from `first_row` on, of which row j of backend b sees kv_len(b, j) tokens
+  // of a pool row, but for the columns of the first `written` tokens.
   template <typename KvLen>
-  void Write(const int32_t* pool_row, int64_t first_row, int64_t count, KvLen kv_len) {
+  void Write(const int32_t* pool_row, int64_t first_row, int64_t count, int32_t written,
+             KvLen kv_len) {
+    const int64_t first = LiveColumns(layout_.tokens_per_column, written);
     RowContent longest{0, 0};
     contents_.clear();
     for (int64_t j = 0; j < count; ++j) {
-      const RowContent content = ContentOf(kv_len(j));
-      longest = {std::max(longest.live, content.live), std::max(longest.end, content.end)};
-      contents_.push_back(content);
+      for (int b = 0; b < backends(); ++b) {
+        const RowContent content = ContentOf(kv_len(b, j));
+        longest = {std::max(longest.live, content.live), std::max(longest.end, content.end)};
+        contents_.push_back(content);
+      }
     }
-    const int32_t* const source = Columns(pool_row, longest.live);
-    for (int64_t begin = 0; begin < longest.end; begin += kTileColumns) {
+    const int32_t* const source = Columns(pool_row, first, longest.live);
+    for (int64_t begin = first; begin < longest.end; begin += kTileColumns) {
       const int64_t end = std::min(begin + kTileColumns, longest.end);
       for (int64_t j = 0; j < count; ++j) {
-        for (int32_t* const array : arrays_) {
-          int32_t* const row = array + (first_row + j) * layout_.stride;
-          WriteColumns(row, source, contents_[j], begin, end);
+        for (int b = 0; b < backends(); ++b) {
+          int32_t* const row = arrays_[b] + (first_row + j) * layout_.stride;
+          WriteColumns(row, source, contents_[j * backends() + b], begin, end);
         }
       }
     }
@@ -62,17 +67,19 @@ class Table {
   }
 
  private:
+  int backends() const { return static_cast<int>(arrays_.size()); }
+
   RowContent ContentOf(int32_t kv_len) const {
     const int64_t live = std::min(LiveColumns(layout_.tokens_per_column, kv_len), columns_);
     return {tail_ == Tail::kCopy ? columns_ : live, tail_ == Tail::kKeep ? live : columns_};
   }
 
-  // The first columns of a row of the table, of the pool's row.
-  const int32_t* Columns(const int32_t* pool_row, int64_t count) {
+  // A row of the table, of the pool's row, from column `begin` to before `end`.
+  const int32_t* Columns(const int32_t* pool_row, int64_t begin, int64_t end) {
     const int64_t tokens = layout_.tokens_per_column;
     if (tokens == 1) return pool_row;
-    if (static_cast<int64_t>(scratch_.size()) < count) scratch_.resize(count);
-    for (int64_t c = 0; c < count; ++c) {
+    if (static_cast<int64_t>(scratch_.size()) < end) scratch_.resize(end);
+    for (int64_t c = begin; c < end; ++c) {
       scratch_[c] = FloorDiv(pool_row[c * tokens], layout_.slots_per_page);
     }
     return scratch_.data();
@@ -147,47 +154,60 @@ void FusedMetadata(Stream, const FusedMetadataArguments& args) {
   const Rows& rows = args.rows;
   const RowRules rules = args.row_rules();
   std::vector<Table> tables = TablesOf(args);
-  const auto store = [&](int64_t index, const auto& values) {
-    for (int b = 0; b < args.num_backends; ++b) Store(args.backends[b].lengths, index, values);
-  };
+  // By backend.
+  std::vector<int32_t> cache_seqlens(args.num_backends), cache_sums(args.num_backends),
+      nsa_sums(args.num_backends);
   int64_t row = 0;
-  int32_t cache_sum = 0, nsa_sum = 0;
-  StepLengths lengths;
+  std::vector<StepLengths> lengths(args.num_backends);
   Keys keys(args);
-  const auto store_row = [&](int64_t row, const RowValues& values) {
-    lengths.rows.push_back(values.seqlens_expanded);
-    nsa_sum = Add(nsa_sum, values.nsa_cache_seqlens);
-    store(row, values);
-    store(row + 1, RowSums(nsa_sum));
+  const auto store_row = [&](int b, int64_t row, const RowValues& values) {
+    lengths[b].rows.push_back(values.seqlens_expanded);
+    nsa_sums[b] = Add(nsa_sums[b], values.nsa_cache_seqlens);
+    Store(args.backends[b].lengths, row, values);
+    Store(args.backends[b].lengths, row + 1, RowSums(nsa_sums[b]));
   };
-  store(0, RequestSums(0));
-  store(0, RowSums(0));
+  for (int b = 0; b < args.num_backends; ++b) {
+    Store(args.backends[b].lengths, 0, RequestSums(0));
+    Store(args.backends[b].lengths, 0, RowSums(0));
+  }
   for (int64_t i = 0; i < rows.requests; ++i) {
-    const int32_t cache_seqlen = rows.cache_seqlen(i), q = rows.q(i);
-    const auto kv_len = [&](int64_t j) {
-      return Rows::kv_len(cache_seqlen, q, static_cast<int32_t>(j));
-    };
-    lengths.requests.push_back(cache_seqlen);
-    const RowOwner owner{static_cast<int32_t>(i), cache_seqlen, cache_sum};
-    cache_sum = Add(cache_sum, cache_seqlen);
-    store(i, RequestValues(cache_seqlen));
-    store(i + 1, RequestSums(cache_sum));
+    const int32_t q = rows.q(i);
     const int64_t count = std::min<int64_t>(q, rows.count - row);
-    for (int64_t j = 0; j < count; ++j) store_row(row + j, RowValuesOf(kv_len(j), owner, rules));
-    const auto table_kv_len = [&](int64_t j) {
-      return rows.prefill || args.request_columns ? cache_seqlen : kv_len(j);
+    const auto kv_len = [&](int b, int64_t j) {
+      return Rows::kv_len(cache_seqlens[b], q, static_cast<int32_t>(j));
+    };
+    for (int b = 0; b < args.num_backends; ++b) {
+      const Lengths& to = args.backends[b].lengths;
+      cache_seqlens[b] = rows.cache_seqlen(i, args.backend_offsets[b]);
+      lengths[b].requests.push_back(cache_seqlens[b]);
+      const RowOwner owner{static_cast<int32_t>(i), cache_seqlens[b], cache_sums[b]};
+      cache_sums[b] = Add(cache_sums[b], cache_seqlens[b]);
+      Store(to, i, RequestValues(cache_seqlens[b]));
+      Store(to, i + 1, RequestSums(cache_sums[b]));
+      for (int64_t j = 0; j < count; ++j) {
+        store_row(b, row + j, RowValuesOf(kv_len(b, j), owner, rules));
+      }
+    }
+    const auto table_kv_len = [&](int b, int64_t j) {
+      return rows.prefill || args.request_columns ? cache_seqlens[b] : kv_len(b, j);
     };
     const int32_t* const pool_row = args.pool.row(args.req_pool_indices[i]);
+    const int32_t written = args.written_lens.data != nullptr ? args.written_lens[i] : 0;
     for (Table& table : tables) {
-      table.Write(pool_row, rows.prefill ? i : row, rows.prefill ? 1 : count, table_kv_len);
+      table.Write(pool_row, rows.prefill ? i : row, rows.prefill ? 1 : count, written,
+                  table_kv_len);
     }
-    keys.Append(pool_row, cache_seqlen);
+    keys.Append(pool_row, cache_seqlens[0]);
     row += count;
   }
-  for (int64_t padding = row; padding < rows.count; ++padding) {
-    store_row(padding, PaddingRowValues());
+  for (int b = 0; b < args.num_backends; ++b) {
+    for (int64_t padding = row; padding < rows.count; ++padding) {
+      store_row(b, padding, PaddingRowValues());
+    }
   }
-  WriteSchedules(args, lengths);
+  for (int b = 0; b < args.num_backends; ++b) {
+    WriteSchedules(args, lengths[b], args.backends[b].schedules);
+  }
   if (args.tail == Tail::kKeep) return;
   keys.Clear();
   if (rows.prefill) return;

@@ -96,15 +96,13 @@ inline FlashMlaArrays FlashMlaRows(const FlashMlaSchedule& schedule,
   return arrays;
 }
 
-// Writes the schedules that are wanted to every backend.
-inline void WriteSchedules(const FusedMetadataArguments& args, const StepLengths& lengths) {
+// Writes the schedules that are wanted to a backend.
+inline void WriteSchedules(const FusedMetadataArguments& args, const StepLengths& lengths,
+                           const ScheduleArrays& to) {
   const Schedules& wanted = args.schedules;
   const RowRules rules = args.row_rules();
-  const auto store = [&](int32_t* ScheduleArrays::* array, const std::vector<int32_t>& values) {
-    for (int b = 0; b < args.num_backends; ++b) {
-      int32_t* const to = args.backends[b].schedules.*array;
-      if (to != nullptr) std::copy(values.begin(), values.end(), to);
-    }
+  const auto store = [](const std::vector<int32_t>& values, int32_t* array) {
+    std::copy(values.begin(), values.end(), array);
   };
   if (wanted.paged_mqa.num_sms > 0) {
     const int32_t next_n = wanted.paged_mqa.next_n(args.rows);
@@ -112,12 +110,12 @@ inline void WriteSchedules(const FusedMetadataArguments& args, const StepLengths
     if (rules.index_kpool > 1) {
       for (int32_t& length : items) length = Max(rules.pooled(length), 1);
     }
-    store(&ScheduleArrays::paged_mqa_schedule, PagedMqaRows(wanted.paged_mqa, next_n, items));
+    store(PagedMqaRows(wanted.paged_mqa, next_n, items), to.paged_mqa_schedule);
   }
   if (wanted.topk_plan.num_pairs > 0) {
     std::vector<int32_t> plan = TopkPlanRows(wanted.topk_plan, lengths.rows);
     if (args.is_fresh) plan.resize(2 * (lengths.rows.size() + 1), 0);
-    store(&ScheduleArrays::topk_plan, plan);
+    store(plan, to.topk_plan);
   }
   if (wanted.flash_mla.num_sm_parts > 0) {
     std::vector<int32_t> items = wanted.flash_mla.dense() ? lengths.requests : lengths.rows;
@@ -125,8 +123,8 @@ inline void WriteSchedules(const FusedMetadataArguments& args, const StepLengths
       length = wanted.flash_mla.length(length, rules);
     }
     const FlashMlaArrays arrays = FlashMlaRows(wanted.flash_mla, items);
-    store(&ScheduleArrays::flash_mla_schedule, arrays.schedule);
-    store(&ScheduleArrays::flash_mla_num_splits, arrays.num_splits);
+    store(arrays.schedule, to.flash_mla_schedule);
+    store(arrays.num_splits, to.flash_mla_num_splits);
   }
 }
 

@@ -10,6 +10,7 @@
 // Inputs: seq_lens, req_pool_indices, req_to_token, and extend_seq_lens where rows are ragged.
 // Outputs: the arrays of every backend that are not null.
 #include <algorithm>
+#include <memory>
 
 #include "keys.cuh"
 #include "launch.cuh"
@@ -35,7 +36,9 @@ constexpr int kGridRows = 32768;
 // Blocks of a backend that write lengths, where rows are ragged.
 constexpr int64_t kMostLengthBlocks = 1024;
 
-template <int kWidth, bool kRagged, bool kTablesRagged, int kCapacity, bool kSchedules>
+// `kWhole`: no columns are held, and all backends are computed for the same lengths. `kSchedules`:
+// schedules or pooled arrays are wanted.
+template <int kWidth, bool kRagged, bool kTablesRagged, bool kWhole, int kCapacity, bool kSchedules>
 __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor)
     FusedMetadataKernel(const __grid_constant__ Parameters<kCapacity, kSchedules> args) {
   const auto row = static_cast<int32_t>(blockIdx.z * kGridRows + blockIdx.y);
@@ -44,25 +47,24 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor)
   if (__builtin_expect(i < 0, 0)) {
     int32_t block = row * gridDim.x + blockIdx.x;
     if constexpr (kSchedules) {
-      if (block < args.schedules.count) {
-        WriteSchedule<kRagged>(args.schedules, args.rows, args.row_rules, args.num_backends,
-                               args.schedules.kinds[block]);
+      if (block < args.schedules.blocks) {
+        WriteSchedule<kRagged>(args.schedules, args.rows, args.row_rules, args.num_backends, block);
         return;
       }
-      block -= args.schedules.count;
+      block -= args.schedules.blocks;
     }
-    const int32_t groups = args.length_groups, shares = args.length_shares;
-    const int32_t blocks = groups * shares, b = block / blocks;
+    const int32_t groups = args.length_groups, shares = kRagged ? args.length_shares : 1;
+    const int32_t blocks = groups * shares, b = blocks == 1 ? block : block / blocks;
     if (b < args.num_backends) {
       const int32_t group = block % blocks / shares;
       WriteLengths<kRagged>(args.rows, args.row_rules, {groups, group, shares, block % shares},
-                            args.lengths[b]);
+                            kWhole ? 0 : args.backend_offsets[b], args.lengths[b]);
     } else if (kRagged && !kTablesRagged) {
       WriteKeys(args, block - args.num_backends * blocks);
     }
     return;
   }
-  WriteTables<kWidth, kTablesRagged>(args, i);
+  WriteTables<kWidth, kTablesRagged, kWhole>(args, i);
 }
 
 // Whether four columns of every table can be moved at once.
@@ -80,21 +82,39 @@ bool AllowsVectors(const FusedMetadataArguments& args) {
   return allows;
 }
 
+// Whether all backends are computed for the same lengths.
+bool HasEqualOffsets(const FusedMetadataArguments& args) {
+  const int32_t* const offsets = args.backend_offsets;
+  return std::all_of(offsets, offsets + args.num_backends,
+                     [=](int32_t offset) { return offset == offsets[0]; });
+}
+
+// Whether no columns are held and no backend is computed for other lengths than the requests have.
+bool IsWhole(const FusedMetadataArguments& args) {
+  return args.written_lens.data == nullptr && args.backend_offsets[0] == 0 &&
+         HasEqualOffsets(args);
+}
+
 template <int kCapacity>
 void TakeSchedules(const FusedMetadataArguments& args, ScheduleParameters<kCapacity>* parameters) {
   const Schedules& wanted = args.schedules;
   parameters->pages_per_pooled_page = Divisor::Of(args.index_kpool);
   parameters->pooled_page_table_stride = args.tables[kPooledPageTable].stride;
-  const auto add = [&](ScheduleKind kind) { parameters->kinds[parameters->count++] = kind; };
+  const auto add = [&](ScheduleKind kind) { parameters->kinds[parameters->num_kinds++] = kind; };
   if (wanted.flash_mla.num_sm_parts > 0) add(ScheduleKind::kFlashMla);
   if (wanted.paged_mqa.num_sms > 0) add(ScheduleKind::kPagedMqa);
   if (wanted.topk_plan.num_pairs > 0) add(ScheduleKind::kTopkPlan);
+  parameters->backends_per_block = HasEqualOffsets(args) ? args.num_backends : 1;
+  parameters->blocks = parameters->num_kinds * (args.num_backends / parameters->backends_per_block);
   parameters->is_fresh = args.is_fresh;
   parameters->schedules = wanted;
-  for (int b = 0; b < args.num_backends; ++b) parameters->arrays[b] = args.backends[b].schedules;
+  for (int b = 0; b < args.num_backends; ++b) {
+    parameters->arrays[b] = args.backends[b].schedules;
+    parameters->offsets[b] = args.backend_offsets[b];
+  }
 }
 
-template <int kWidth, int kCapacity, bool kSchedules>
+template <int kWidth, bool kWhole, int kCapacity, bool kSchedules>
 void LaunchFusedMetadata(Stream stream, const FusedMetadataArguments& args) {
   const Rows& rows = args.rows;
   const Tables& wanted = args.backends[0].tables;
@@ -120,10 +140,22 @@ void LaunchFusedMetadata(Stream stream, const FusedMetadataArguments& args) {
   for (int b = 0; b < args.num_backends; ++b) {
     parameters.tables[b] = args.backends[b].tables;
     parameters.lengths[b] = args.backends[b].lengths;
+    parameters.backend_offsets[b] = args.backend_offsets[b];
   }
+  const auto [least, greatest] =
+      std::minmax_element(args.backend_offsets, args.backend_offsets + args.num_backends);
+  parameters.least_offset = *least;
+  parameters.greatest_offset = *greatest;
+  parameters.written_lens = args.written_lens;
   const bool wide = wanted.page_indices != nullptr;
-  const int64_t tiles = wide ? CeilDiv(args.max_len, kTileColumns)
-                             : CeilDiv(args.columns(kRealPageTable), kThreads);
+  // A tile begins with an access, at or before the first column that is written.
+  const int64_t tokens =
+      args.written_lens.data == nullptr
+          ? args.max_len
+          : std::min(args.max_new_tokens + (wide ? kWidth - 1 : 0), args.max_len);
+  const int64_t tile_tokens =
+      wide ? kTileColumns : int64_t{kThreads} * parameters.page_size.value;
+  const int64_t tiles = std::max<int64_t>(1, CeilDiv(tokens, tile_tokens));
   const int64_t table_requests = parameters.table_requests;
   const int64_t blocks = std::clamp(table_requests * tiles / 2, kFewestBlocks, kMostBlocks);
   dim3 grid;
@@ -140,36 +172,43 @@ void LaunchFusedMetadata(Stream stream, const FusedMetadataArguments& args) {
   int64_t first_blocks = groups * shares * args.num_backends + parameters.key_blocks;
   if constexpr (kSchedules) {
     TakeSchedules(args, &parameters.schedules);
-    first_blocks += parameters.schedules.count;
+    first_blocks += parameters.schedules.blocks;
   }
   parameters.length_rows = CeilDiv(first_blocks, grid.x);
   const int64_t grid_rows = parameters.length_rows + table_requests;
   grid.y = std::min<int64_t>(grid_rows, kGridRows);
   grid.z = CeilDiv(grid_rows, kGridRows);
   const auto kernel =
-      rows.prefill    ? FusedMetadataKernel<kWidth, true, false, kCapacity, kSchedules>
-      : rows.ragged() ? FusedMetadataKernel<kWidth, true, true, kCapacity, kSchedules>
-                      : FusedMetadataKernel<kWidth, false, false, kCapacity, kSchedules>;
+      rows.prefill ? FusedMetadataKernel<kWidth, true, false, kWhole, kCapacity, kSchedules>
+      : rows.ragged()
+          ? FusedMetadataKernel<kWidth, true, true, kWhole, kCapacity, kSchedules>
+          : FusedMetadataKernel<kWidth, false, false, kWhole, kCapacity, kSchedules>;
   Launch(kName, stream, kernel, grid, kThreads, parameters);
 }
 
 template <int kCapacity, bool kSchedules>
 void LaunchForBackends(Stream stream, const FusedMetadataArguments& args) {
-  if (AllowsVectors(args)) {
-    LaunchFusedMetadata<4, kCapacity, kSchedules>(stream, args);
-  } else {
-    LaunchFusedMetadata<1, kCapacity, kSchedules>(stream, args);
-  }
+  const bool vectors = AllowsVectors(args), whole = IsWhole(args);
+  const auto launch = vectors ? whole ? LaunchFusedMetadata<4, true, kCapacity, kSchedules>
+                                      : LaunchFusedMetadata<4, false, kCapacity, kSchedules>
+                      : whole ? LaunchFusedMetadata<1, true, kCapacity, kSchedules>
+                              : LaunchFusedMetadata<1, false, kCapacity, kSchedules>;
+  launch(stream, args);
+}
+
+template <int kWidth, bool kWhole, int kCapacity, bool kSchedules>
+void LoadForRows() {
+  LoadKernels(kName, FusedMetadataKernel<kWidth, false, false, kWhole, kCapacity, kSchedules>,
+              FusedMetadataKernel<kWidth, true, true, kWhole, kCapacity, kSchedules>,
+              FusedMetadataKernel<kWidth, true, false, kWhole, kCapacity, kSchedules>);
 }
 
 template <int kCapacity, bool kSchedules>
 void LoadForBackends() {
-  LoadKernels(kName, FusedMetadataKernel<4, false, false, kCapacity, kSchedules>,
-              FusedMetadataKernel<4, true, true, kCapacity, kSchedules>,
-              FusedMetadataKernel<4, true, false, kCapacity, kSchedules>,
-              FusedMetadataKernel<1, false, false, kCapacity, kSchedules>,
-              FusedMetadataKernel<1, true, true, kCapacity, kSchedules>,
-              FusedMetadataKernel<1, true, false, kCapacity, kSchedules>);
+  LoadForRows<4, true, kCapacity, kSchedules>();
+  LoadForRows<4, false, kCapacity, kSchedules>();
+  LoadForRows<1, true, kCapacity, kSchedules>();
+  LoadForRows<1, false, kCapacity, kSchedules>();
 }
 
 // Whether a launch writes schedules or pooled arrays.
@@ -179,22 +218,37 @@ bool WantsSchedules(const FusedMetadataArguments& args) {
          wanted.flash_mla.num_sm_parts > 0;
 }
 
+// Launches of few backends each, which is all that kernels with schedules are compiled for.
+void LaunchWithSchedules(Stream stream, const FusedMetadataArguments& args) {
+  if (args.num_backends <= kFewBackends) {
+    LaunchForBackends<kFewBackends, true>(stream, args);
+    return;
+  }
+  const auto part = std::make_unique<FusedMetadataArguments>(args);
+  for (int32_t first = 0; first < args.num_backends; first += kFewBackends) {
+    part->num_backends = std::min(args.num_backends - first, kFewBackends);
+    std::copy_n(args.backends + first, part->num_backends, part->backends);
+    std::copy_n(args.backend_offsets + first, part->num_backends, part->backend_offsets);
+    LaunchForBackends<kFewBackends, true>(stream, *part);
+  }
+}
+
 }  // namespace
 
 void FusedMetadata(Stream stream, const FusedMetadataArguments& args) {
-  const bool few = args.num_backends <= kFewBackends, schedules = WantsSchedules(args);
-  const auto launch = few ? schedules ? LaunchForBackends<kFewBackends, true>
-                                      : LaunchForBackends<kFewBackends, false>
-                      : schedules ? LaunchForBackends<kMaxBackends, true>
-                                  : LaunchForBackends<kMaxBackends, false>;
-  launch(stream, args);
+  if (WantsSchedules(args)) {
+    LaunchWithSchedules(stream, args);
+  } else if (args.num_backends <= kFewBackends) {
+    LaunchForBackends<kFewBackends, false>(stream, args);
+  } else {
+    LaunchForBackends<kMaxBackends, false>(stream, args);
+  }
 }
 
 void LoadFusedMetadata() {
   LoadForBackends<kFewBackends, false>();
   LoadForBackends<kMaxBackends, false>();
   LoadForBackends<kFewBackends, true>();
-  LoadForBackends<kMaxBackends, true>();
 }
 
 bool IsCurrentDevice(int device) {

@@ -62,7 +62,7 @@ __device__ void WriteKeys(const Parameters<kCapacity, kSchedules>& args, int32_t
   for (int u = 0; u < kKeysPerThread; ++u) {
     if (key(u) >= written) continue;
     ForEach(args.lengths, args.num_backends,
-            [&](const Lengths& to) { to.flat_page_indices[key(u)] = slots[u]; });
+            [&](const Lengths& to, int) { to.flat_page_indices[key(u)] = slots[u]; });
   }
 }
 

@@ -62,11 +62,12 @@ struct LengthBlock {
   int32_t share;
 };
 
-// Writes the lengths and prefix sums of one backend for a group of requests, one for each thread,
-// and a share of their rows; sums over earlier requests it takes by itself. Together the blocks of a
-// backend also write the padding rows.
+// Writes the lengths and prefix sums of one backend, computed for `offset` tokens more, for a group
+// of requests, one for each thread, and a share of their rows; sums over earlier requests it takes
+// by itself. Together the blocks of a backend also write the padding rows.
 template <bool kRagged>
 __device__ void WriteLengths(const Rows& rows, const RowRules& rules, LengthBlock block,
+                             int32_t offset,
                              const Lengths& to) {
   struct Request {
     int32_t cache_seqlen;
@@ -76,23 +77,25 @@ __device__ void WriteLengths(const Rows& rows, const RowRules& rules, LengthBloc
     int32_t first_key;
   };
   __shared__ Request requests[kThreads];
+  __shared__ int64_t rows_end;  // of the group, where rows are ragged
   const auto q_of = [&](int64_t i) -> int64_t { return rows.q(i); };
   const auto sums_of = [&](int32_t cache_seqlen, int32_t q) -> LengthSums {
     return {static_cast<uint32_t>(cache_seqlen), NsaSum(rules, cache_seqlen, q, q - 1)};
   };
-  const auto sums = [&](int64_t i) { return sums_of(rows.cache_seqlen(i), rows.q(i)); };
+  const auto sums = [&](int64_t i) { return sums_of(rows.cache_seqlen(i, offset), rows.q(i)); };
   const int64_t first = int64_t{block.group} * kThreads, i = first + threadIdx.x;
   const int64_t end = first + kThreads < rows.requests ? first + kThreads : rows.requests;
   const bool exists = i < end;
 
-  const int32_t cache_seqlen = exists ? rows.cache_seqlen(i) : 0, q = exists ? rows.q(i) : 0;
+  const int32_t cache_seqlen = exists ? rows.cache_seqlen(i, offset) : 0;
+  const int32_t q = exists ? rows.q(i) : 0;
   const LengthSums before =
       BlockSum<LengthSums>(0, first, sums) + SumBeforeThread(sums_of(cache_seqlen, q));
   int64_t first_row = i * rows.rows_per_request, end_row = end * rows.rows_per_request;
   if (kRagged) {
     const int64_t rows_before = BlockSum<int64_t>(0, first, q_of);
     first_row = rows_before + SumBeforeThread<int64_t>(q);
-    end_row = rows_before + BlockSum<int64_t>(first, end, q_of);
+    if (threadIdx.x == kThreads - 1) rows_end = first_row + q;
   }
   const auto at_most_all = [&](int64_t row) {
     return row < rows.count ? static_cast<int32_t>(row) : rows.count;
@@ -108,6 +111,7 @@ __device__ void WriteLengths(const Rows& rows, const RowRules& rules, LengthBloc
     Store(to, i + 1, RequestSums(static_cast<int32_t>(before.cache_seqlens + cache_seqlen)));
   }
   __syncthreads();
+  if (kRagged) end_row = rows_end;
 
   // Unsigned: a row and the next one of the thread fit 32 bits, which saves registers.
   const uint32_t last_row = at_most_all(end_row);
@@ -139,7 +143,7 @@ __device__ void WriteLengths(const Rows& rows, const RowRules& rules, LengthBloc
   if (!kRagged) return;
 
   // The padding rows.
-  const int64_t total = BlockSum<int64_t>(0, rows.requests, q_of);
+  const int64_t total = end_row + BlockSum<int64_t>(end, rows.requests, q_of);
   if (total >= rows.count) return;
   const RowSums nsa_total(
       static_cast<int32_t>(BlockSum<LengthSums>(0, rows.requests, sums).nsa_cache_seqlens));

@@ -36,6 +36,12 @@ struct Divisor {
     const uint64_t magnitude = static_cast<uint32_t>(x) ^ sign;
     return static_cast<int32_t>(static_cast<uint32_t>((magnitude * multiplier) >> shift) ^ sign);
   }
+
+  // Rounds upwards, for x >= 0.
+  __device__ int32_t DivideUp(int32_t x) const {
+    const int32_t quotient = Divide(x);
+    return quotient + (quotient * value < x);
+  }
 };
 
 // What a row of a table gets: columns below `live` from the pool, then 0 below `end`; in tokens.
@@ -52,10 +58,13 @@ template <int kCapacity>
 struct ScheduleParameters {
   Divisor pages_per_pooled_page;
   int64_t pooled_page_table_stride;
-  int32_t count;  // of the schedules that are wanted, each of which has a block
-  ScheduleKind kinds[kScheduleKinds];
+  int32_t num_kinds;
+  ScheduleKind kinds[kScheduleKinds];  // that are wanted
+  int32_t backends_per_block;          // that the block of a schedule writes: all equal ones
+  int32_t blocks;
   bool is_fresh;
   Schedules schedules;
+  int32_t offsets[kCapacity];
   ScheduleArrays arrays[kCapacity];
 };
 
@@ -92,6 +101,12 @@ struct Parameters {
   int32_t max_total_keys;
   Lengths lengths[kCapacity];
 
+  // Only read where not all is written everywhere: see FusedMetadataKernel.
+  Vector written_lens;  // data is null: none
+  int32_t least_offset;
+  int32_t greatest_offset;
+  int32_t backend_offsets[kCapacity];
+
   std::conditional_t<kSchedules, ScheduleParameters<kCapacity>, NoScheduleParameters> schedules;
 };
 
@@ -99,19 +114,19 @@ using FewParameters = Parameters<kFewBackends, false>;
 static_assert(offsetof(FewParameters, pool) == 64 - 16);
 static_assert(offsetof(FewParameters, num_backends) == 128 - 16);
 
-// Calls `body` with every backend's part. A few are taken one by one rather than in a loop: then
-// their pointers are operands of the instructions, and no indexed load comes first.
+// Calls `body` with every backend's part and its index. A few are taken one by one rather than in a
+// loop: then their pointers are operands of the instructions, and no indexed load comes first.
 template <int kCapacity, typename Part, typename Body>
 __device__ __forceinline__ void ForEach(const Part (&backends)[kCapacity], int count, Body body) {
   if constexpr (kCapacity == kFewBackends) {
 #pragma unroll
     for (int b = 0; b < kCapacity; ++b) {
       if (b >= count) return;
-      body(backends[b]);
+      body(backends[b], b);
     }
   } else {
 #pragma unroll 2
-    for (int b = 0; b < count; ++b) body(backends[b]);
+    for (int b = 0; b < count; ++b) body(backends[b], b);
   }
 }
 

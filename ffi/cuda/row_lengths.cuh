@@ -14,12 +14,13 @@ struct RowsOfRequest {
   __device__ int64_t operator()(int32_t i) const { return rows->q(i); }
 };
 
-// Of ragged rows, which are looked up; otherwise of rows that are counted.
+// Of ragged rows, which are looked up; otherwise of rows that are counted. Requests are `offset` tokens
+// longer than `rows` says.
 template <bool kRagged>
 class RowLengths {
  public:
-  __device__ RowLengths(SumsMemory& memory, const Rows& rows)
-      : rows_(rows), first_rows_(memory, rows.requests, {&rows}) {}
+  __device__ RowLengths(SumsMemory& memory, const Rows& rows, int32_t offset)
+      : rows_(rows), offset_(offset), first_rows_(memory, rows.requests, {&rows}) {}
 
   __device__ int32_t operator()(int32_t row) const {
     Found found[1];
@@ -27,27 +28,30 @@ class RowLengths {
     const int32_t i = found[0].index;
     if (i >= rows_.requests) return 0;
     const auto j = static_cast<int32_t>(row - found[0].sum);
-    return Rows::kv_len(rows_.cache_seqlen(i), rows_.q(i), j);
+    return Rows::kv_len(rows_.cache_seqlen(i, offset_), rows_.q(i), j);
   }
 
  private:
   const Rows& rows_;
+  int32_t offset_;
   SharedSums<RowsOfRequest> first_rows_;
 };
 
 template <>
 class RowLengths<false> {
  public:
-  __device__ RowLengths(SumsMemory&, const Rows& rows) : rows_(rows) {}
+  __device__ RowLengths(SumsMemory&, const Rows& rows, int32_t offset)
+      : rows_(rows), offset_(offset) {}
 
   __device__ int32_t operator()(int32_t row) const {
     const uint32_t q = rows_.rows_per_request, i = static_cast<uint32_t>(row) / q;
     const auto j = static_cast<int32_t>(row - i * q);
-    return Rows::kv_len(rows_.cache_seqlen(i), rows_.rows_per_request, j);
+    return Rows::kv_len(rows_.cache_seqlen(i, offset_), rows_.rows_per_request, j);
   }
 
  private:
   const Rows& rows_;
+  int32_t offset_;
 };
 
 }  // namespace jaxnsa

@@ -40,7 +40,8 @@ struct Access<1> {
 
 // One request's rows in a table.
 struct RequestContent {
-  int32_t cache_seqlen;
+  int32_t seq_len;
+  int32_t added_tokens;
   int32_t q;
   int32_t max_len;
   RowContent least;
@@ -51,30 +52,47 @@ struct RequestContent {
     return {live, Max(live, least.end)};
   }
 
-  __device__ RowContent row(int32_t j) const {
+  // Row j of a backend that is computed for `offset` tokens more.
+  __device__ RowContent row(int32_t j, int32_t offset) const {
+    const int32_t cache_seqlen = Rows::cache_seqlen_of(seq_len, offset, added_tokens);
     return of_kv_len(request_columns ? cache_seqlen : Rows::kv_len(cache_seqlen, q, j));
   }
 
   // Of its last row, which sees the most tokens.
-  __device__ RowContent longest() const { return of_kv_len(cache_seqlen); }
+  __device__ RowContent longest(int32_t offset) const {
+    return of_kv_len(Rows::cache_seqlen_of(seq_len, offset, added_tokens));
+  }
 };
 
-// Stores the number of a page in a row of `real_page_table`, and in `pooled_page_table` where a page
-// of pooled keys begins with it.
-template <int kCapacity, bool kSchedules>
+// One row in the tables of all backends, columns from `first` on.
+template <typename OfBackend>
+struct RowContents {
+  int32_t first;
+  RowContent shortest;  // of any backend
+  RowContent longest;
+  OfBackend of_backend;  // called with a backend's index
+};
+
+// Stores the number of a page, whose first token is `token`, in a row of `real_page_table`, and in
+// `pooled_page_table` where a page of pooled keys begins with it.
+template <int kCapacity, bool kSchedules, typename OfBackend>
 __device__ __forceinline__ void StorePage(const Parameters<kCapacity, kSchedules>& args,
-                                          int64_t row, int32_t page, int32_t number) {
-  const int64_t offset = row * args.real_page_table_stride + page;
-  ForEach(args.tables, args.num_backends,
-          [&](const Tables& to) { to.real_page_table[offset] = number; });
+                                          int64_t row, int32_t page, int64_t token, int32_t number,
+                                          const RowContents<OfBackend>& contents) {
+  const auto store = [&](int32_t* Tables::* table, int64_t offset) {
+    ForEach(args.tables, args.num_backends, [&](const Tables& to, int b) {
+      const RowContent content = contents.of_backend(b);
+      if (token >= content.end) return;
+      (to.*table)[offset] = token < content.live ? number : 0;
+    });
+  };
+  store(&Tables::real_page_table, row * args.real_page_table_stride + page);
   if constexpr (kSchedules) {
     if (args.tables[0].pooled_page_table == nullptr) return;
     const Divisor& pages = args.schedules.pages_per_pooled_page;
     const int32_t pooled = pages.Divide(page);
     if (pooled * pages.value != page) return;
-    const int64_t pooled_offset = row * args.schedules.pooled_page_table_stride + pooled;
-    ForEach(args.tables, args.num_backends,
-            [&](const Tables& to) { to.pooled_page_table[pooled_offset] = number; });
+    store(&Tables::pooled_page_table, row * args.schedules.pooled_page_table_stride + pooled);
   }
 }
 
@@ -90,66 +108,78 @@ struct Tile {
     return begin + (u * kThreads + static_cast<int32_t>(threadIdx.x)) * kWidth;
   }
 
-  __device__ void Load(const int32_t* source, int32_t begin, int32_t live) {
+  // Loads columns from `first` to before `live`.
+  __device__ void Load(const int32_t* source, int32_t begin, int32_t first, int32_t live) {
 #pragma unroll
     for (int u = 0; u < kAccesses; ++u) {
       const int32_t column = Column(begin, u);
-      if (column + kWidth <= live) {
+      if (column >= first && column + kWidth <= live) {
         Access<kWidth>::Load(source + column, value[u]);
         continue;
       }
 #pragma unroll
-      for (int e = 0; e < kWidth; ++e) value[u][e] = column + e < live ? source[column + e] : 0;
+      for (int e = 0; e < kWidth; ++e) {
+        value[u][e] = column + e >= first && column + e < live ? source[column + e] : 0;
+      }
     }
   }
 
   // Stores the tile in a row of `page_indices`, and the pages that begin in it in
   // `real_page_table` if that is wanted. A page begins with an access or in none.
-  template <int kCapacity, bool kSchedules>
+  template <int kCapacity, bool kSchedules, typename OfBackend>
   __device__ void Store(const Parameters<kCapacity, kSchedules>& args, int32_t begin, int64_t row,
-                        RowContent content) const {
+                        const RowContents<OfBackend>& contents) const {
     const int32_t backends = args.num_backends;
+    const RowContent shortest = contents.shortest, longest = contents.longest;
 #pragma unroll
     for (int u = 0; u < kAccesses; ++u) {
       const int32_t column = Column(begin, u);
       const int64_t offset = row * args.page_indices_stride + column;
-      int32_t stored[kWidth];
+      const bool equal = column + kWidth <= shortest.live || column >= longest.live;
+      if (column >= contents.first && column + kWidth <= shortest.end && equal) {
+        int32_t stored[kWidth];
 #pragma unroll
-      for (int e = 0; e < kWidth; ++e) stored[e] = column + e < content.live ? value[u][e] : 0;
-      if (column + kWidth <= content.end) {
-        ForEach(args.tables, backends, [&](const Tables& to) {
+        for (int e = 0; e < kWidth; ++e) stored[e] = column < shortest.live ? value[u][e] : 0;
+        ForEach(args.tables, backends, [&](const Tables& to, int) {
           Access<kWidth>::Store(to.page_indices + offset, stored);
         });
-      } else {
-        ForEach(args.tables, backends, [&](const Tables& to) {
+      } else if (column < longest.end) {
+        ForEach(args.tables, backends, [&](const Tables& to, int b) {
+          const RowContent content = contents.of_backend(b);
 #pragma unroll
           for (int e = 0; e < kWidth; ++e) {
-            if (column + e < content.end) to.page_indices[offset + e] = stored[e];
+            if (column + e >= contents.first && column + e < content.end) {
+              to.page_indices[offset + e] = column + e < content.live ? value[u][e] : 0;
+            }
           }
         });
       }
       const int32_t page = args.page_size.Divide(column);
       if (args.tables[0].real_page_table == nullptr || page * args.page_size.value != column ||
-          column >= content.end) {
+          column < contents.first || column >= longest.end) {
         continue;
       }
-      StorePage(args, row, page, args.page_size.Divide(stored[0]));
+      StorePage(args, row, page, column, args.page_size.Divide(value[u][0]), contents);
     }
   }
 };
 
 // Writes a block's share of request i's rows in both tables, and of the padding rows: tiles in a
-// grid stride of gridDim.x blocks.
-template <int kWidth, bool kRagged, int kCapacity, bool kSchedules>
+// grid stride of gridDim.x blocks. Where all backends are equal and all columns are to be written,
+// `kWhole` says so.
+template <int kWidth, bool kRagged, bool kWhole, int kCapacity, bool kSchedules>
 __device__ void WriteTables(const Parameters<kCapacity, kSchedules>& args, int32_t i) {
   // Where there are no requests, one that does not exist clears the padding rows.
   const bool exists = !kRagged || i < args.rows.requests;
-  // Both loads are issued before either value is used.
+  // All loads are issued before a value is used.
   const int32_t index = exists ? args.req_pool_indices[i] : 0;
   const int32_t seq_len = exists ? args.seq_lens[i] : 0;
+  const bool is_written = !kWhole && exists && args.written_lens.data != nullptr;
+  const int32_t written = is_written ? args.written_lens[i] : 0;
   const int32_t q = !kRagged ? args.rows_per_request : exists ? args.rows.q(i) : 0;
-  const RequestContent request{Rows::cache_seqlen_of(seq_len, args.added_tokens), q, args.max_len,
-                               args.least, args.request_columns};
+  const RequestContent request{seq_len,      args.added_tokens, q,
+                               args.max_len, args.least,        args.request_columns};
+  const int32_t first = Min(Max(written, 0), args.max_len);
   const int32_t* const source = args.pool.row(index);
 
   // Rows from `total` on are padding rows.
@@ -165,15 +195,27 @@ __device__ void WriteTables(const Parameters<kCapacity, kSchedules>& args, int32
     count = room < q ? static_cast<int32_t>(room) : q;
   }
   const RowContent padding{0, kRagged && args.clears_padding ? args.max_len : 0};
-  const RowContent longest = !kRagged || count > 0 ? request.longest() : padding;
+  const int32_t least_offset = kWhole ? 0 : args.least_offset;
+  const int32_t greatest_offset = kWhole ? 0 : args.greatest_offset;
+  const RowContent longest =
+      !kRagged || count > 0 ? request.longest(greatest_offset) : padding;
   // Calls `write` with every row and what it gets.
   const auto for_rows = [&](auto write) {
 #pragma unroll 1
-    for (int32_t j = 0; j < count; ++j) write(first_row + j, request.row(j));
+    for (int32_t j = 0; j < count; ++j) {
+      const RowContent shortest = request.row(j, least_offset);
+      const RowContent longest = kWhole ? shortest : request.row(j, greatest_offset);
+      const auto of_backend = [&](int b) {
+        return kWhole ? shortest : request.row(j, args.backend_offsets[b]);
+      };
+      write(first_row + j, RowContents<decltype(of_backend)>{first, shortest, longest, of_backend});
+    }
     if constexpr (kRagged) {
+      const auto of_backend = [&](int) { return padding; };
+      const RowContents<decltype(of_backend)> contents{0, padding, padding, of_backend};
 #pragma unroll 1
       for (int64_t row = total + i; row < args.rows.count; row += args.table_requests) {
-        write(row, padding);
+        write(row, contents);
       }
     }
   };
@@ -181,25 +223,25 @@ __device__ void WriteTables(const Parameters<kCapacity, kSchedules>& args, int32
   const auto block = static_cast<int32_t>(blockIdx.x), blocks = static_cast<int32_t>(gridDim.x);
   if (args.tables[0].page_indices != nullptr) {
 #pragma unroll 1
-    for (int32_t begin = block * kTileColumns; begin < longest.end;
+    for (int32_t begin = first / kWidth * kWidth + block * kTileColumns; begin < longest.end;
          begin += blocks * kTileColumns) {
       Tile<kWidth> tile;
-      tile.Load(source, begin, longest.live);
-      for_rows([&](int64_t row, RowContent content) { tile.Store(args, begin, row, content); });
+      tile.Load(source, begin, first, longest.live);
+      for_rows([&](int64_t row, const auto& contents) { tile.Store(args, begin, row, contents); });
     }
     return;
   }
   // Only the first token of each page is read.
+  const int32_t first_page = kWhole ? 0 : args.page_size.DivideUp(first);
 #pragma unroll 1
-  for (int32_t page = block * kThreads + static_cast<int32_t>(threadIdx.x);;
+  for (int32_t page = first_page + block * kThreads + static_cast<int32_t>(threadIdx.x);;
        page += blocks * kThreads) {
     const int64_t token = int64_t{page} * args.page_size.value;
     if (token >= longest.end) return;
     const int32_t number =
         token < longest.live ? args.page_size.Divide(__ldg(source + token)) : 0;
-    for_rows([&](int64_t row, RowContent content) {
-      if (token >= content.end) return;
-      StorePage(args, row, page, token < content.live ? number : 0);
+    for_rows([&](int64_t row, const auto& contents) {
+      StorePage(args, row, page, token, number, contents);
     });
   }
 }

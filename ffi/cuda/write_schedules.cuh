@@ -11,20 +11,24 @@
 
 namespace jaxnsa {
 
-// Writes the schedule of a kind, from the lengths that `rows` says.
+// Writes one schedule to the backends of a block.
 template <bool kRagged, int kCapacity>
 __device__ void WriteSchedule(const ScheduleParameters<kCapacity>& args, const Rows& rows,
-                              const RowRules& rules, int32_t num_backends, ScheduleKind kind) {
+                              const RowRules& rules, int32_t num_backends, int32_t block) {
   __shared__ SumsMemory sums, row_sums;
+  const ScheduleKind kind = args.kinds[block % args.num_kinds];
+  const int32_t first = block / args.num_kinds * args.backends_per_block;
+  const int32_t end = Min(first + args.backends_per_block, num_backends);
+  const int32_t offset = args.offsets[first];
   const auto store = [&](int32_t* ScheduleArrays::* array, int64_t index, int32_t value) {
-    for (int b = 0; b < num_backends; ++b) (args.arrays[b].*array)[index] = value;
+    for (int b = first; b < end; ++b) (args.arrays[b].*array)[index] = value;
   };
-  const RowLengths<kRagged> row_lengths(row_sums, rows);
+  const RowLengths<kRagged> row_lengths(row_sums, rows, offset);
   const Schedules& wanted = args.schedules;
   if (kind == ScheduleKind::kPagedMqa) {
     const int32_t next_n = wanted.paged_mqa.next_n(rows);
     const auto length = [&](int32_t i) {
-      const int32_t kv_len = next_n == 1 ? row_lengths(i) : rows.cache_seqlen(i);
+      const int32_t kv_len = next_n == 1 ? row_lengths(i) : rows.cache_seqlen(i, offset);
       return rules.index_kpool == 1 ? kv_len : Max(rules.pooled(kv_len), 1);
     };
     WritePagedMqaSchedule(sums, wanted.paged_mqa, wanted.paged_mqa.items(rows), next_n, length,
@@ -56,7 +60,7 @@ __device__ void WriteSchedule(const ScheduleParameters<kCapacity>& args, const R
     return;
   }
   const auto length = [&](int32_t i) {
-    return flash_mla.length(flash_mla.dense() ? rows.cache_seqlen(i) : row_lengths(i), rules);
+    return flash_mla.length(flash_mla.dense() ? rows.cache_seqlen(i, offset) : row_lengths(i), rules);
   };
   WriteFlashMla(sums, flash_mla, items, length, store_row, store_splits);
 }

@@ -17,6 +17,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from jaxnsa.app import demo as simulation
+from jaxnsa.app import fuzz as fuzzing
 from jaxnsa.app import verify as verification
 from jaxnsa.app.request_traces import read_trace, synthetic_requests
 from jaxnsa.config import settings
@@ -150,13 +151,26 @@ def demo(
     type=click.IntRange(0),
     help="The same seed gives the same cases.",
 )
-def verify(cases: int, seed: int) -> None:
+@click.option(
+    "--fuzz",
+    type=click.FloatRange(0, min_open=True),
+    metavar="SECONDS",
+    help="Draw programs of calls for so long instead; needs hypothesis.",
+)
+def verify(cases: int, seed: int, fuzz: float | None) -> None:
     """Compare every implementation that runs here with the NumPy reference.
 
     Random shapes, values and options, the corner cases among them. Exits with status 1 on any
     mismatch, or where an implementation raises an error, and prints the smallest failing case as a
     program.
+
+    With --fuzz, programs of many steps: calls of every public function in every way that JAX can
+    be asked to make them, PyTorch tensors where PyTorch is installed, and wrong arguments, which
+    are to be refused by name. They run in child processes, whose crash is a failure like others.
     """
+    if fuzz is not None:
+        _fuzz(fuzz, seed)
+        return
     info = get_kernel_info()["implementations"]
     runnable = [name for name, state in info.items() if state["available"]]
     ran: collections.Counter[tuple[str, str]] = collections.Counter()
@@ -221,6 +235,31 @@ def info(explain: bool, shapes: tuple[str, ...]) -> None:
             described += f"\n{function}: {', '.join(variants)}"
         table.add_row(name, state["version"] or "-", described)
     console.print(table)
+
+
+def _fuzz(seconds: float, seed: int) -> None:
+    if missing := fuzzing.unavailable():
+        raise click.ClickException(missing)
+    info = get_kernel_info()["implementations"]
+    names = settings().implementation or [n for n, state in info.items() if state["available"]]
+    done = fuzzing.Report()
+    with _progress() as progress:
+        task = progress.add_task("calls", total=None)
+        for done in fuzzing.run(seconds, seed, names):
+            progress.update(task, completed=done.counts.total())
+    table = Table(title=f"random programs for {seconds:g} seconds, seed {seed}")
+    table.add_column("computed by")
+    table.add_column("call", overflow="fold")
+    table.add_column("calls", justify="right")
+    for key in sorted(done.counts | done.refused):
+        table.add_row(*key, f"{done.counts[key]:,}")
+    table.add_row("all", "", f"{done.counts.total():,}")
+    console.print(table)
+    if done.finding:
+        console.print("The first failing program, made smaller:\n")
+        click.echo(done.finding.program)
+        click.echo(done.finding.error)
+        sys.exit(1)
 
 
 def _shapes(texts: tuple[str, ...], platform: str) -> list[tuple[int, int, int]]:

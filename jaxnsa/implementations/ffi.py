@@ -132,6 +132,9 @@ def fused_metadata(
         tail=spec.tail,
         num_backends=np.int64(spec.num_backends),
         stacked=spec.stacked,
+        backend_offsets=np.array(spec.offsets, np.int64),
+        written=inputs.written_lens is not None,
+        max_new_tokens=np.int64(spec.max_new_tokens),
     )
 
 

@@ -65,12 +65,27 @@ def fused_metadata(
     inputs: Inputs, out: tuple[NSAMetadata, ...] | None, spec: Spec
 ) -> tuple[NSAMetadata, ...]:
     """Computes the metadata of `spec` for all of its destinations."""
-    rows = spec.rows
+    if spec.backend_offsets is None:
+        return _of_rows(spec.rows, inputs, out, spec)
+    backends = [
+        _of_rows(spec.rows_of(offset), inputs, spec.destination(out, k), spec.of_backend(k))[0]
+        for k, offset in enumerate(spec.backend_offsets)
+    ]
+    return spec.joined(backends)
+
+
+def _of_rows(
+    rows: Rows, inputs: Inputs, out: tuple[NSAMetadata, ...] | None, spec: Spec
+) -> tuple[NSAMetadata, ...]:
+    """The metadata of `spec`, of which all backends have these rows."""
     owners = row_owners(rows, inputs.seq_lens, inputs.extend_seq_lens)
     table_owners = row_owners(rows.tables, inputs.seq_lens, inputs.extend_seq_lens)
     pool = jnp.asarray(inputs.req_to_token)
     pool_rows = jnp.clip(inputs.req_pool_indices, 0, len(pool) - 1)
     source_rows = pool_rows[table_owners.request] if rows.requests else table_owners.request
+    written = None
+    if inputs.written_lens is not None and rows.requests:
+        written = jnp.maximum(inputs.written_lens, 0)[table_owners.request]
     kv_lens = cache_seqlens(rows, inputs.seq_lens)
     pooled, unpooled = owners.kv_len // spec.index_kpool, owners.kv_len % spec.index_kpool
     values = {
@@ -96,7 +111,9 @@ def fused_metadata(
             return prefix_sum(values[field.sum_of])
         if field.extent is Extent.TABLE:
             stride, page_size = spec.tokens_per_column(field), spec.slots_per_page(field)
-            return _Table.of(field, spec, table_owners, pool, source_rows, stride, page_size)
+            return _Table.of(
+                field, spec, table_owners, pool, source_rows, stride, page_size, written
+            )
         if field.extent is Extent.KEYS:
             return _Keys.of(spec, kv_lens, pool, pool_rows)
         return values[field.name]
@@ -162,24 +179,28 @@ def copy(
 
 @functools.partial(
     jax.tree_util.register_dataclass,
-    data_fields=["source", "source_rows", "owners"],
-    meta_fields=["columns", "stride", "page_size", "tokens_per_column", "max_len"],
+    data_fields=["source", "source_rows", "owners", "written"],
+    meta_fields=["columns", "stride", "page_size", "tokens_per_column", "max_len", "tile"],
 )
 @dataclasses.dataclass(frozen=True)
 class _Table:
     """A page table: `source[source_rows, ::stride] // page_size`, `columns` wide.
 
-    Column c is live where token c * tokens_per_column is, one of the first max_len of a row.
+    Column c is live where token c * tokens_per_column is, one of the first max_len of a row. The
+    columns of the first `written` tokens of a row, if that is not None, are left alone. Columns are
+    moved by tiles of `tile`.
     """
 
     source: jax.Array
     source_rows: jax.Array
     owners: RowOwners
+    written: jax.Array | None
     columns: int
     stride: int
     page_size: int
     tokens_per_column: int
     max_len: int
+    tile: int
 
     @classmethod
     def of(
@@ -191,11 +212,14 @@ class _Table:
         source_rows: jax.Array,
         stride: int,
         page_size: int,
+        written: jax.Array | None = None,
     ) -> "_Table":
         """The table of a field."""
         tokens = spec.tokens_per_column(field)
-        shape = (spec.columns(field), stride, page_size, tokens, spec.max_len)
-        return cls(source, source_rows, owners, *shape)
+        columns = spec.columns(field)
+        tile = min(max(min(_TILE_TOKENS, spec.max_new_tokens) // tokens, 1), columns)
+        sizes = (columns, stride, page_size, tokens, spec.max_len, tile)
+        return cls(source, source_rows, owners, written, *sizes)
 
     def live_tokens(self) -> jax.Array:
         """int32 [rows], the tokens of each row that columns stand for."""
@@ -203,8 +227,17 @@ class _Table:
 
     def live_columns(self) -> jax.Array:
         """int32 [rows], the live columns of each row."""
+        return self._columns_of(self.live_tokens())
+
+    def first_columns(self) -> jax.Array:
+        """int32 [rows], the first live column of each row that is not written, or its live ones."""
+        if self.written is None:
+            return jnp.zeros_like(self.source_rows)
+        return self._columns_of(jnp.minimum(self.written, self.live_tokens()))
+
+    def _columns_of(self, tokens: jax.Array) -> jax.Array:
+        """The columns whose first token is one of so many."""
         # Rounded up without leaving int32, whatever a page holds.
-        tokens = self.live_tokens()
         return tokens // self.tokens_per_column + (tokens % self.tokens_per_column > 0)
 
     def gather(self) -> jax.Array:
@@ -297,7 +330,8 @@ def _whole(table: _Table, tail: str) -> jax.Array:
 @jax.custom_batching.custom_vmap
 def _keep(table: _Table, destinations: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
     """The live columns of a table over what each destination held."""
-    return lax.platform_dependent(table, destinations, cpu=_keep_by_row, default=_keep_by_select)
+    by_launch = _keep_by_select if table.written is None else _keep_by_tile
+    return lax.platform_dependent(table, destinations, cpu=_keep_by_row, default=by_launch)
 
 
 @_keep.def_vmap
@@ -310,15 +344,34 @@ def _keep_vmap(axis_size, batched, table, destinations):
 
 def _keep_by_select(table: _Table, destinations: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
     """One pass over the whole tables: where launches cost more than columns."""
-    live = jnp.arange(table.columns) < table.live_columns()[:, None]
+    column = jnp.arange(table.columns)
+    is_new = column < table.live_columns()[:, None]
+    if table.written is not None:
+        is_new &= column >= table.first_columns()[:, None]
     value = table.gather()
-    return tuple(jnp.where(live, value, d) for d in destinations)
+    return tuple(jnp.where(is_new, value, d) for d in destinations)
+
+
+def _keep_by_tile(table: _Table, destinations: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+    """A tile of all rows at once, until no row has another."""
+    first, live = table.first_columns(), table.live_columns()
+    rows = jnp.arange(len(first))[:, None]
+
+    def tile_step(k: jax.Array, destinations: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+        columns = first[:, None] + k * table.tile + jnp.arange(table.tile)
+        read = jnp.minimum(columns, table.columns - 1) * table.stride
+        values = table.source[table.source_rows[:, None], read] // table.page_size
+        columns = jnp.where(columns < live[:, None], columns, table.columns)  # past it: dropped
+        return tuple(d.at[..., rows, columns].set(values, mode="drop") for d in destinations)
+
+    most = jnp.max(live - first, initial=0)
+    tiles = most // table.tile + (most % table.tile > 0)
+    return lax.fori_loop(jnp.int32(0), tiles, tile_step, destinations)
 
 
 def _keep_by_row(table: _Table, destinations: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
-    """Row by row, as many tiles as are live: touches nothing else."""
-    tile = min(max(_TILE_TOKENS // table.tokens_per_column, 1), table.columns)
-    live = table.live_columns()
+    """Row by row, as many tiles as are live and not written: touches nothing else."""
+    tile, first, live = table.tile, table.first_columns(), table.live_columns()
     if not len(live):
         return destinations
 
@@ -327,23 +380,24 @@ def _keep_by_row(table: _Table, destinations: tuple[jax.Array, ...]) -> tuple[ja
             return lax.dynamic_update_slice(destination, columns, _index(destination, row, start))
 
         def tile_step(k: jax.Array, destinations: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
-            start = k * tile
+            start = first[row] + k * tile
             columns = table.gather_tile(row, start, tile)
             return tuple(
                 update(d, start, jnp.broadcast_to(columns, (*d.shape[:-2], 1, tile)))
                 for d in destinations
             )
 
-        whole_tiles = live[row] // tile
+        whole_tiles = (live[row] - first[row]) // tile
         destinations = lax.fori_loop(jnp.int32(0), whole_tiles, tile_step, destinations)
-        start = jnp.minimum(whole_tiles * tile, table.columns - tile)
+        start = jnp.minimum(first[row] + whole_tiles * tile, table.columns - tile)
         columns = table.gather_tile(row, start, tile)
-        is_live = start + jnp.arange(tile) < live[row]
+        column = start + jnp.arange(tile)
+        is_new = (column >= first[row]) & (column < live[row])
 
         def masked_update(destination: jax.Array) -> jax.Array:
             shape = (*destination.shape[:-2], 1, tile)
             held = lax.dynamic_slice(destination, _index(destination, row, start), shape)
-            return update(destination, start, jnp.where(is_live, columns, held))
+            return update(destination, start, jnp.where(is_new, columns, held))
 
         return tuple(masked_update(d) for d in destinations)
 

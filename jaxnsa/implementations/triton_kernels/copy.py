@@ -141,5 +141,5 @@ def _copy_tile(
     array, pointers, base, start, live, TILE: tl.constexpr, TOKENS_PER_COLUMN: tl.constexpr
 ):
     """Copies the live columns of a tile to all destinations."""
-    values = load_columns(array + base, start, live, TILE, TOKENS_PER_COLUMN)
-    store_columns(pointers, base, start, values, live, live, TILE, TOKENS_PER_COLUMN)
+    values = load_columns(array + base, start, 0, live, TILE, TOKENS_PER_COLUMN)
+    store_columns(pointers, base, start, 0, values, live, live, TILE, TOKENS_PER_COLUMN)

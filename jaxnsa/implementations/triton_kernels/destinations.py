@@ -43,19 +43,19 @@ def by_name(groups: Iterable[Any]) -> list[dict[str, Any]]:
 
 @triton.jit
 def of_backends(group, size, BACKENDS: tl.constexpr):
-    """The arrays of a group, one for each backend where an array holds those of several.
+    """The arrays of a group in some backends.
 
     Args:
       group: pointers to the arrays, as `grouped` returns them.
-      size: elements from one backend's array to the next.
-      BACKENDS: how many backends an array holds.
+      size: elements from one backend's array to the next, where an array holds those of several.
+      BACKENDS: of each backend, its destination and its place in there.
     """
     arrays = ()
     for k in tl.static_range(len(group)):
         backends = ()
-        for destination in tl.static_range(len(group[k])):
-            for backend in tl.static_range(BACKENDS):
-                pointer = group[k][destination] + backend * size
+        if len(group[k]) > 0:
+            for b in tl.static_range(len(BACKENDS)):
+                pointer = group[k][BACKENDS[b][0]] + BACKENDS[b][1] * size
                 backends += (pointer,)  # type: ignore[assignment]
         arrays += (backends,)  # type: ignore[assignment]
     return arrays

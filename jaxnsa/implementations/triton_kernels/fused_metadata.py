@@ -1,11 +1,12 @@
 """The whole computation in one launch: lengths, prefix sums and page tables, for every destination.
 
 Purpose: `NSAMetadata` of all backends of a step.
-Grid: for each request the programs that share its lengths, in prefill those that share its keys,
-then those that share its tables.
+Grid: for each request the programs that share its lengths, for each offset of backends; in prefill
+those that share its keys; then those that share its tables.
 Program: independent of all others; sums over earlier requests it takes by itself. Those of the
 tables take tiles of the request's pool row with a grid stride, as far as columns are written.
-Inputs: seq_lens, req_pool_indices, req_to_token, and extend_seq_lens where rows are ragged.
+Inputs: seq_lens, req_pool_indices, req_to_token, extend_seq_lens where rows are ragged, and
+written_lens if that is given.
 Outputs: the arrays of `Spec.shapes` of every destination.
 """
 
@@ -135,13 +136,40 @@ class Sizes(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
+class OffsetConstants:
+    """The backends of one offset.
+
+    Attributes:
+      rows: their rows.
+      table_rows: the rows of their tables.
+      backends: of each, its destination and its place in there.
+    """
+
+    rows: RowConstants
+    table_rows: RowConstants
+    backends: tuple[tuple[int, int], ...]
+
+    @classmethod
+    def of(cls, spec: Spec) -> tuple["OffsetConstants", ...]:
+        """All of them; the backends that see the most tokens come last."""
+        places = [(0, k) if spec.stacked else (k, 0) for k in range(spec.num_backends)]
+        return tuple(
+            cls(
+                RowConstants.of(spec.rows_of(offset)),
+                RowConstants.of(spec.rows_of(offset).tables),
+                tuple(p for p, other in zip(places, spec.offsets, strict=True) if other == offset),
+            )
+            for offset in sorted(set(spec.offsets))
+        )
+
+
+@dataclasses.dataclass(frozen=True)
 class TableConstants:
     """What the kernel is compiled for.
 
     Attributes:
       page_size: tokens in a physical page.
       tail: what tables hold past a row's live columns.
-      backends: how many backends an array holds.
       pool_unit: elements that the stride of req_to_token is a multiple of: 4, 2 or 1.
       wide_unit: the same of page_indices.
       tile: tokens of a tile.
@@ -150,7 +178,6 @@ class TableConstants:
 
     page_size: int
     tail: Tail
-    backends: int
     pool_unit: int
     wide_unit: int
     tile: int
@@ -171,7 +198,6 @@ class TableConstants:
         return cls(
             page_size,
             spec.tail,
-            spec.num_backends // spec.destinations,
             math.gcd(4, pool_cols),
             math.gcd(4, spec.max_len),
             tile,
@@ -208,17 +234,19 @@ def fused_metadata(
             else BlockConfig.of_pages(rows.requests, pages)
         )
     constants = TableConstants.of(spec, pool_cols, config)
-    tiles = -(-max_len // constants.tile)
-    row_constants = RowConstants.of(rows)
+    # The first access may begin three columns before the first new one.
+    tiles = -(-min(max_len, spec.max_new_tokens + 3) // constants.tile)
+    offsets = OffsetConstants.of(spec)
 
     def shares(places: int, tile: int) -> int:
         return min(triton.cdiv(places, tile), max(1, _MOST_SHARES // rows.requests))
 
     ragged = rows.rows_per_request is None
-    length_programs = shares(rows.count, 2 * row_constants.rows_at_once) if ragged else 1
+    rows_at_once = offsets[0].rows.rows_at_once
+    length_programs = shares(rows.count, 2 * rows_at_once) if ragged else 1
     key_programs = shares(spec.max_total_keys or 0, _KEY_TILE.value)
     table_programs = min(tiles, max(1, config.programs // rows.requests))
-    programs = length_programs + key_programs + table_programs
+    programs = len(offsets) * length_programs + key_programs + table_programs
     results = launch(
         _fused_metadata,
         inputs,
@@ -239,75 +267,63 @@ def fused_metadata(
             length_programs,
             key_programs,
         ),
-        constants={
-            "ROWS": row_constants,
-            "TABLE_ROWS": RowConstants.of(rows.tables),
-            "TABLES": constants,
-        },
+        constants={"OFFSETS": offsets, "TABLES": constants},
     )
     return tuple(spec.metadata(arrays) for arrays in by_name(results))
 
 
 @triton.jit
-def _fused_metadata(
-    inputs,
-    results,
-    sizes,
-    ROWS: tl.constexpr,
-    TABLE_ROWS: tl.constexpr,
-    TABLES: tl.constexpr,
-):
+def _fused_metadata(inputs, results, sizes, OFFSETS: tl.constexpr, TABLES: tl.constexpr):
     # Neighbouring programs write neighbouring memory.
     i = tl.program_id(0) // sizes.programs
     program = tl.program_id(0) % sizes.programs
     lengths = Lengths(inputs.seq_lens, inputs.extend_seq_lens)
-    if program < sizes.length_programs:
-        request = load_request(lengths, i, ROWS)
-        _write_lengths(results, program, lengths, request, sizes, ROWS, TABLES)
-    else:
-        request = load_request(lengths, i, TABLE_ROWS)
+    for k in tl.static_range(len(OFFSETS)):
+        share = program - k * sizes.length_programs
+        if (share >= 0) & (share < sizes.length_programs):
+            _write_lengths(results, share, lengths, i, sizes, OFFSETS[k])
+    share = program - len(OFFSETS) * sizes.length_programs
+    if share >= 0:
         index = tl.load(inputs.req_pool_indices + i)
         pool_row = tl.minimum(tl.maximum(index, 0), sizes.pool_rows - 1).to(tl.int64)
         source = inputs.req_to_token + pool_row * (sizes.pool_stride * TABLES.pool_unit)
-        share = program - sizes.length_programs
         if share < sizes.key_programs:
-            _write_keys(results.keys, source, share, lengths, request, sizes, ROWS, TABLES)
+            _write_keys(results.keys, source, share, lengths, i, sizes, OFFSETS[0], TABLES)
         else:
             share -= sizes.key_programs
-            _write_tables(results, source, share, lengths, request, sizes, TABLE_ROWS, TABLES)
+            _write_tables(inputs, results, source, share, lengths, i, sizes, OFFSETS, TABLES)
 
 
 @triton.jit
-def _write_lengths(
-    results, share, lengths, request, sizes, ROWS: tl.constexpr, TABLES: tl.constexpr
-):
+def _write_lengths(results, share, lengths, i, sizes, OFFSET: tl.constexpr):
     """One program's share of all arrays but the tables, as far as a request goes."""
     requests, rows = sizes.rows.requests, sizes.rows.rows
-    of_requests = of_backends(results.requests, requests, TABLES.backends)
-    of_requests_plus_1 = of_backends(results.requests_plus_1, requests + 1, TABLES.backends)
-    of_rows = of_backends(results.rows, rows, TABLES.backends)
-    of_rows_plus_1 = of_backends(results.rows_plus_1, rows + 1, TABLES.backends)
-    sums = sums_before(lengths, request.i, sizes.rows, ROWS)
+    of_requests = of_backends(results.requests, requests, OFFSET.backends)
+    of_requests_plus_1 = of_backends(results.requests_plus_1, requests + 1, OFFSET.backends)
+    of_rows = of_backends(results.rows, rows, OFFSET.backends)
+    of_rows_plus_1 = of_backends(results.rows_plus_1, rows + 1, OFFSET.backends)
+    request = load_request(lengths, i, OFFSET.rows)
+    sums = sums_before(lengths, i, sizes.rows, OFFSET.rows)
     if share == 0:
-        store_values(of_requests, request.i, RequestValues(request.cache_seqlen))
-        if request.i == 0:
+        store_values(of_requests, i, RequestValues(request.cache_seqlen))
+        if i == 0:
             store_values(of_requests_plus_1, 0, RequestSums(0))
         cache_sum = sums.cache_seqlens + request.cache_seqlen
-        store_values(of_requests_plus_1, request.i + 1, RequestSums(cache_sum))
+        store_values(of_requests_plus_1, i + 1, RequestSums(cache_sum))
     shares = sizes.length_programs
-    write_rows(of_rows, of_rows_plus_1, lengths, request, sums, share, shares, sizes.rows, ROWS)
+    rows_of = OFFSET.rows
+    write_rows(of_rows, of_rows_plus_1, lengths, request, sums, share, shares, sizes.rows, rows_of)
 
 
 @triton.jit
-def _write_keys(
-    keys, source, share, lengths, request, sizes, ROWS: tl.constexpr, TABLES: tl.constexpr
-):
+def _write_keys(keys, source, share, lengths, i, sizes, OFFSET: tl.constexpr, TABLES: tl.constexpr):
     """One program's share of a request's keys, and of the padding keys."""
     capacity = sizes.max_total_keys
+    request = load_request(lengths, i, OFFSET.rows)
     location = locate_among(
-        lengths.seq_lens, request.i, request.cache_seqlen, capacity, sizes.rows, ROWS
+        lengths.seq_lens, i, request.cache_seqlen, capacity, sizes.rows, OFFSET.rows
     )
-    arrays = of_backends(keys, capacity, TABLES.backends)
+    arrays = of_backends(keys, capacity, OFFSET.backends)
     TILE: tl.constexpr = _KEY_TILE
     for first in range(share * TILE, location.rows, sizes.key_programs * TILE):
         column = first + tl.arange(0, TILE)
@@ -316,7 +332,7 @@ def _write_keys(
         store_values(arrays, location.first_row + column, Keys(slots), exists)
     if TABLES.tail != "keep":
         programs = sizes.rows.requests * sizes.key_programs
-        program = request.i * sizes.key_programs + share
+        program = i * sizes.key_programs + share
         for first in range(location.total + program * TILE, capacity, programs * TILE):
             key = first + tl.arange(0, TILE)
             store_values(arrays, key, Keys(0), key < capacity)
@@ -324,44 +340,58 @@ def _write_keys(
 
 @triton.jit
 def _write_tables(
+    inputs,
     results,
     source,
     program,
     lengths,
-    request,
+    i,
     sizes,
-    ROWS: tl.constexpr,
+    OFFSETS: tl.constexpr,
     TABLES: tl.constexpr,
 ):
     """One program's share of a request's rows in the tables.
 
     Args:
+      inputs: Inputs.
       results: Results.
       source: the request's row of req_to_token.
       program: which of the programs that share the request's tables.
       lengths: of all requests.
-      request: whose rows.
+      i: which request.
       sizes: Sizes.
-      ROWS: RowConstants.
+      OFFSETS: OffsetConstants of all offsets.
       TABLES: TableConstants.
     """
+    # As the backends see it that see the most tokens.
+    request = load_request(lengths, i, OFFSETS[len(OFFSETS) - 1].table_rows)
+    first = 0
+    begin = 0
+    if inputs.written_lens is not None:
+        first = tl.minimum(tl.maximum(tl.load(inputs.written_lens + i), 0), sizes.max_len)
+        begin = first // 4 * 4  # so that accesses are as wide as the alignment allows
     longest = sizes.max_len
     if TABLES.tail == "keep":
         longest = tl.minimum(request.cache_seqlen, sizes.max_len)
-    location = locate(lengths, request, sizes.table_rows, ROWS)
-    programs = sizes.programs - sizes.length_programs - sizes.key_programs
-    for index in range(program, tl.cdiv(longest, TABLES.tile), programs):
-        tile = _load_tile(results.tables, source, index * TABLES.tile, longest, TABLES)
-        for j in range(0, location.rows):
-            live = sizes.max_len
-            if TABLES.tail != "copy":
-                live = tl.minimum(kv_len(request, j), sizes.max_len)
-            end = live if TABLES.tail == "keep" else sizes.max_len
-            _store_tile(results.tables, location.first_row + j, tile, live, end, sizes, TABLES)
-        if ROWS.rows_per_request is None and TABLES.tail != "keep":
-            rows = sizes.table_rows
-            for row in range(location.total + request.i, rows.rows, rows.requests):
-                _store_tile(results.tables, row, tile, 0, sizes.max_len, sizes, TABLES)
+    location = locate(lengths, request, sizes.table_rows, OFFSETS[0].table_rows)
+    programs = sizes.programs - len(OFFSETS) * sizes.length_programs - sizes.key_programs
+    for index in range(program, tl.cdiv(longest - begin, TABLES.tile), programs):
+        start = begin + index * TABLES.tile
+        tile = _load_tile(results.tables, source, start, first, longest, TABLES)
+        for k in tl.static_range(len(OFFSETS)):
+            request = load_request(lengths, i, OFFSETS[k].table_rows)
+            for j in range(0, location.rows):
+                live = sizes.max_len
+                if TABLES.tail != "copy":
+                    live = tl.minimum(kv_len(request, j), sizes.max_len)
+                end = live if TABLES.tail == "keep" else sizes.max_len
+                row = location.first_row + j
+                _store_tile(results.tables, row, tile, live, end, sizes, OFFSETS[k], TABLES)
+            if OFFSETS[k].table_rows.rows_per_request is None and TABLES.tail != "keep":
+                rows = sizes.table_rows
+                for row in range(location.total + i, rows.rows, rows.requests):
+                    end = sizes.max_len
+                    _store_tile(results.tables, row, tile, 0, end, sizes, OFFSETS[k], TABLES)
 
 
 class Tile(NamedTuple):
@@ -369,36 +399,41 @@ class Tile(NamedTuple):
 
     Attributes:
       start: its first token.
+      first: the first one of them that tables are written for.
       slots: the KV slots of its tokens; () where there is no table of them.
       pages: `tables.Pages` that start in it; () where there is no table of them.
     """
 
     start: Any
+    first: Any
     slots: Any
     pages: Any
 
 
 @triton.jit
-def _load_tile(tables, source, start, longest, TABLES: tl.constexpr):
+def _load_tile(tables, source, start, first, longest, TABLES: tl.constexpr):
     """What the tables hold for tokens [start, start + TABLES.tile), as far as any row is live."""
     slots = ()
     pages = ()
     if len(tables.page_indices) > 0:
-        slots = load_columns(source, start, longest, TABLES.tile)
+        slots = load_columns(source, start, first, longest, TABLES.tile)
     if len(tables.real_page_table) > 0:
-        pages = load_pages(source, start, longest, TABLES.tile, TABLES.pages, TABLES.page_size)
-    return Tile(start, slots, pages)
+        pages = load_pages(
+            source, start, first, longest, TABLES.tile, TABLES.pages, TABLES.page_size
+        )
+    return Tile(start, first, slots, pages)
 
 
 @triton.jit
-def _store_tile(tables, row, tile, live, end, sizes, TABLES: tl.constexpr):
+def _store_tile(tables, row, tile, live, end, sizes, OFFSET: tl.constexpr, TABLES: tl.constexpr):
     """Stores a tile in a row of the tables: live columns, then 0 up to token `end`."""
     row = tl.cast(row, tl.int64)
     rows = tl.cast(sizes.table_rows.rows, tl.int64)
     if len(tables.page_indices) > 0:
         stride = sizes.wide_stride * TABLES.wide_unit
-        (wide,) = of_backends((tables.page_indices,), rows * stride, TABLES.backends)
-        store_columns(wide, row * stride, tile.start, tile.slots, live, end, TABLES.tile)
+        (wide,) = of_backends((tables.page_indices,), rows * stride, OFFSET.backends)
+        base = row * stride
+        store_columns(wide, base, tile.start, tile.first, tile.slots, live, end, TABLES.tile)
     if len(tables.real_page_table) > 0:
-        (real,) = of_backends((tables.real_page_table,), rows * sizes.pages, TABLES.backends)
+        (real,) = of_backends((tables.real_page_table,), rows * sizes.pages, OFFSET.backends)
         store_pages(real, row * sizes.pages, tile.pages, live, end)

@@ -51,15 +51,18 @@ class RowConstants:
 
     Attributes:
       rows_per_request: q where it is one number for all, None where extend_seq_lens says.
+      offset: tokens by which `seq_lens` are longer.
       added_tokens: tokens that the step itself appends to every request.
-      longest_seq_len: where `seq_lens` saturate.
+      least_seq_len, greatest_seq_len: where `seq_lens` saturate.
       rows_at_once: rows of a request whose lengths are one vector.
       requests_at_once: requests that are added up as one vector.
     """
 
     rows_per_request: int | None
+    offset: int
     added_tokens: int
-    longest_seq_len: int
+    least_seq_len: int
+    greatest_seq_len: int
     rows_at_once: int
     requests_at_once: int
 
@@ -69,8 +72,9 @@ class RowConstants:
         q = rows.rows_per_request
         return cls(
             q,
+            rows.offset,
             rows.added_tokens,
-            rows.longest_seq_len,
+            *rows.seq_len_range,
             128 if rows.prefill else min(32, triton.next_power_of_2(q or 32)),
             min(1024, triton.next_power_of_2(rows.requests)),
         )
@@ -154,9 +158,9 @@ class RowSums(NamedTuple):
 @triton.jit
 def load_request(lengths, i, ROWS: tl.constexpr, exists=True):
     """Request i; of several, those that exist, and lengths of 0 in place of the others."""
-    cache_seqlen = tl.maximum(tl.load(lengths.seq_lens + i, exists, 0), 0)
-    if ROWS.added_tokens > 0:
-        cache_seqlen = tl.minimum(cache_seqlen, ROWS.longest_seq_len) + ROWS.added_tokens
+    cache_seqlen = tl.maximum(tl.load(lengths.seq_lens + i, exists, 0), ROWS.least_seq_len)
+    cache_seqlen = tl.minimum(cache_seqlen, ROWS.greatest_seq_len) + ROWS.offset
+    cache_seqlen += ROWS.added_tokens
     if ROWS.rows_per_request is None:
         q = tl.maximum(tl.load(lengths.extend_seq_lens + i, exists, 0), 0)
     else:

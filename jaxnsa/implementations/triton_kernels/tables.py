@@ -18,7 +18,7 @@ class Pages(NamedTuple):
     Attributes:
       column: of the real page table.
       token: the first one of each page.
-      in_tile: whether the page starts in the tile; the last ones of the vector may not.
+      in_tile: whether the page starts in the tile and is wanted; the last of the vector may not.
       physical: their numbers in the cache; unspecified where they are not live.
     """
 
@@ -29,14 +29,17 @@ class Pages(NamedTuple):
 
 
 @triton.jit
-def load_columns(source, start, live, TILE: tl.constexpr, TOKENS_PER_COLUMN: tl.constexpr = 1):
-    """Columns [start, start + TILE) of a table row; 0 where they are not live."""
+def load_columns(
+    source, start, first, live, TILE: tl.constexpr, TOKENS_PER_COLUMN: tl.constexpr = 1
+):
+    """Columns [start, start + TILE) of a table row; 0 before `first` and past `live`."""
     columns = start + tl.arange(0, TILE)
     # Without a mask, an access is as wide as the alignment allows.
-    if (start + TILE - 1) * TOKENS_PER_COLUMN < live:
+    if (start >= first) & ((start + TILE - 1) * TOKENS_PER_COLUMN < live):
         values = tl.load(source + columns)
     else:
-        values = tl.load(source + columns, columns * TOKENS_PER_COLUMN < live, 0)
+        is_read = (columns >= first) & (columns * TOKENS_PER_COLUMN < live)
+        values = tl.load(source + columns, is_read, 0)
     return values
 
 
@@ -45,6 +48,7 @@ def store_columns(
     pointers,
     base,
     start,
+    first,
     values,
     live,
     end,
@@ -57,6 +61,7 @@ def store_columns(
       pointers: to the table in all destinations.
       base: the element at which the row begins.
       start: the first column.
+      first: the first one that is stored.
       values: of the columns.
       live: tokens of the row that are live.
       end: tokens whose columns are stored.
@@ -65,22 +70,26 @@ def store_columns(
     """
     columns = start + tl.arange(0, TILE)
     tokens = columns * TOKENS_PER_COLUMN
-    if (start + TILE - 1) * TOKENS_PER_COLUMN < live:
+    if (start >= first) & ((start + TILE - 1) * TOKENS_PER_COLUMN < live):
         store(pointers, base + columns, values)
     elif start * TOKENS_PER_COLUMN < end:
-        store(pointers, base + columns, tl.where(tokens < live, values, 0), tokens < end)
+        is_stored = (columns >= first) & (tokens < end)
+        store(pointers, base + columns, tl.where(tokens < live, values, 0), is_stored)
 
 
 @triton.jit
 def load_pages(
-    source, start, live, TILE: tl.constexpr, PAGES: tl.constexpr, PAGE_SIZE: tl.constexpr
+    source, start, first, live, TILE: tl.constexpr, PAGES: tl.constexpr, PAGE_SIZE: tl.constexpr
 ):
-    """The pages that start in tokens [start, start + TILE) of a pool row, PAGES at most."""
+    """The pages that start in tokens [start, start + TILE) of a pool row, from token `first` on.
+
+    They are PAGES at most.
+    """
     # A page may be as long as int32 reaches: its tokens are counted in 64 bits.
     start = tl.cast(start, tl.int64)
     column = tl.cdiv(start, PAGE_SIZE) + tl.arange(0, PAGES)
     token = column * PAGE_SIZE
-    in_tile = token < start + TILE
+    in_tile = (token >= first) & (token < start + TILE)
     slots = tl.load(source + token, in_tile & (token < live), 0)
     return Pages(column, token, in_tile, _floor_div(slots, PAGE_SIZE))
 
