@@ -123,6 +123,9 @@ FUSED = {
     "tail": "copy",
     "num_backends": np.int64(1),
     "stacked": False,
+    "backend_offsets": np.zeros(1, np.int64),
+    "written": False,
+    "max_new_tokens": np.int64(4),
 }
 FUSED_OPERANDS = (X, X, np.zeros((2, 5), np.int32))
 FUSED_RESULTS = list(SPEC.shapes().values())
@@ -213,7 +216,7 @@ def replaced(sequence, k, value):
         (
             None,
             None,
-            {"num_backends": np.int64(2)},
+            {"num_backends": np.int64(2), "backend_offsets": np.zeros(2, np.int64)},
             f"results: expected {len(NAMES)} arrays of each backend",
         ),
         (None, None, {"tail": "drop"}, "tail: got drop, expected one of copy, zero, keep"),
