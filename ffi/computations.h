@@ -74,9 +74,6 @@ struct FusedMetadataArguments {
   int64_t columns(Field table) const { return CeilDiv(max_len, tables[table].tokens_per_column); }
 };
 
-// Arrays that a copy takes at most: those of a backend, or those of SGLang's copy.
-constexpr int kMaxArrays = kFields > 9 ? kFields : 9;
-
 // One array of a copy, contiguous in the source.
 struct CopiedArray {
   const int32_t* source;
@@ -88,10 +85,10 @@ struct CopiedArray {
 
 struct CopyArguments {
   int32_t num_arrays;
-  CopiedArray arrays[kMaxArrays];
+  CopiedArray arrays[kFields];
   const int32_t* kv_lens;  // [rows] of the tables that are copied as far as they are live
   int32_t num_backends;
-  int32_t* destinations[kMaxBackends][kMaxArrays];
+  int32_t* destinations[kMaxBackends][kFields];
 };
 
 // The lengths of a draft-extend step, whose rows are ragged.

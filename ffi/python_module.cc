@@ -127,7 +127,7 @@ nb::object DescribeTensors(nb::handle exchange_api, nb::list tensors) {
 
 void CopyArrays(uint64_t stream, const std::vector<CopyTuple>& arrays,
                 const std::vector<std::vector<uint64_t>>& destinations) {
-  if (arrays.size() > kMaxArrays || destinations.size() > kMaxBackends) {
+  if (arrays.size() > kFields || destinations.size() > kMaxBackends) {
     throw std::invalid_argument("arrays: more than one launch takes");
   }
   const auto args = std::make_unique<CopyArguments>();

@@ -5,8 +5,11 @@
 // Inputs: the arrays of the source, contiguous, and the KV lengths of the rows of tables that are
 //   copied as far as they are live.
 // Outputs: the same arrays of every destination.
+#include <algorithm>
+
 #include "computations.h"
 #include "launch.cuh"
+#include "parameters.cuh"
 
 namespace jaxnsa {
 namespace {
@@ -15,17 +18,24 @@ constexpr int kCopyThreads = 128;
 constexpr int kAccesses = 4;
 constexpr int64_t kCopyTileColumns = 4 * kCopyThreads * kAccesses;
 
-struct CopyGrid {
-  int64_t first_block[kMaxArrays + 1];  // of each array
+// The parameters of the kernel for so many backends at most.
+template <int kCapacity>
+struct CopyParameters {
+  int32_t num_backends;
+  int64_t first_block[kFields + 1];  // of each array
+  const int32_t* kv_lens;
+  CopiedArray arrays[kFields];
+  int32_t* destinations[kCapacity][kFields];
 };
 
+template <int kCapacity>
 __global__ void __launch_bounds__(kCopyThreads)
-    CopyKernel(const __grid_constant__ CopyArguments args, const __grid_constant__ CopyGrid grid) {
+    CopyKernel(const __grid_constant__ CopyParameters<kCapacity> args) {
   int a = 0;
-  while (blockIdx.x >= grid.first_block[a + 1]) ++a;
+  while (blockIdx.x >= args.first_block[a + 1]) ++a;
   const CopiedArray& array = args.arrays[a];
   const int64_t tiles = CeilDiv(array.columns, kCopyTileColumns);
-  const int64_t block = blockIdx.x - grid.first_block[a];
+  const int64_t block = blockIdx.x - args.first_block[a];
   const int64_t row = block / tiles, begin = block % tiles * kCopyTileColumns;
   // Without a limit, column 0 of every column's own 0 tokens is live.
   const int32_t kv_len = array.tokens_per_column > 0 ? args.kv_lens[row] : 1;
@@ -54,19 +64,34 @@ __global__ void __launch_bounds__(kCopyThreads)
   }
 }
 
+template <int kCapacity>
+void LaunchCopy(Stream stream, const CopyArguments& args) {
+  CopyParameters<kCapacity> parameters{};
+  parameters.num_backends = args.num_backends;
+  parameters.kv_lens = args.kv_lens;
+  for (int a = 0; a < args.num_arrays; ++a) {
+    const CopiedArray& array = args.arrays[a];
+    parameters.arrays[a] = array;
+    parameters.first_block[a + 1] =
+        parameters.first_block[a] + array.rows * CeilDiv(array.columns, kCopyTileColumns);
+  }
+  for (int b = 0; b < args.num_backends; ++b) {
+    std::copy_n(args.destinations[b], args.num_arrays, parameters.destinations[b]);
+  }
+  const int64_t blocks = parameters.first_block[args.num_arrays];
+  if (blocks > 0) Launch("copy", stream, CopyKernel<kCapacity>, blocks, kCopyThreads, parameters);
+}
+
 }  // namespace
 
 void Copy(Stream stream, const CopyArguments& args) {
-  CopyGrid grid{};
-  for (int a = 0; a < args.num_arrays; ++a) {
-    const CopiedArray& array = args.arrays[a];
-    grid.first_block[a + 1] =
-        grid.first_block[a] + array.rows * CeilDiv(array.columns, kCopyTileColumns);
+  if (args.num_backends <= kFewBackends) {
+    LaunchCopy<kFewBackends>(stream, args);
+  } else {
+    LaunchCopy<kMaxBackends>(stream, args);
   }
-  const int64_t blocks = grid.first_block[args.num_arrays];
-  if (blocks > 0) Launch("copy", stream, CopyKernel, blocks, kCopyThreads, args, grid);
 }
 
-void LoadCopy() { LoadKernels("copy", CopyKernel); }
+void LoadCopy() { LoadKernels("copy", CopyKernel<kFewBackends>, CopyKernel<kMaxBackends>); }
 
 }  // namespace jaxnsa
