@@ -170,7 +170,7 @@ def _run(suite: Suite, quick: bool, out: Path, commit: str | None, device_name: 
     if importlib.util.find_spec("matplotlib"):
         plots.draw(suite, report, folder)
     else:
-        console.print("no plots, for want of matplotlib: pip install '.[bench]'", markup=False)
+        console.print("no plots, for want of matplotlib; run: pip install matplotlib", markup=False)
     console.print(report.terminal())
     console.print(f"{folder / suite.name}.json", soft_wrap=True, highlight=False)
 

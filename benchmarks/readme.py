@@ -177,6 +177,16 @@ def _prefix_sum(report: Report) -> list[str]:
     return lines + table(header, cells)
 
 
+def _prefill(report: Report) -> list[str]:
+    hot = _has_device(report)
+    lines = [
+        "All arrays of a prefill in place, N = 1, in microseconds"
+        + (" of device time:" if hot else " end to end:"),
+        "",
+    ]
+    return lines + table(*report.pivot("hot_device_us" if hot else report.metric))
+
+
 def _torch(report: Report) -> list[str]:
     lines = [
         "Host time to refresh a PyTorch engine's buffers, in microseconds until the call returns:",
@@ -197,6 +207,7 @@ SECTIONS = {
     "roofline": _roofline,
     "modes": _modes,
     "draft-extend": _draft_extend,
+    "prefill": _prefill,
     "prefix-sum": _prefix_sum,
     "torch": _torch,
     "dispatch": _dispatch,

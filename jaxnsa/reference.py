@@ -282,7 +282,8 @@ def _lengths(lengths) -> list[int]:
 
 
 def _wrap(values):
-    return np.asarray(values, np.int64).astype(np.int32)
+    wrapped = (np.asarray(values, object) + 2**31) % 2**32 - 2**31
+    return np.asarray(wrapped, np.int32)
 
 
 def _map(function, *metadata: NSAMetadata) -> NSAMetadata:

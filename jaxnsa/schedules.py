@@ -13,8 +13,8 @@ PagedMqaLayout = Literal["legacy", "atoms", "sm90", "sm100"]
 FlashMlaLengths = Literal["topk", "nsa_cache_seqlens", "cache_seqlens"]
 FlashMlaLayout = Literal["current", "legacy"]
 
-MAX_MULTIPROCESSORS = 2**16
-"""The most multiprocessors, and parts, that work is split between."""
+MAX_MULTIPROCESSORS = 1024
+"""The most multiprocessors, and parts, that work is split between: kernels look at all at once."""
 
 MAX_PAIRS = 32
 """The most pairs of a `TopkPlan`: kernels take them as parameters."""

@@ -14,7 +14,7 @@ from jaxnsa.metadata import DraftExtendSeqlens, ForwardMode
 from jaxnsa.spec import Rows
 from pallas_kernels.lanes import Lanes, sum_over_requests
 from pallas_kernels.launch import launch
-from pallas_kernels.rows import Lengths, Request, row_values
+from pallas_kernels.rows import IndexTopk, Lengths, Request, row_values
 
 
 def fill_draft_extend_metadata(
@@ -46,7 +46,7 @@ def fill_draft_extend_metadata(
         location = request.locate()
 
         def store(row, kv_len):
-            values = row_values(kv_len, nsa_index_topk, 0, 0)
+            values = row_values(kv_len, IndexTopk(nsa_index_topk), 0, 0)
             for name in ("seqlens_expanded", "nsa_cache_seqlens"):
                 results[name][row] = values[name]
 

@@ -1,11 +1,12 @@
 """The whole computation in one launch: lengths, prefix sums and page tables, for every destination.
 
 Purpose: `NSAMetadata` of all backends of a step.
-Grid: for each request the blocks that share its lengths, for each offset of backends; in prefill
-those that share its keys; then those that share its tables.
+Grid: for each offset of backends a block for each schedule; then for each request the blocks that
+share its lengths, for each offset; in prefill those that share its keys; then those that share its
+tables.
 Block: a warpgroup. It waits for no other: sums over earlier requests it takes by itself.
 Inputs: seq_lens, req_pool_indices, extend_seq_lens where rows are ragged, written_lens if that is
-given, req_to_token, and a view of req_to_token as whole pages where its rows consist of such.
+given, req_to_token, and views of req_to_token as whole pages where its rows consist of such.
 Outputs: the arrays of `Spec.shapes` of every destination.
 """
 
@@ -23,7 +24,15 @@ from jaxnsa.spec import Inputs, Spec
 from pallas_kernels.destinations import Destinations
 from pallas_kernels.lanes import LANES, Lanes, access_width
 from pallas_kernels.launch import launch
-from pallas_kernels.rows import Lengths, Request, Share, padding_row_values, row_values
+from pallas_kernels.rows import (
+    IndexTopk,
+    Lengths,
+    Request,
+    Share,
+    padding_row_values,
+    row_values,
+)
+from pallas_kernels.schedules import schedule_writers
 from pallas_kernels.tables import Source, Table, Targets
 from pallas_kernels.tuning import BlockConfig
 
@@ -42,7 +51,7 @@ class _Plan:
       wide: the tiles of `page_indices`, if it is wanted.
       real: the tiles of `real_page_table`, if it is wanted and not written with the wide table.
       pages_with_wide: whether the blocks of the wide table write both.
-      reads_pages: whether the page starts of a pool row form a vector.
+      pooled: the tiles of `pooled_page_table`, if it is wanted.
     """
 
     offsets: tuple[int, ...]
@@ -51,22 +60,28 @@ class _Plan:
     wide: Table | None
     real: Table | None
     pages_with_wide: bool
-    reads_pages: bool
+    pooled: Table | None
 
     @classmethod
     def of(cls, spec: Spec, pool_shape: tuple[int, ...], config: BlockConfig) -> "_Plan":
         """The plan for a pool [pool_rows, pool_cols]."""
         requests, max_len, page_size = spec.rows.requests, spec.max_len, spec.real_page_size
         pool_cols, new = pool_shape[1], spec.max_new_tokens
-        wide = real = None
+        wide = real = pooled = None
         if spec.wide_table:
             width = access_width(pool_cols, max_len)
             wide = Table.of(requests, max_len, 1, spec.tail, width, config, new)
         together = spec.real_table and wide is not None and wide.yields_pages(page_size)
-        whole_pages = pool_cols % page_size == 0
+
+        def of_pages(tokens: int) -> Table:
+            # Where a pool row consists of them, their starts form a vector.
+            width = int(pool_cols % tokens == 0)
+            return Table.of(requests, max_len, tokens, spec.tail, width, config, new)
+
         if spec.real_table and not together:
-            width = int(whole_pages)
-            real = Table.of(requests, max_len, page_size, spec.tail, width, config, new)
+            real = of_pages(page_size)
+        if spec.pooled_table:
+            pooled = of_pages(spec.pooled_page_tokens)
 
         def shares(tiles: int) -> int:
             return min(tiles, max(1, _MOST_SHARES // requests))
@@ -81,7 +96,7 @@ class _Plan:
             wide,
             real,
             together,
-            real is not None and whole_pages,
+            pooled,
         )
 
     @property
@@ -100,9 +115,14 @@ class _Plan:
         return self.first_wide_block + (self.wide.blocks if self.wide else 0)
 
     @property
+    def first_pooled_block(self) -> int:
+        """The first block that writes `pooled_page_table`."""
+        return self.first_real_block + (self.real.blocks if self.real else 0)
+
+    @property
     def blocks(self) -> int:
         """Blocks of a request."""
-        return self.first_real_block + (self.real.blocks if self.real else 0)
+        return self.first_pooled_block + (self.pooled.blocks if self.pooled else 0)
 
 
 def fused_metadata(
@@ -135,17 +155,24 @@ def fused_metadata(
     plan = _Plan.of(spec, inputs.req_to_token.shape, config)
     pool_rows = inputs.req_to_token.shape[0]
     lanes = Lanes(bool(interpret))
-    read: dict[str, Any] = {"inputs": inputs}
-    if plan.reads_pages:
-        read["pages"] = inputs.req_to_token.reshape(pool_rows, -1, spec.real_page_size)
+    writers, words = schedule_writers(lanes, spec, fresh=out is None)
+    read: dict[str, Any] = {"inputs": inputs, "pages": {}}
+    for table in (plan.real, plan.pooled):
+        if table and table.width:
+            tokens = table.tokens_per_column
+            read["pages"][tokens] = inputs.req_to_token.reshape(pool_rows, -1, tokens)
 
-    def kernel(index, read, results, scratch):
-        # Neighbouring blocks write neighbouring memory.
-        i = lax.div(index, jnp.int32(plan.blocks))
-        block = lax.rem(index, jnp.int32(plan.blocks))
+    def kernel(index, read, results, shared):
         inputs = read["inputs"]
         lengths = Lengths(inputs.seq_lens, inputs.extend_seq_lens)
         destinations = Destinations(spec, results)
+        for k, writer in enumerate(writers):
+            pl.when(index == k)(functools.partial(writer, lengths, shared, destinations))
+        scratch = shared.at[pl.ds(0, LANES)]
+        # Neighbouring blocks write neighbouring memory.
+        index = index - len(writers)
+        i = lax.div(jnp.maximum(index, 0), jnp.int32(plan.blocks))
+        block = jnp.where(index < 0, plan.blocks, index - i * plan.blocks)
 
         for n, offset in enumerate(plan.offsets):
             share = Share(block - n * plan.length_blocks, plan.length_blocks)
@@ -153,7 +180,7 @@ def fused_metadata(
             @pl.when((share.block >= 0) & (share.block < share.blocks))
             def _(offset=offset, share=share):
                 request = Request.load(lanes, spec.rows_of(offset), lengths, scratch, i)
-                _write_lengths(lanes, request, share, spec.nsa_index_topk, destinations)
+                _write_lengths(lanes, request, share, IndexTopk.of(spec), destinations)
 
         if plan.key_blocks:
 
@@ -166,7 +193,7 @@ def fused_metadata(
                 source = inputs.req_to_token.at[pool_row]
                 _write_keys(lanes, request, share, source, spec, destinations)
 
-        def write(table: Table, first_block: int, ref: Any, page_size: int, targets: Callable):
+        def write(table: Table, first_block: int, page_size: int, targets: Callable):
             @pl.when((block >= first_block) & (block < first_block + table.blocks))
             def _():
                 pool_row = jnp.clip(inputs.req_pool_indices[i], 0, pool_rows - 1)
@@ -175,7 +202,8 @@ def fused_metadata(
                 if inputs.written_lens is not None:
                     written = inputs.written_lens[i]
                     lanes.start_load(written)
-                source = Source(ref, pool_row, page_size)
+                ref = read["pages"].get(table.tokens_per_column, inputs.req_to_token)
+                source = Source(ref, pool_row, page_size, table.tokens_per_column)
                 each = []
                 for offset in plan.offsets:
                     rows = spec.rows_of(offset).tables
@@ -188,14 +216,18 @@ def fused_metadata(
             tables = destinations.of("page_indices", offset)
             return Targets(request, tables, pages, spec.real_page_size)
 
-        def real_table(request: Request, offset: int) -> Targets:
-            return Targets(request, destinations.of("real_page_table", offset))
+        def pages_of(name: str) -> Callable:
+            return lambda request, offset: Targets(request, destinations.of(name, offset))
 
         if plan.wide:
-            write(plan.wide, plan.first_wide_block, inputs.req_to_token, 1, both_tables)
+            write(plan.wide, plan.first_wide_block, 1, both_tables)
         if plan.real:
-            ref = read["pages"] if plan.reads_pages else inputs.req_to_token
-            write(plan.real, plan.first_real_block, ref, spec.real_page_size, real_table)
+            write(
+                plan.real, plan.first_real_block, spec.real_page_size, pages_of("real_page_table")
+            )
+        if plan.pooled:
+            table, first = plan.pooled, plan.first_pooled_block
+            write(table, first, spec.real_page_size, pages_of("pooled_page_table"))
         destinations.check_all_written()
 
     results = launch(
@@ -203,7 +235,8 @@ def fused_metadata(
         read,
         None if out is None else [o.arrays() for o in out],
         [dict(spec.shapes())] * spec.destinations,
-        blocks=spec.rows.requests * plan.blocks,
+        blocks=len(writers) + spec.rows.requests * plan.blocks,
+        shared=(LANES + words,),
         name="fused_metadata",
         interpret=interpret,
     )
@@ -211,7 +244,7 @@ def fused_metadata(
 
 
 def _write_lengths(
-    lanes: Lanes, request: Request, share: Share, topk: int, destinations: Destinations
+    lanes: Lanes, request: Request, share: Share, topk: IndexTopk, destinations: Destinations
 ) -> None:
     """A share of all arrays but the tables, as far as a request goes, of an offset's backends."""
     store, i = functools.partial(destinations.store, request.rows.offset), request.i

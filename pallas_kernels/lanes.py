@@ -4,8 +4,11 @@ Mosaic GPU holds arrays of a multiple of 128 elements, spread over the 128 threa
 On hardware every such array needs a layout; the interpreter has none.
 """
 
+import functools
+import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,9 +19,11 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas_kernels import ptx
 
 LANES = 128
+_LAYOUT = plgpu.Layout.WG_STRIDED((LANES,), vec_size=1)
 Scalar = jax.Array | int
 _SCALAR = plgpu.Layout.WG_SPLAT(())
 _UNROLL = 8  # vectors in flight while summing over requests
+_TOGETHER = 4  # vectors of indices that are worked on at once
 
 
 def access_width(*strides: int) -> int:
@@ -112,6 +117,93 @@ class Lanes:
 
         return add_up(scratch, *vectors)
 
+    def minimum(self, scratch, *vectors: jax.Array) -> jax.Array:
+        """The least element of vectors of 128 elements; `scratch` as in `sums`."""
+        if self._interpret:
+            return functools.reduce(jnp.minimum, [jnp.min(v) for v in vectors])
+        splat = plgpu.ShapeDtypeStruct((), jnp.int32, layout=plgpu.Layout.WG_SPLAT(()))
+
+        @plgpu.inline_mgpu(
+            arg_types=(plgpu.RefType(), *[_LAYOUT] * len(vectors)), return_type=splat
+        )
+        def minimum(_, memory, *vectors):
+            return ptx.minimum(memory, *vectors)
+
+        return minimum(scratch, *map(self.laid_out, vectors))
+
+    def cumulative_sums(
+        self, scratch, *sequences: Sequence[jax.Array]
+    ) -> list[tuple[list[jax.Array], jax.Array]]:
+        """The inclusive prefix sums of several long vectors; they wrap as int32 does.
+
+        Args:
+          scratch: int32 [128] in shared memory.
+          sequences: of each long vector its vectors of 128 elements; at most 32 of them in all.
+
+        Returns:
+          Of each long vector the vectors of its prefix sums, and its sum.
+        """
+        if self._interpret:
+            results = []
+            for sequence in sequences:
+                sums = jnp.cumsum(jnp.concatenate(sequence), dtype=jnp.int32)
+                results.append(([*sums.reshape(-1, LANES)], sums[-1]))
+            return results
+        splat = plgpu.ShapeDtypeStruct((), jnp.int32, layout=plgpu.Layout.WG_SPLAT(()))
+        held = plgpu.ShapeDtypeStruct((LANES,), jnp.int32, layout=_LAYOUT)
+
+        flat = [self.laid_out(array) for sequence in sequences for array in sequence]
+        ends = [*itertools.accumulate(map(len, sequences))]
+
+        def split(arrays: Sequence[Any]) -> list[Any]:
+            starts = [0, *ends[:-1]]
+            return [arrays[start:end] for start, end in zip(starts, ends, strict=True)]
+
+        @plgpu.inline_mgpu(
+            arg_types=(plgpu.RefType(), *[_LAYOUT] * len(flat)),
+            return_type=[held] * len(flat) + [splat] * len(sequences),
+        )
+        def scan(_, memory, *arrays):
+            return ptx.cumulative_sums(memory, *split(arrays))
+
+        results = scan(scratch, *flat)
+        return list(zip(split(results[: len(flat)]), results[len(flat) :], strict=True))
+
+    def gather(self, ref, *indices: jax.Array) -> list[jax.Array]:
+        """The elements of a vector in memory at 128 indices each; 0 where an index is negative."""
+        if self._interpret:
+            whole = ref[...]
+            return [jnp.where(index < 0, 0, whole[index]) for index in indices]
+
+        @plgpu.inline_mgpu(
+            arg_types=(plgpu.RefType(), _LAYOUT),
+            return_type=plgpu.ShapeDtypeStruct((LANES,), jnp.int32, layout=_LAYOUT),
+        )
+        def gather(_, memory, index):
+            return ptx.gather(memory, index)
+
+        return [jnp.where(i < 0, 0, gather(ref, self.laid_out(jnp.maximum(i, 0)))) for i in indices]
+
+    def store_rows(self, ref, lead: tuple, rows: jax.Array, *columns: jax.Array) -> None:
+        """Stores rows of `ref[lead]`, each as many elements as there are columns.
+
+        Lane k stores `columns[:][k]` in row `rows[k]`, and nothing where that is negative. No other
+        block may write to the array.
+        """
+        if self._interpret:
+            whole = ref[(*lead, ...)]
+            held = whole.reshape(-1, len(columns))
+            places = jnp.where(rows < 0, len(held), rows)
+            held = held.at[places].set(jnp.stack(columns, axis=-1), mode="drop")
+            ref[(*lead, ...)] = held.reshape(whole.shape)
+            return
+
+        @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), *[_LAYOUT] * (1 + len(columns))))
+        def store(_, memory, rows, *columns):
+            ptx.store_rows(memory, rows, *columns)
+
+        store(ref.at[lead] if lead else ref, *map(self.laid_out, (rows, *columns)))
+
     def start_load(self, scalar: jax.Array) -> None:
         """Starts the load of a scalar here, and not in the branch that needs it.
 
@@ -182,6 +274,21 @@ class Lanes:
     def iota(self, size: int, width: int = 1) -> jax.Array:
         """0, 1, ..., size - 1."""
         return self.laid_out(lax.broadcasted_iota(jnp.int32, (size,), 0), width)
+
+    def for_indices(self, count: int, body: Callable, carry: Any = None) -> Any:
+        """Calls `body(indices)`, or `body(indices, carry)`, with vectors of 0 ... count - 1.
+
+        The last of them go past the end.
+        """
+        vectors = min(_TOGETHER, -(-count // LANES))
+
+        def step(k: Any, carry: Any) -> Any:
+            starts = [(k * vectors + v) * LANES for v in range(vectors)]
+            indices = [start + self.iota(LANES) for start in starts]
+            return body(indices) if carry is None else body(indices, carry)
+
+        steps = -(-count // (vectors * LANES))
+        return step(0, carry) if steps == 1 else lax.fori_loop(0, steps, step, carry)
 
     def zeros(self, size: int, width: int = 1) -> jax.Array:
         """A vector of zeros."""

@@ -6,7 +6,7 @@ L2 cache can do without: stores are `st.global.cs`.
 """
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -14,6 +14,7 @@ import numpy as np
 from pallas_kernels.jax_internals import arith, ir, llvm, mgpu, vector
 
 _WARPS = 4  # of a warpgroup
+_WARP_SUM = "redux.sync.add.s32 $0, $1, 0xffffffff;"
 
 
 def store(memory: ir.Value, registers: mgpu.FragmentedArray, width: int) -> None:
@@ -149,24 +150,140 @@ def sums(memory: ir.Value, *addends: mgpu.FragmentedArray) -> list[mgpu.Fragment
       memory: memref of shared memory, at least four int32 for each sum.
       addends: the arrays.
     """
+    values = [_elements(addend.registers.item(), 1)[0] for addend in addends]
+    i32 = ir.IntegerType.get_signless(32)
+    of_warps = [_assembly(_WARP_SUM, value, result=i32) for value in values]
+    parts = _exchanged(memory, of_warps)
+    return [_splat(functools.reduce(arith.addi, of_warp)) for of_warp in parts]
+
+
+def minimum(memory: ir.Value, *vectors: mgpu.FragmentedArray) -> mgpu.FragmentedArray:
+    """The least element of int32 arrays of 128 elements.
+
+    Args:
+      memory: memref of shared memory, at least four int32.
+      vectors: the arrays.
+    """
+    values = [element for v in vectors for element in _elements(v.registers.item(), 1)]
+    least = functools.reduce(arith.minsi, values)
+    i32 = ir.IntegerType.get_signless(32)
+    of_warp = _assembly("redux.sync.min.s32 $0, $1, 0xffffffff;", least, result=i32)
+    (parts,) = _exchanged(memory, [of_warp])
+    return _splat(functools.reduce(arith.minsi, parts))
+
+
+def cumulative_sums(
+    memory: ir.Value, *sequences: Sequence[mgpu.FragmentedArray]
+) -> list[mgpu.FragmentedArray]:
+    """The inclusive prefix sums of several int32 vectors, each held by arrays of 128 elements.
+
+    Each warp scans its own and tells the others its sums: one exchange, however many there are.
+
+    Args:
+      memory: memref of shared memory, at least four int32 for each array.
+      sequences: of each vector its arrays, one behind the other.
+
+    Returns:
+      The arrays of the prefix sums of all vectors, and behind them the sum of each, a scalar.
+    """
+    i32 = ir.IntegerType.get_signless(32)
+    flat = [array for sequence in sequences for array in sequence]
+    scanned = [_elements(array.registers.item(), 1)[0] for array in flat]
+    of_warps = [_assembly(_WARP_SUM, value, result=i32) for value in scanned]
+    for distance in (1, 2, 4, 8, 16):
+        text = (
+            "{ .reg .pred exists; .reg .b32 before;"
+            f" shfl.sync.up.b32 before|exists, $1, {distance}, 0, 0xffffffff;"
+            " @!exists mov.b32 before, 0; add.s32 $0, $1, before; }"
+        )
+        scanned = [_assembly(text, value, result=i32) for value in scanned]
+    warp = _warp()
+    exchanged = iter(zip(scanned, _exchanged(memory, of_warps), strict=True))
+    zero = mgpu.utils.c(0, i32)
+    arrays, totals = [], []
+    for sequence in sequences:
+        before = zero
+        for array, (value, parts) in zip(sequence, exchanged, strict=False):
+            for k, part in enumerate(parts):
+                later = arith.cmpi(arith.CmpIPredicate.sgt, warp, mgpu.utils.c(k, i32))
+                value = arith.addi(value, arith.select(later, part, zero))
+            value = arith.addi(value, before)
+            before = functools.reduce(arith.addi, parts, before)
+            register = vector.broadcast(ir.VectorType.get((1,), i32), value)
+            registers = np.array([register], dtype=object).reshape(array.registers.shape)
+            arrays.append(
+                mgpu.FragmentedArray(_registers=registers, _layout=array.layout, _is_signed=True)
+            )
+        totals.append(_splat(before))
+    return arrays + totals
+
+
+def gather(memory: ir.Value, indices: mgpu.FragmentedArray) -> mgpu.FragmentedArray:
+    """The elements at the indices of a memref of one dimension, none of them outside it."""
     i32 = ir.IntegerType.get_signless(32)
     base = mgpu.utils.memref_ptr(memory)
-    warp = arith.shrui(mgpu.utils.thread_idx(), mgpu.utils.c(5, i32))
-    for k, addend in enumerate(addends):
-        values = _elements(addend.registers.item(), 1)
-        of_warp = _assembly("redux.sync.add.s32 $0, $1, 0xffffffff;", *values, result=i32)
+    (index,) = _elements(indices.registers.item(), 1)
+    value = llvm.load(i32, mgpu.utils.getelementptr(base, [index], i32))
+    register = vector.broadcast(ir.VectorType.get((1,), i32), value)
+    registers = np.array([register], dtype=object).reshape(indices.registers.shape)
+    return mgpu.FragmentedArray(_registers=registers, _layout=indices.layout, _is_signed=True)
+
+
+def store_rows(
+    memory: ir.Value, rows: mgpu.FragmentedArray, *columns: mgpu.FragmentedArray
+) -> None:
+    """Stores rows of an int32 array in global memory, each by one thread.
+
+    Args:
+      memory: memref [..., len(columns)], contiguous.
+      rows: which row each thread stores; negative: none.
+      columns: the elements of the rows: 1, 2 or a multiple of 4 arrays.
+    """
+    width = min(len(columns), 4)
+    base = mgpu.utils.memref_ptr(memory)
+    (row,) = _elements(rows.registers.item(), 1)
+    values = [_elements(column.registers.item(), 1)[0] for column in columns]
+    for first in range(0, len(columns), width):
+        operands = ", ".join(f"${k + 2}" for k in range(width))
+        store = f"st.global.cs.b32 [at+{4 * first}], {operands}"
+        if width > 1:
+            store = f"st.global.cs.v{width}.b32 [at+{4 * first}], {{{operands}}}"
+        _assembly(
+            "{ .reg .pred wanted; .reg .b64 at; setp.ge.s32 wanted, $1, 0;"
+            f" mad.wide.s32 at, $1, {4 * len(columns)}, $0; @wanted {store}; }}",
+            base,
+            row,
+            *values[first : first + width],
+        )
+
+
+def _warp() -> ir.Value:
+    """Which warp of the warpgroup a thread belongs to."""
+    i32 = ir.IntegerType.get_signless(32)
+    return arith.shrui(mgpu.utils.thread_idx(), mgpu.utils.c(5, i32))
+
+
+def _exchanged(memory: ir.Value, of_warp: Sequence[ir.Value]) -> list[list[ir.Value]]:
+    """Of each int32 that all threads of a warp share, the values of all warps."""
+    i32 = ir.IntegerType.get_signless(32)
+    base = mgpu.utils.memref_ptr(memory)
+    warp = _warp()
+    for k, value in enumerate(of_warp):
         index = arith.addi(warp, mgpu.utils.c(_WARPS * k, i32))
-        llvm.store(of_warp, mgpu.utils.getelementptr(base, [index], i32))
+        llvm.store(value, mgpu.utils.getelementptr(base, [index], i32))
     mgpu.utils.warpgroup_barrier()
     results = []
-    for k in range(len(addends)):
+    for k in range(len(of_warp)):
         place = mgpu.utils.getelementptr(base, [_WARPS * k], i32)
         parts = llvm.load(ir.VectorType.get((_WARPS,), i32), place, alignment=4 * _WARPS)
-        total = functools.reduce(arith.addi, _elements(parts, _WARPS))
-        layout = mgpu.WGSplatFragLayout(())
-        results.append(mgpu.FragmentedArray.splat(total, (), layout, is_signed=True))
+        results.append(_elements(parts, _WARPS))
     mgpu.utils.warpgroup_barrier()  # before the memory is used again
     return results
+
+
+def _splat(value: ir.Value) -> mgpu.FragmentedArray:
+    """A scalar that all threads have."""
+    return mgpu.FragmentedArray.splat(value, (), mgpu.WGSplatFragLayout(()), is_signed=True)
 
 
 def use(scalar: mgpu.FragmentedArray) -> None:

@@ -12,8 +12,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxnsa.spec import INT32_MAX, Rows
-from pallas_kernels.lanes import LANES, Lanes, Scalar, sum_over_requests
+from jaxnsa.spec import INT32_MAX, Rows, Spec
+from pallas_kernels.lanes import LANES, Lanes, Scalar, floor_div, sum_over_requests
 
 
 class Location(NamedTuple):
@@ -56,6 +56,47 @@ class Lengths(NamedTuple):
     extend_seq_lens: Any
 
 
+class IndexTopk(NamedTuple):
+    """How many of a row's tokens the indexer selects.
+
+    Attributes:
+      limit: its top-k, in tokens.
+      pool: tokens that are one key of it; the full ones are limited, and the rest is selected.
+    """
+
+    limit: int
+    pool: int = 1
+
+    @classmethod
+    def of(cls, spec: Spec) -> "IndexTopk":
+        """Of a computation."""
+        return cls(spec.nsa_index_topk, spec.index_kpool)
+
+    def selected(self, kv_len: jax.Array) -> jax.Array:
+        """Tokens selected of a row that sees `kv_len`."""
+        if self.pool == 1:
+            return jnp.minimum(kv_len, self.limit)
+        whole = self.keys(kv_len) * self.pool
+        return jnp.minimum(whole, self.limit) + (kv_len - whole)
+
+    def keys(self, kv_len: jax.Array) -> jax.Array:
+        """Full keys of a row that sees `kv_len`."""
+        return floor_div(kv_len, self.pool)
+
+    def series(self, n: jax.Array) -> jax.Array:
+        """`selected(1)` + `selected(2)` + ... + `selected(n)`, for n >= 0; wraps as int32 does."""
+        # Up to the first key past the limit all tokens are selected.
+        last = min((self.limit // self.pool + 1) * self.pool - 1, INT32_MAX)
+        low = jnp.minimum(n, last)
+        result = _triangle(low) + (n - low) * self.limit
+        if self.pool == 1:
+            return result
+        past = n - low
+        keys = self.keys(past)
+        rest = past - keys * self.pool
+        return result + keys * _wrapped(self.pool * (self.pool - 1) // 2) + _triangle(rest - 1)
+
+
 @dataclasses.dataclass(frozen=True)
 class Request:
     """One request and its rows.
@@ -83,7 +124,7 @@ class Request:
         cls, lanes: Lanes, rows: Rows, lengths: Lengths, scratch: Any, i: jax.Array
     ) -> "Request":
         """Request i, in backends that have these rows."""
-        cache_seqlen = _cache_seqlen(rows, lengths.seq_lens[i])
+        cache_seqlen = cache_seqlen_of(rows, lengths.seq_lens[i])
         each = rows.rows_per_request
         q = jnp.maximum(lengths.extend_seq_lens[i], 0) if each is None else each
         return cls(lanes, rows, lengths, scratch, i, cache_seqlen, q)
@@ -118,13 +159,13 @@ class Request:
         )
         return Location(first, jnp.minimum(count, capacity - first), total)
 
-    def sums_before(self, topk: int) -> LengthSums:
+    def sums_before(self, topk: IndexTopk) -> LengthSums:
         """Sums over the requests before it."""
         rows, each = self.rows, self.rows.rows_per_request
         ragged = each is None
 
         def terms(index, exists, seq_lens, *extend):
-            cache_seqlens = _cache_seqlen(rows, seq_lens)
+            cache_seqlens = cache_seqlen_of(rows, seq_lens)
             q = jnp.maximum(extend[0], 0) if each is None else each
             nsa = _nsa_sum(cache_seqlens, cache_seqlens, q, topk)
             before = index < self.i
@@ -140,7 +181,7 @@ class Request:
         )
         return LengthSums(cache, nsa, total[0] if ragged else nsa)
 
-    def nsa_sum(self, j: jax.Array, topk: int) -> jax.Array:
+    def nsa_sum(self, j: jax.Array, topk: IndexTopk) -> jax.Array:
         """The sum of `nsa_cache_seqlens` over its rows 0 to j; wraps as int32 does."""
         return _nsa_sum(self.kv_len(j), self.cache_seqlen, self.q, topk)
 
@@ -189,7 +230,7 @@ class Share(NamedTuple):
 
 
 def row_values(
-    kv_len: jax.Array, topk: int, request: Scalar, first_key: Scalar
+    kv_len: jax.Array, topk: IndexTopk, request: Scalar, first_key: Scalar
 ) -> dict[str, Scalar]:
     """What the arrays of [rows] hold for rows of a request that see `kv_len` tokens, by name.
 
@@ -197,7 +238,8 @@ def row_values(
     """
     return {
         "seqlens_expanded": kv_len,
-        "nsa_cache_seqlens": jnp.minimum(kv_len, topk),
+        "nsa_cache_seqlens": topk.selected(kv_len),
+        "pooled_cache_seqlens": topk.keys(kv_len),
         "token_to_request": request,
         "indexer_ks": first_key,
         "indexer_ke": first_key + kv_len,
@@ -207,10 +249,11 @@ def row_values(
 
 def padding_row_values() -> dict[str, Scalar]:
     """What they hold for padding rows."""
-    return row_values(jnp.int32(0), 1, 0, 0)
+    return row_values(jnp.int32(0), IndexTopk(1), 0, 0)
 
 
-def _cache_seqlen(rows: Rows, seq_len: jax.Array) -> jax.Array:
+def cache_seqlen_of(rows: Rows, seq_len: jax.Array) -> jax.Array:
+    """The KV length of requests with these `seq_lens`."""
     least, greatest = rows.seq_len_range
     seq_len = jnp.maximum(seq_len, least)
     if greatest < INT32_MAX:
@@ -218,17 +261,19 @@ def _cache_seqlen(rows: Rows, seq_len: jax.Array) -> jax.Array:
     return seq_len + rows.offset + rows.added_tokens
 
 
-def _nsa_sum(kv_len: jax.Array, cache_seqlen: jax.Array, q: Scalar, topk: int) -> jax.Array:
+def _nsa_sum(kv_len: jax.Array, cache_seqlen: jax.Array, q: Scalar, topk: IndexTopk) -> jax.Array:
     """The sum of `nsa_cache_seqlens` over a request's rows up to the one that sees `kv_len`."""
     if isinstance(q, int) and q == 1:
-        return jnp.minimum(kv_len, topk)
-    before = jnp.maximum(cache_seqlen - q, 0)
-    return _clamped_series(kv_len, topk) - _clamped_series(before, topk)
+        return topk.selected(kv_len)
+    return topk.series(kv_len) - topk.series(jnp.maximum(cache_seqlen - q, 0))
 
 
-def _clamped_series(n: jax.Array, topk: int) -> jax.Array:
-    """min(1, topk) + min(2, topk) + ... + min(n, topk), for n >= 0; wraps as int32 does."""
-    low = jnp.minimum(n, topk)
-    half = low >> 1
-    triangle = jnp.where((low & 1) == 0, half * (low + 1), low * (half + 1))
-    return triangle + (n - low) * topk
+def _triangle(n: jax.Array) -> jax.Array:
+    """1 + 2 + ... + n, for n >= -1; wraps as int32 does."""
+    half = n >> 1
+    return jnp.where((n & 1) == 0, half * (n + 1), n * (half + 1))
+
+
+def _wrapped(n: int) -> int:
+    """As int32 holds it."""
+    return (n + 2**31) % 2**32 - 2**31

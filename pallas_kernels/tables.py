@@ -24,12 +24,14 @@ class Source(NamedTuple):
     Attributes:
       ref: [rows, columns], or [rows, columns, page_size] where columns are pages.
       row: which row, a scalar.
-      page_size: tokens from one column to the next, and what their slots are divided by.
+      page_size: what slots are divided by; 1: columns are as they are.
+      stride: otherwise, tokens from one column to the next.
     """
 
     ref: Any
     row: jax.Array
     page_size: int = 1
+    stride: int = 1
 
     def columns(self, lanes: Lanes, index: Any) -> jax.Array:
         """The columns at an index, a scalar or a `pl.ds`."""
@@ -38,7 +40,7 @@ class Source(NamedTuple):
         if len(self.ref.shape) == 3:
             starts = self.ref[self.row, index, 0]
             return floor_div(lanes.laid_out(starts) if starts.ndim else starts, self.page_size)
-        return floor_div(self.ref[self.row, index * self.page_size], self.page_size)
+        return floor_div(self.ref[self.row, index * self.stride], self.page_size)
 
 
 class Targets(NamedTuple):

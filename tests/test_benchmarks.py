@@ -15,8 +15,8 @@ from benchmarks.__main__ import RESULTS, main
 from benchmarks.measure import rotations, timing
 from benchmarks.problem import Problem
 from benchmarks.report import Report
-from benchmarks.suites import SUITES, modes, torch_handoff
-from jaxnsa import ForwardMode
+from benchmarks.suites import SUITES, modes, roofline, torch_handoff
+from jaxnsa import ForwardMode, reference
 from jaxnsa.implementations import IMPLEMENTATIONS, xla
 
 
@@ -68,7 +68,7 @@ def test_without_matplotlib_there_are_no_plots(monkeypatch, tmp_path):
     )
     done = run("dispatch", "--quick", "--out", str(tmp_path), "--device-name", "x")
     assert done.exit_code == 0
-    assert "no plots, for want of matplotlib: pip install '.[bench]'" in done.output
+    assert "no plots, for want of matplotlib; run: pip install matplotlib" in done.output
     assert sorted(path.name for path in (tmp_path / "x").iterdir()) == [
         "dispatch.json",
         "dispatch.md",
@@ -111,6 +111,19 @@ def test_inputs_take_turns():
     assert rotations(2**20, 2**20) == 64
     assert rotations(2**26, 2**20) == 2
     assert rotations(1, 2**31) == 2
+
+
+def test_the_loop_of_row_copies_counts_what_it_writes():
+    lengths, indices = np.array([130, 0, 64], np.int32), np.array([2, 0, 1], np.int32)
+    pool = np.arange(3 * 200, dtype=np.int32).reshape(3, 200)
+    expected = reference.fused_metadata_precompute_and_broadcast(
+        lengths, indices, pool, num_backends=2, tail="zero"
+    )
+    zeros = jax.tree.map(np.zeros_like, expected)
+    assert roofline.numpy_loop(lengths, indices, pool, zeros) == 2 * 4 * (130 + 64 + 3 + 1)
+    for backend, wanted in zip(zeros, expected, strict=True):
+        np.testing.assert_array_equal(backend.page_indices, wanted.page_indices)
+        np.testing.assert_array_equal(backend.real_page_table, wanted.real_page_table)
 
 
 def test_bytes_are_counted():

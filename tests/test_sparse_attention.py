@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import jax
 import numpy as np
 import pytest
 
@@ -27,6 +28,12 @@ def problem():
     prompts = np.random.default_rng(0).integers(0, SIZES.vocabulary, PROMPT_LENS.sum())
     pool = worked.scattered_pool(len(PROMPT_LENS), SIZES.max_len)
     return worked.Weights.random(SIZES), pool, prompts.astype(np.int32), PROMPT_LENS
+
+
+@pytest.fixture(autouse=True)
+def _as_precise_as_float32():
+    with jax.default_matmul_precision("highest"):
+        yield
 
 
 def generated(problem, sizes, *, steps, drafts):
@@ -89,3 +96,19 @@ def test_a_topk_above_the_length_is_dense_attention(problem):
 def test_main_prints_a_table(capsys):
     worked.main()
     assert "| tokens a request |" in capsys.readouterr().out
+
+
+def test_pytorch_generates_the_same_tokens(problem):
+    torch = pytest.importorskip("torch", reason="runs where PyTorch is, as .ci/run installs it")
+    from benchmarks import sparse_attention_torch
+
+    steps = 4
+    _, expected, expected_kept = worked.generate(*problem, sizes=SIZES, steps=steps, drafts=True)
+    weights, pool, prompts, lens = problem
+    requests = jax.jit(worked.prefill, static_argnums=1)(weights, SIZES, pool, prompts, lens)
+    with torch.no_grad():
+        results = sparse_attention_torch.generate(weights, pool, requests, sizes=SIZES, steps=steps)
+    for (tokens, kept), wanted, wanted_kept in zip(results, expected, expected_kept, strict=True):
+        assert kept.tolist() == wanted_kept.tolist()
+        for row, wanted_row, count in zip(tokens.tolist(), wanted, wanted_kept, strict=True):
+            assert row[:count] == wanted_row[:count].tolist()

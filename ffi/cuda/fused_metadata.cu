@@ -42,8 +42,8 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor)
   if (i >= args.table_requests) return;
   if (__builtin_expect(i < 0, 0)) {
     const int32_t block = row * gridDim.x + blockIdx.x;
-    const int32_t groups = args.length_groups, shares = args.length_shares;
-    const int32_t blocks = groups * shares, b = block / blocks;
+    const int32_t groups = args.length_groups, shares = kRagged ? args.length_shares : 1;
+    const int32_t blocks = groups * shares, b = blocks == 1 ? block : block / blocks;
     if (b < args.num_backends) {
       const int32_t group = block % blocks / shares;
       WriteLengths<kRagged>(args.rows, args.nsa_index_topk,

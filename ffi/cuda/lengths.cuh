@@ -56,6 +56,7 @@ __device__ void WriteLengths(const Rows& rows, int32_t topk, LengthBlock block, 
     int32_t first_key;
   };
   __shared__ Request requests[kThreads];
+  __shared__ int64_t rows_end;  // of the group, where rows are ragged
   const auto q_of = [&](int64_t i) -> int64_t { return rows.q(i); };
   const auto sums_of = [&](int32_t cache_seqlen, int32_t q) -> LengthSums {
     return {static_cast<uint32_t>(cache_seqlen), NsaSum(topk, cache_seqlen, q, q - 1)};
@@ -73,7 +74,7 @@ __device__ void WriteLengths(const Rows& rows, int32_t topk, LengthBlock block, 
   if (kRagged) {
     const int64_t rows_before = BlockSum<int64_t>(0, first, q_of);
     first_row = rows_before + SumBeforeThread<int64_t>(q);
-    end_row = rows_before + BlockSum<int64_t>(first, end, q_of);
+    if (threadIdx.x == kThreads - 1) rows_end = first_row + q;
   }
   const auto at_most_all = [&](int64_t row) {
     return row < rows.count ? static_cast<int32_t>(row) : rows.count;
@@ -89,6 +90,7 @@ __device__ void WriteLengths(const Rows& rows, int32_t topk, LengthBlock block, 
     Store(to, i + 1, RequestSums(static_cast<int32_t>(before.cache_seqlens + cache_seqlen)));
   }
   __syncthreads();
+  if (kRagged) end_row = rows_end;
 
   // Unsigned: a row and the next one of the thread fit 32 bits, which saves registers.
   const uint32_t last_row = at_most_all(end_row);
@@ -119,7 +121,7 @@ __device__ void WriteLengths(const Rows& rows, int32_t topk, LengthBlock block, 
   if (!kRagged) return;
 
   // The padding rows.
-  const int64_t total = BlockSum<int64_t>(0, rows.requests, q_of);
+  const int64_t total = end_row + BlockSum<int64_t>(end, rows.requests, q_of);
   if (total >= rows.count) return;
   const RowSums nsa_total(
       static_cast<int32_t>(BlockSum<LengthSums>(0, rows.requests, sums).nsa_cache_seqlens));

@@ -45,9 +45,9 @@ class Case:
 
     @property
     def title(self) -> str:
-        """The function and, of the broadcast, its forward mode."""
+        """The function, in short where it is the broadcast, and then its forward mode."""
         mode = self.options["forward_mode"].value
-        return f"{self.function} {mode}" if self.function == BROADCAST else self.function
+        return f"broadcast, {mode}" if self.function == BROADCAST else self.function
 
     def arguments(self) -> dict[str, Any]:
         """The arguments of the reference; fresh arrays at each call."""
