@@ -11,7 +11,6 @@ from helpers import (
     check_broadcast,
     held,
     inputs,
-    large,
     lowered_operations,
     on_device,
     pointers,
@@ -52,19 +51,26 @@ BATCHES = {  # seq_lens, extend_seq_lens
 
 
 @pytest.mark.parametrize(
-    "shape_tail",  # one parameter, so that interpreters take some of its values only
+    "shape, tail, stacked",
     [
-        "short copy",
-        *large("short zero", "short keep"),
-        *large("tiles copy", "tiles zero"),
-        "tiles keep",
-        *large("no flat table zero", "no flat table keep"),
-        *large("groups copy", "groups keep"),
+        ("tiles", "zero", False),  # what interpreters take
+        *(
+            pytest.param(*values, marks=pytest.mark.large)
+            for values in (
+                ("short", "copy", False),
+                ("short", "zero", True),
+                ("short", "keep", False),
+                ("tiles", "copy", True),
+                ("tiles", "keep", False),
+                ("no flat table", "zero", False),
+                ("no flat table", "keep", True),
+                ("groups", "copy", False),
+                ("groups", "keep", False),
+            )
+        ),
     ],
 )
-@pytest.mark.parametrize("stacked", (False, *large(True)))
-def test_rows_keys_and_tables(shape_tail, stacked, implementation):
-    shape, tail = shape_tail.rsplit(maxsplit=1)
+def test_rows_keys_and_tables(shape, tail, stacked, implementation):
     for lengths, extend in BATCHES[shape]:
         _, indices, pool = inputs(len(lengths), pool_cols=SHAPES[shape]["max_len"] + 3)
         check_broadcast(
@@ -73,7 +79,7 @@ def test_rows_keys_and_tables(shape_tail, stacked, implementation):
             in_place=tail != "copy",
             tail=tail,
             stacked=stacked,
-            num_backends=2 if tail == "zero" else 1,
+            num_backends=2 if shape == "short" else 1,
             forward_mode=EXTEND,
             extend_seq_lens=np.array(extend, np.int32),
             nsa_index_topk=9,
@@ -82,8 +88,7 @@ def test_rows_keys_and_tables(shape_tail, stacked, implementation):
 
 
 @pytest.mark.large
-@pytest.mark.parametrize("strategy", ("fast", "fallback"))
-@pytest.mark.parametrize("tail", ("zero", "keep"))
+@pytest.mark.parametrize("strategy, tail", (("fast", "keep"), ("fallback", "zero")))
 def test_strategies(strategy, tail, implementation):
     (lengths, extend), *_ = BATCHES["short"]
     _, indices, pool = inputs(5, pool_cols=20)
@@ -102,9 +107,10 @@ def test_strategies(strategy, tail, implementation):
 
 @pytest.mark.large
 @pytest.mark.parametrize(
-    "bs, tokens, keys", ((0, 3, 4), (2, 0, 4), (2, 3, 0)), ids=("requests", "rows", "keys")
+    "bs, tokens, keys, in_place",
+    ((0, 3, 4, True), (2, 0, 4, True), (2, 3, 0, False)),
+    ids=("requests", "rows", "keys"),
 )
-@pytest.mark.parametrize("in_place", (False, True))
 def test_nothing_of_something(bs, tokens, keys, in_place, implementation):
     check_broadcast(
         inputs(bs, pool_cols=6),
