@@ -9,7 +9,7 @@ ROOT = Path(__file__).parents[1]
 FLOORS = (
     ("jaxnsa.app",),
     ("jaxnsa.interop",),
-    ("jaxnsa.ragged_paged_attention",),
+    ("jaxnsa.ragged_paged_attention", "jaxnsa.batch_tracker"),
     ("jaxnsa.operations", "jaxnsa.checked_calls", "jaxnsa.strategies"),
     ("jaxnsa.implementations",),
     (

@@ -154,11 +154,10 @@ def _demo_table(report: simulation.Report, batch_size: int, num_backends: int, s
         f"{report.tokens:,} tokens accepted",
     )
     on_gpu = report.rows[0].device_us is not None
-    table.add_column("computed by")
-    for column in ("p50 ms", "p99 ms", *(["device µs"] if on_gpu else [])):
-        table.add_column(column, justify="right")
-    for column in ("launches", "of roof", "mismatches"):
-        table.add_column(column, justify="right")
+    table.add_column("computed by", no_wrap=True)
+    columns = ("p50 ms", "p99 ms", *(["GPU µs"] if on_gpu else []), "launches", "of roof", "wrong")
+    for column in columns:
+        table.add_column(column, justify="right", no_wrap=True)
     for row in report.rows:
         share = report.bytes_moved / report.bandwidth / row.seconds
         table.add_row(

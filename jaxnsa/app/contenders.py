@@ -154,7 +154,7 @@ class Library:
 class PlainJax:
     """Plain `jax.numpy` under `jax.jit`, each of N backends computed for itself."""
 
-    name = "plain jnp, N times"
+    name = "plain jnp x N"
     in_place = False
 
     def __init__(self, num_backends: int):

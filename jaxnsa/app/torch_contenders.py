@@ -20,9 +20,9 @@ def contenders(num_backends: int, inputs: Inputs) -> list[Contender]:
     if platform == "gpu" and not torch.cuda.is_available():
         return []
     device = "cuda" if platform == "gpu" else "cpu"
-    fills: list[tuple[str, bool, Callable]] = [("PyTorch eager, N times", False, _eager)]
+    fills: list[tuple[str, bool, Callable]] = [("PyTorch eager x N", False, _eager)]
     if native_library.unavailable(platform) is None:
-        fills.insert(0, ("jaxnsa: from PyTorch", True, _direct))
+        fills.insert(0, ("jaxnsa in PyTorch", True, _direct))
     return [
         _Tensors(name, in_place, make, num_backends, inputs, device)
         for name, in_place, make in fills
