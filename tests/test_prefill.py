@@ -27,7 +27,7 @@ INT32_MAX = 2**31 - 1
 
 SHAPES = {
     "short": {"max_total_tokens": 18, "max_total_keys": 60, "max_len": 17, "real_page_size": 4},
-    "tiles": {"max_total_tokens": 300, "max_total_keys": 1300, "max_len": 700},
+    "tiles": {"max_total_tokens": 140, "max_total_keys": 560, "max_len": 300},
     "no flat table": {"max_total_tokens": 18, "max_len": 17, "wide_table": False},
     "groups": {"max_total_tokens": 700, "max_total_keys": 3000, "max_len": 40, "real_page_size": 1},
 }
@@ -38,9 +38,8 @@ BATCHES = {  # seq_lens, extend_seq_lens
         ([INT32_MAX, INT32_MAX, 3, 4, 5], [3, INT32_MAX, 2, 2, 2]),  # beyond int32
     ),
     "tiles": (
-        ([640, 2, 600], [150, 0, 139]),
-        ([1, 0, 0], [1, 0, 0]),
-        ([500, 900, 3], [500, 0, 3]),
+        ([270, 2, 280], [130, 0, 5]),
+        ([250, 400, 3], [250, 0, 3]),
     ),
     "no flat table": (([5, 9, 3], [2, 9, 1]),),
     "groups": (
