@@ -11,6 +11,7 @@ from jaxnsa.implementations.native_library import (
     NativeRows,
     PreparedLaunch,
     library,
+    schedule_arguments,
 )
 from jaxnsa.interop.tensor_checks import Checked, platform_of
 from jaxnsa.metadata import FIELDS, Extent
@@ -49,12 +50,12 @@ def prepared(
     spec: Spec,
     backends: Sequence[Mapping[str, torch.Tensor]],
     *,
-    request_columns: bool = False,
+    requests_are_items: bool = False,
 ) -> PreparedLaunch:
     """A launch of `spec` that fills these tensors, whose tables have equal strides.
 
-    Fields that a backend has no tensor for are left out. With `request_columns`, all rows of a
-    request have the live columns of its last.
+    Fields that a backend has no tensor for are left out. With `requests_are_items`, consumers
+    read a request's rows as one: all have the live columns, and the context length, of the last.
     """
     tables = [field for field in spec.fields(Extent.TABLE) if field.name in backends[0]]
     return native.PreparedLaunch(
@@ -64,11 +65,14 @@ def prepared(
         ],
         strides={field.name: backends[0][field.name].stride(0) for field in tables},
         tokens_per_column={field.name: spec.tokens_per_column(field) for field in tables},
+        slots_per_page={field.name: spec.slots_per_page(field) for field in tables},
         max_len=spec.max_len,
         max_total_keys=spec.max_total_keys or 0,
         nsa_index_topk=spec.nsa_index_topk,
+        index_kpool=spec.index_kpool,
+        **schedule_arguments(spec.schedules),
         tail=spec.tail,
-        request_columns=request_columns,
+        requests_are_items=requests_are_items,
     )
 
 
