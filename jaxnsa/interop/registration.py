@@ -1,5 +1,7 @@
 """The static tensors of N backends, checked when they are registered and lightly ever after."""
 
+import dataclasses
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -8,6 +10,7 @@ import torch
 from jaxnsa import argument_checks
 from jaxnsa.interop.tensor_checks import Checked, WrittenMemory, checked
 from jaxnsa.metadata import FIELDS, Extent, ForwardMode
+from jaxnsa.schedules import Schedules
 from jaxnsa.spec import MAX_LEN, Rows, Spec
 
 
@@ -21,13 +24,22 @@ class Registered:
       memory: theirs.
     """
 
-    def __init__(self, buffers: Sequence[Any], nsa_index_topk: int, real_page_size: int):
+    def __init__(
+        self,
+        buffers: Sequence[Any],
+        nsa_index_topk: int,
+        real_page_size: int,
+        index_kpool: int,
+        schedules: Schedules,
+    ):
         """Checks everything.
 
         Args:
           buffers: mappings or objects with NSAMetadata's field names.
           nsa_index_topk: the indexer's top-k, in tokens.
           real_page_size: tokens in a physical page.
+          index_kpool: tokens that the indexer pools into one key.
+          schedules: what the consumers want beside the metadata.
 
         Raises:
           ValueError, TypeError: what is wrong with which tensor.
@@ -42,7 +54,11 @@ class Registered:
         self.backends = [{name: c.tensor for name, c in backend.items()} for backend in found]
         first = self.backends[0]
         self.device = first["cache_seqlens"].device
-        self.spec = _largest_spec(first, len(found), nsa_index_topk, real_page_size)
+        self.spec = dataclasses.replace(
+            _largest_spec(first, len(found), nsa_index_topk, real_page_size),
+            index_kpool=index_kpool,
+            schedules=schedules,
+        )
         for k, backend in enumerate(self.backends):
             self._check_backend(f"buffers[{k}]", backend)
         tensors = [checked for backend in found for checked in backend.values()]
@@ -123,15 +139,19 @@ class Registered:
         if backend.keys() != shapes.keys():
             raise ValueError(
                 f"{name}: got {', '.join(backend)}, expected {', '.join(shapes)}: all arrays of "
-                f"prefill or none"
+                f"prefill or none, and those that index_kpool and schedules ask for"
             )
         for field, tensor in backend.items():
-            if field not in shapes:
-                raise ValueError(f"{name}.{field}: got a tensor, expected None")
-            if tuple(tensor.shape) != shapes[field].shape:
+            extent, expected = FIELDS[field].extent, shapes[field].shape
+            # The rows of items one behind the other, however many each mode's items have.
+            free = extent is Extent.PAGED_MQA_ITEMS and tensor.numel() == math.prod(expected)
+            if tuple(tensor.shape) != expected and not free:
                 raise ValueError(
-                    f"{name}.{field}: got shape {tuple(tensor.shape)}, expected "
-                    f"{shapes[field].shape}"
+                    f"{name}.{field}: got shape {tuple(tensor.shape)}, expected {expected}"
+                )
+            if extent is not Extent.TABLE and not tensor.is_contiguous():
+                raise ValueError(
+                    f"{name}.{field}: got strides {tensor.stride()}, expected a contiguous tensor"
                 )
             if not tensor.numel():
                 raise ValueError(f"{name}.{field}: got a tensor without elements")

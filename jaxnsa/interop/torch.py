@@ -20,6 +20,7 @@ from jaxnsa.interop.tensor_checks import (
     platform_of,
 )
 from jaxnsa.metadata import ForwardMode
+from jaxnsa.schedules import NO_SCHEDULES, Schedules
 from jaxnsa.spec import INT32_MAX, INT32_MIN, Rows
 from jaxnsa.value_checks import check_values
 
@@ -117,6 +118,8 @@ class BackendBuffers:
         *,
         nsa_index_topk: int,
         real_page_size: int,
+        index_kpool: int = 1,
+        schedules: Schedules | None = None,
         path: Literal["direct", "dlpack"] | None = None,
         dlpack: DlpackOptions | None = None,
     ):
@@ -131,6 +134,13 @@ class BackendBuffers:
             `ForwardMode.EXTEND` and no other mode, `flat_page_indices` among them or not.
           nsa_index_topk: the indexer's top-k, in tokens.
           real_page_size: tokens in a physical page.
+          index_kpool: tokens that the indexer pools into one key; more than 1 asks for the pooled
+            arrays.
+          schedules: asks for the arrays of these, at the sizes of the largest batch: each must be
+            there in all backends. `paged_mqa_ctx_lens` may have any shape of as many elements as
+            there are rows; a step of items of several rows writes them one behind the other. The
+            path "direct" alone computes them: the other pads batches, and a schedule is that of
+            the batch itself.
           path: None takes "direct" where the native library can run, otherwise "dlpack".
           dlpack: what the path "dlpack" is compiled for, and required by it.
 
@@ -141,7 +151,9 @@ class BackendBuffers:
         """
         topk = argument_checks.integer("nsa_index_topk", nsa_index_topk, 1)
         page = argument_checks.integer("real_page_size", real_page_size, 1)
-        self._registered = Registered(buffers, topk, page)
+        kpool = argument_checks.integer("index_kpool", index_kpool, 1, INT32_MAX // page)
+        wanted = argument_checks.schedules(schedules)
+        self._registered = Registered(buffers, topk, page, kpool, wanted)
         if path is None:
             missing = native_library.unavailable(platform_of(self._registered.device))
             path = "dlpack" if missing else "direct"
@@ -152,6 +164,8 @@ class BackendBuffers:
             self._path = DirectPath(self._registered)
         elif dlpack is None:
             raise ValueError('dlpack: got None, expected DlpackOptions as path is "dlpack"')
+        elif wanted != NO_SCHEDULES:
+            raise ValueError('schedules: got some, expected None as path is "dlpack"')
         else:
             self._path = DlpackPath(self._registered, dlpack)
 

@@ -1,0 +1,142 @@
+"""Schedules and pooled arrays in an engine's static tensors, by the path "direct"."""
+
+import numpy as np
+import pytest
+from test_schedules import KINDS, lengths_of, schedules_of
+
+import jaxnsa
+from jaxnsa import ForwardMode, reference
+from jaxnsa.implementations import native_library
+
+torch = pytest.importorskip("torch")
+BackendBuffers = pytest.importorskip("jaxnsa.interop.torch").BackendBuffers
+
+REQUESTS, ROWS, MAX_LEN, PAGE, TOPK, HELD = 9, 36, 64, 4, 600, -7
+
+
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def device(request):
+    platform = "gpu" if request.param == "cuda" else "cpu"
+    if reason := native_library.unavailable(platform):
+        pytest.skip(f"runs where the native library was built: {reason}")
+    return request.param
+
+
+def buffers_for(schedules, kpool, device, count=2):
+    """Tensors of as many backends, at the sizes of the largest batch."""
+    largest = reference.precompute_draft_extend_metadata(
+        np.zeros(REQUESTS, np.int32),
+        np.zeros(REQUESTS, np.int32),
+        np.zeros(REQUESTS, np.int32),
+        np.zeros((1, MAX_LEN), np.int32),
+        max_total_tokens=ROWS,
+        real_page_size=PAGE,
+        schedules=schedules,
+        index_kpool=kpool,
+    )
+    return [
+        {
+            name: torch.full(array.shape, HELD, dtype=torch.int32, device=device)
+            for name, array in largest.arrays().items()
+        }
+        for _ in range(count)
+    ]
+
+
+@pytest.mark.parametrize("kpool", (1, 3))
+@pytest.mark.parametrize("k", range(4))
+def test_update(k, kpool, device):
+    schedules = schedules_of(k)
+    backends = buffers_for(schedules, kpool, device)
+    buffers = BackendBuffers(
+        backends,
+        nsa_index_topk=TOPK,
+        real_page_size=PAGE,
+        index_kpool=kpool,
+        schedules=schedules,
+        path="direct",
+    )
+    rng = np.random.default_rng(k)
+    pool = rng.integers(0, 999, (3, MAX_LEN), dtype=np.int32)
+    for step, mode in enumerate((*ForwardMode, *ForwardMode)):
+        if mode is ForwardMode.EXTEND:
+            continue
+        bs = (9, 0, 5, 2)[step % 4]
+        lengths, indices = lengths_of(KINDS[step % 6], bs), rng.integers(0, 3, bs, dtype=np.int32)
+        options = {}
+        if mode is ForwardMode.TARGET_VERIFY:
+            options["num_draft_tokens"] = 3
+        if mode is ForwardMode.DRAFT_EXTEND:
+            options["extend_seq_lens"] = rng.integers(0, 4, bs, dtype=np.int32)
+            options["max_total_tokens"] = 20
+        expected = [
+            {name: tensor.cpu().numpy().copy() for name, tensor in b.items()} for b in backends
+        ]
+        (fresh,) = reference.fused_metadata_precompute_and_broadcast(
+            lengths,
+            indices,
+            pool,
+            num_backends=1,
+            forward_mode=mode,
+            nsa_index_topk=TOPK,
+            real_page_size=PAGE,
+            index_kpool=kpool,
+            schedules=schedules,
+            tail="zero",
+            **options,
+        )
+        arguments = [torch.from_numpy(a).to(device) for a in (lengths, indices, pool)]
+        if "extend_seq_lens" in options:
+            extend = torch.from_numpy(options["extend_seq_lens"]).to(device)
+            options["extend_seq_lens"] = extend
+        buffers.update(*arguments, forward_mode=mode, **options)
+        for backend, before in zip(backends, expected, strict=True):
+            for name, array in fresh.arrays().items():
+                actual = backend[name].cpu().numpy()
+                wanted = before[name]
+                if name.endswith("table") or name == "page_indices":
+                    continue
+                if name == "topk_plan":
+                    array = array[: array[0, 1] + 1]
+                if name == "paged_mqa_ctx_lens":
+                    array, wanted, actual = array.ravel(), wanted.ravel(), actual.ravel()
+                wanted[: len(array)] = array
+                np.testing.assert_array_equal(actual, wanted, f"{mode} {name}")
+            if kpool > 1:
+                table = backend["pooled_page_table"].cpu().numpy()
+                real = backend["real_page_table"].cpu().numpy()[:, ::kpool]
+                live = (
+                    np.asarray(fresh.seqlens_expanded)[:, None]
+                    > np.arange(real.shape[1]) * PAGE * kpool
+                )
+                rows = len(live)
+                np.testing.assert_array_equal(table[:rows][live], real[:rows][live])
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"topk_plan": None}, "those that index_kpool and schedules ask for"),
+        ({"flash_mla_schedule": (7, 8)}, r"flash_mla_schedule: got shape .7, 8., expected"),
+        ({"paged_mqa_ctx_lens": (6, 7)}, r"paged_mqa_ctx_lens: got shape .6, 7., expected"),
+    ],
+)
+def test_wrong_buffers_are_refused(change, message, device):
+    backends = buffers_for(schedules_of(0), 1, device)
+    for name, shape in change.items():
+        for backend in backends:
+            tensor = None if shape is None else torch.zeros(shape, dtype=torch.int32, device=device)
+            backend[name] = tensor
+    with pytest.raises(ValueError, match=message):
+        BackendBuffers(
+            backends, nsa_index_topk=TOPK, real_page_size=PAGE, schedules=schedules_of(0)
+        )
+
+
+def test_schedules_that_were_not_asked_for_are_refused(device):
+    with pytest.raises(ValueError, match="schedules ask for"):
+        BackendBuffers(
+            buffers_for(schedules_of(0), 1, device), nsa_index_topk=TOPK, real_page_size=PAGE
+        )
+    with pytest.raises(TypeError, match="schedules: got"):
+        BackendBuffers([], nsa_index_topk=1, real_page_size=1, schedules=jaxnsa.TopkPlan.h200())
