@@ -16,6 +16,7 @@ from typing import Any, Protocol
 import jax
 
 from jaxnsa.metadata import FIELDS
+from jaxnsa.spec import MAX_LEN
 
 LIBRARIES = {"cpu": "jaxnsa_cpu", "gpu": "jaxnsa_cuda"}
 """By platform, the name of its library."""
@@ -72,6 +73,8 @@ class PreparedLaunch(Protocol):
         req_pool_indices: Any,
         req_to_token: Any,
         extend_seq_lens: Any,
+        written_lens: Any = None,
+        max_new_tokens: int = MAX_LEN,
     ) -> bool:
         """Launches with a step's tensors on their framework's current stream, if all is well.
 
@@ -87,6 +90,8 @@ class PreparedLaunch(Protocol):
         req_pool_indices: Vector,
         pool: Pool,
         extend_seq_lens: Vector | None,
+        written_lens: Vector | None = None,
+        max_new_tokens: int = MAX_LEN,
     ) -> None:
         """Launches with inputs that were checked."""
 
@@ -171,6 +176,7 @@ class NativeLibrary(Protocol):
         nsa_index_topk: int,
         tail: str,
         request_columns: bool,
+        backend_offsets: Sequence[int],
     ) -> PreparedLaunch:
         """Prepares a launch.
 
@@ -183,6 +189,7 @@ class NativeLibrary(Protocol):
           nsa_index_topk: the indexer's top-k.
           tail: what tables hold past a row's live columns.
           request_columns: whether all rows of a request have the live columns of its last.
+          backend_offsets: of each backend, the tokens by which its `seq_lens` are longer.
         """
 
 
