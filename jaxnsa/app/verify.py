@@ -270,7 +270,7 @@ def _source(value: Any) -> str:
         text = np.array2string(value, separator=", ", threshold=sys.maxsize)
         return f"np.array({text}, np.int32).reshape({value.shape})"
     if isinstance(value, NSAMetadata):
-        fields = ", ".join(f"{name}={_source(array)}" for name, array in vars(value).items())
+        fields = ", ".join(f"{name}={_source(array)}" for name, array in value.arrays().items())
         return f"NSAMetadata({fields})"
     if isinstance(value, tuple):
         return "(" + "".join(f"{_source(item)}, " for item in value) + ")"
