@@ -84,7 +84,7 @@ void Prepare(PreparedLaunch* self, nb::list backends, nb::dict strides, nb::dict
              nb::dict slots_per_page, int32_t max_len, int32_t max_total_keys,
              int32_t nsa_index_topk, int32_t index_kpool, const Numbers& paged_mqa,
              const Numbers& topk_plan, const Numbers& flash_mla,
-             const std::string& tail, bool request_columns,
+             const std::string& tail, bool requests_are_items,
              const std::vector<int32_t>& backend_offsets) {
   const auto args = std::make_unique<FusedMetadataArguments>();
   if (backends.size() < 1 || backends.size() > kMaxBackends) {
@@ -109,7 +109,7 @@ void Prepare(PreparedLaunch* self, nb::list backends, nb::dict strides, nb::dict
   args->max_len = max_len;
   args->max_total_keys = max_total_keys;
   args->tail = FromName<Tail>("tail", tail, kTailNames);
-  args->request_columns = request_columns;
+  args->requests_are_items = requests_are_items;
   if (backend_offsets.size() != backends.size()) {
     throw std::invalid_argument("backend_offsets: got " + std::to_string(backend_offsets.size()));
   }
@@ -204,7 +204,7 @@ NB_MODULE(jaxnsa_native, module) {
            nb::arg("tokens_per_column"), nb::arg("slots_per_page"), nb::arg("max_len"),
            nb::arg("max_total_keys"), nb::arg("nsa_index_topk"), nb::arg("index_kpool"),
            nb::arg("paged_mqa"), nb::arg("topk_plan"), nb::arg("flash_mla"), nb::arg("tail"),
-           nb::arg("request_columns"), nb::arg("backend_offsets"))
+           nb::arg("requests_are_items"), nb::arg("backend_offsets"))
       .def("watch", &PreparedLaunch::Watch, nb::arg("exchange_api"), nb::arg("tensors"),
            nb::kw_only(), nb::arg("unchanged"), nb::arg("written"), nb::arg("min_columns"))
       .def("try_launch", &PreparedLaunch::TryLaunch, nb::arg("rows"), nb::arg("seq_lens").none(),

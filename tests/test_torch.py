@@ -3,6 +3,8 @@
 import concurrent.futures
 import dataclasses
 import re
+import subprocess
+import sys
 import types
 
 import jax
@@ -677,6 +679,63 @@ def test_threads_that_update_the_same_tensors_do_so_one_after_the_other(path, de
         list(threads.map(update, batches))
     lengths = [batch[0].clamp(min=0).tolist() for batch in batches]
     assert engine.backends[0]["cache_seqlens"].tolist() in lengths
+
+
+def test_threads_with_tensors_of_their_own(path, device):
+    engines = [Engine.of(device, count=1) for _ in range(4)]
+    options = DlpackOptions(engines[0].pool)
+
+    def run(engine):
+        buffers = BackendBuffers(
+            engine.backends,
+            nsa_index_topk=64,
+            real_page_size=16,
+            path=path,
+            dlpack=dataclasses.replace(options, req_to_token=engine.pool),
+        )
+        for bs in (1, 5, 3, 8) * 4:
+            lengths = np.arange(bs, dtype=np.int32) * 9
+            buffers.update(engine.tensor(lengths), engine.tensor(lengths % 8), engine.pool)
+            engine.expect(lengths, lengths % 8, page=16)
+        engine.check()
+
+    with concurrent.futures.ThreadPoolExecutor(len(engines)) as threads:
+        list(threads.map(run, engines))
+
+
+FORKED = """
+import os
+import torch
+from jaxnsa.interop.torch import BackendBuffers
+
+def vector(size):
+    return torch.zeros(size, dtype=torch.int32)
+
+names = ("cache_seqlens", "seqlens_expanded", "nsa_cache_seqlens")
+backend = {name: vector(2) for name in names}
+backend |= {"cu_seqlens_k": vector(3), "nsa_cu_seqlens_k": vector(3)}
+backend["page_indices"] = torch.zeros((2, 8), dtype=torch.int32)
+buffers = BackendBuffers([backend], nsa_index_topk=4, real_page_size=1, path="direct")
+pool = torch.arange(16, dtype=torch.int32).view(2, 8)
+lengths = torch.tensor([3, 5], dtype=torch.int32)
+child = os.fork()
+buffers.update(lengths + (child == 0), torch.tensor([1, 0]), pool)
+sums = [0, 4, 10] if child == 0 else [0, 3, 8]
+right = backend["cu_seqlens_k"].tolist() == sums
+if child == 0:
+    os._exit(0 if right else 1)
+assert right and os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+"""
+
+
+@pytest.mark.skipif(ON_GPU, reason="runs on a machine without a GPU: CUDA does not outlive a fork")
+def test_a_forked_child_updates_by_the_direct_path():
+    if reason := native_library.unavailable("cpu"):
+        pytest.skip(f"runs where the native library was built: {reason}")
+    ended = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", FORKED], capture_output=True, text=True, timeout=300
+    )
+    assert ended.returncode == 0, ended.stderr
 
 
 def test_what_the_library_declines_without_reason_is_counted_and_logged_once(

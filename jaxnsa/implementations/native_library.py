@@ -182,7 +182,7 @@ class NativeLibrary(Protocol):
         topk_plan: Sequence[int],
         flash_mla: Sequence[int],
         tail: str,
-        request_columns: bool,
+        requests_are_items: bool,
         backend_offsets: Sequence[int],
     ) -> PreparedLaunch:
         """Prepares a launch.
@@ -197,7 +197,8 @@ class NativeLibrary(Protocol):
           index_kpool: tokens that the indexer pools into one key.
           paged_mqa, topk_plan, flash_mla: the `schedule_arguments`.
           tail: what tables hold past a row's live columns.
-          request_columns: whether all rows of a request have the live columns of its last.
+          requests_are_items: whether consumers read a request's rows as one: all have the live
+            columns, and the context length, of the last.
           backend_offsets: of each backend, the tokens by which its `seq_lens` are longer.
         """
 

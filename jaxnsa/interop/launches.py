@@ -50,12 +50,12 @@ def prepared(
     spec: Spec,
     backends: Sequence[Mapping[str, torch.Tensor]],
     *,
-    request_columns: bool = False,
+    requests_are_items: bool = False,
 ) -> PreparedLaunch:
     """A launch of `spec` that fills these tensors, whose tables have equal strides.
 
-    Fields that a backend has no tensor for are left out. With `request_columns`, all rows of a
-    request have the live columns of its last.
+    Fields that a backend has no tensor for are left out. With `requests_are_items`, consumers
+    read a request's rows as one: all have the live columns, and the context length, of the last.
     """
     tables = [field for field in spec.fields(Extent.TABLE) if field.name in backends[0]]
     return native.PreparedLaunch(
@@ -72,7 +72,7 @@ def prepared(
         index_kpool=spec.index_kpool,
         **schedule_arguments(spec.schedules),
         tail=spec.tail,
-        request_columns=request_columns,
+        requests_are_items=requests_are_items,
         backend_offsets=spec.offsets[: len(backends)],
     )
 
