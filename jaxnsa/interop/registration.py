@@ -31,6 +31,7 @@ class Registered:
         real_page_size: int,
         index_kpool: int,
         schedules: Schedules,
+        backend_offsets: Sequence[int] | None = None,
     ):
         """Checks everything.
 
@@ -40,6 +41,7 @@ class Registered:
           real_page_size: tokens in a physical page.
           index_kpool: tokens that the indexer pools into one key.
           schedules: what the consumers want beside the metadata.
+          backend_offsets: of each backend, the tokens by which its `seq_lens` are longer.
 
         Raises:
           ValueError, TypeError: what is wrong with which tensor.
@@ -54,11 +56,17 @@ class Registered:
         self.backends = [{name: c.tensor for name, c in backend.items()} for backend in found]
         first = self.backends[0]
         self.device = first["cache_seqlens"].device
+        offsets = argument_checks.backend_offsets(backend_offsets, len(found))
         self.spec = dataclasses.replace(
             _largest_spec(first, len(found), nsa_index_topk, real_page_size),
             index_kpool=index_kpool,
             schedules=schedules,
+            backend_offsets=offsets,
         )
+        if offsets is not None and self.spec.rows.prefill:
+            raise ValueError(
+                f"backend_offsets: got {offsets}, expected None with tensors of prefill"
+            )
         for k, backend in enumerate(self.backends):
             self._check_backend(f"buffers[{k}]", backend)
         tensors = [checked for backend in found for checked in backend.values()]
