@@ -16,7 +16,7 @@ from rich.table import Table
 
 from benchmarks import plots
 from benchmarks.compare import changes
-from benchmarks.readme import ROOT, generate
+from benchmarks.readme import ROOT, every_table, generate, headlines
 from benchmarks.report import Record, Report
 from benchmarks.suite import Suite
 from benchmarks.suites import SUITES
@@ -104,7 +104,7 @@ def compare(before: Path, after: Path, threshold: float) -> None:
 @main.command()
 @click.argument("folder", type=click.Path(exists=True, file_okay=False, path_type=Path))
 def record(folder: Path) -> None:
-    """Take a run over into benchmarks/results, and write the README anew.
+    """Take a run over into benchmarks/results, and write the pages' tables anew.
 
     FOLDER is that of a device, such as OUT/nvidia-h200. Only what it holds is replaced.
     """
@@ -121,30 +121,35 @@ def record(folder: Path) -> None:
             f"{folder}: got --quick runs of {', '.join(quick)}, expected runs worth quoting"
         )
     shutil.copytree(folder, RESULTS / folder.name, dirs_exist_ok=True)
-    _write_readme()
+    _write_pages()
 
 
 @main.command()
 @click.option("--check", is_flag=True, help="Change nothing; exit with status 1 if it would.")
 def readme(check: bool) -> None:
-    """Write the README's performance section from the recorded results."""
+    """Write the tables of README.md and of benchmarks/results/README.md from the records."""
     if not check:
-        _write_readme()
-    elif _generated_readme() != README.read_text():
-        raise click.ClickException(
-            "README.md differs from the results: python -m benchmarks readme"
-        )
+        _write_pages()
+    for page, text in _generated_pages().items():
+        if text != page.read_text():
+            raise click.ClickException(
+                f"{page} differs from the records: python -m benchmarks readme"
+            )
 
 
-def _generated_readme() -> str:
-    try:
-        return generate(README.read_text(), RESULTS)
-    except ValueError as error:
-        raise click.ClickException(str(error)) from None
+def _generated_pages() -> dict[Path, str]:
+    pages = {}
+    for page, write in ((README, headlines), (RESULTS / "README.md", every_table)):
+        try:
+            pages[page] = generate(page.read_text(), write, RESULTS)
+        except ValueError as error:
+            raise click.ClickException(f"{page}: {error}") from None
+    return pages
 
 
-def _write_readme() -> None:
-    README.write_text(_generated_readme())
+def _write_pages() -> None:
+    for page, text in _generated_pages().items():
+        page.write_text(text)
 
 
 def _run(suite: Suite, quick: bool, out: Path, commit: str | None, device_name: str | None) -> None:
@@ -170,7 +175,7 @@ def _run(suite: Suite, quick: bool, out: Path, commit: str | None, device_name: 
     if importlib.util.find_spec("matplotlib"):
         plots.draw(suite, report, folder)
     else:
-        console.print("no plots, for want of matplotlib: pip install '.[bench]'", markup=False)
+        console.print("no plots, for want of matplotlib; run: pip install matplotlib", markup=False)
     console.print(report.terminal())
     console.print(f"{folder / suite.name}.json", soft_wrap=True, highlight=False)
 

@@ -1,15 +1,14 @@
 """Timing calls: device time from the profiler, host time to issue, latency end to end."""
 
-import collections
 import itertools
-import tempfile
 import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+
+from jaxnsa.app import kernel_times as profiled
 
 Call = Callable[[], Any]
 WARM_UP_SECONDS = 0.1
@@ -54,26 +53,9 @@ def kernel_times(
     call: Call, calls: int = 50, wait: Callable = jax.block_until_ready
 ) -> list[Kernel]:
     """Every kernel that `call` launches on the GPU, over `calls` calls after three to warm up."""
-    for _ in range(3):
-        wait(call())
-    with tempfile.TemporaryDirectory() as folder:
-        with jax.profiler.trace(folder):
-            for _ in range(calls):
-                result = call()
-            wait(result)
-        (path,) = Path(folder).rglob("*.xplane.pb")
-        profile = jax.profiler.ProfileData.from_file(str(path))
-    durations: dict[str, list[float]] = collections.defaultdict(list)
-    for plane in profile.planes:
-        if "GPU" not in plane.name:
-            continue
-        for line in plane.lines:
-            if line.name.startswith("Stream"):
-                for event in line.events:
-                    durations[event.name].append(event.duration_ns / 1e3)
     return [
         Kernel(name, len(times) / calls, *np.percentile(times, [50, 90]).tolist())
-        for name, times in durations.items()
+        for name, times in profiled.kernel_times(call, calls, wait).items()
     ]
 
 

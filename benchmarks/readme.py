@@ -1,48 +1,163 @@
-"""The README's performance section, generated from the recorded results."""
+"""What the README and the record's own page say of the recorded results, generated from them."""
 
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any, NamedTuple
 
 from benchmarks.report import Report, table
-from benchmarks.suites.roofline import TARGETS
+from benchmarks.suites.roofline import ROW_COPIES, TARGETS
 
 ROOT = Path(__file__).parents[1]
-BEGIN = "<!-- performance: written by `python -m benchmarks readme` -->"
-END = "<!-- end of performance -->"
+BEGIN = "<!-- written by `python -m benchmarks readme` -->"
+END = "<!-- end of what is written -->"
+
+Reports = Mapping[tuple[str, str], Report]
+"""By the folder of a device and the name of a suite."""
 
 
-def generate(readme: str, results: Path) -> str:
-    """`readme` with its performance section made anew from the reports under `results`."""
-    if readme.count(BEGIN) != 1 or readme.count(END) != 1:
-        raise ValueError(f"README.md: expected one line {BEGIN!r} and one {END!r}")
-    before, rest = readme.split(BEGIN)
+class Headline(NamedTuple):
+    """A row of the README's table: a figure of a record beside another of the same record.
+
+    Attributes:
+      what: was measured.
+      device: its folder.
+      suite: of the record.
+      case: identifies the record's row.
+      ours: the column of this library's figure.
+      beside: that of the other.
+      metric: of both.
+    """
+
+    what: str
+    device: str
+    suite: str
+    case: dict[str, Any]
+    ours: str
+    beside: str
+    metric: str
+
+
+_DECODE = {"mode": "decode", "bs": 32, "max_len": 65_536, "N": 3, "live": 8192}
+_VERIFY = {"mode": "target_verify", "bs": 64, "max_len": 65_536, "N": 3, "live": 65_536}
+HEADLINES = (
+    Headline(
+        "decode, device time",
+        "nvidia-h200",
+        "roofline",
+        _DECODE,
+        "pallas",
+        "xla",
+        "hot_device_us",
+    ),
+    Headline(
+        "decode, all columns live, device time",
+        "nvidia-h200",
+        "roofline",
+        _DECODE | {"live": 65_536},
+        "pallas",
+        "xla",
+        "hot_device_us",
+    ),
+    Headline(
+        "verify of 4 drafts, 64 requests, device time",
+        "nvidia-h200",
+        "roofline",
+        _VERIFY,
+        "pallas",
+        "xla",
+        "hot_device_us",
+    ),
+    Headline(
+        "from PyTorch, until the call returns",
+        "nvidia-h200",
+        "torch",
+        _DECODE,
+        "direct",
+        "torch eager x N",
+        "issue_us",
+    ),
+    Headline(
+        "decode, from the call to its results",
+        "2-core-cpu",
+        "roofline",
+        _DECODE,
+        "ffi",
+        ROW_COPIES,
+        "latency_us",
+    ),
+    Headline(
+        "from PyTorch, until it is done",
+        "2-core-cpu",
+        "torch",
+        _DECODE,
+        "direct",
+        "torch eager x N",
+        "latency_us",
+    ),
+)
+
+
+def read(results: Path) -> Reports:
+    """All recorded reports."""
+    found = {}
+    for path in sorted(results.glob("*/*.json")):
+        report = Report.read(path)
+        found[path.parent.name, report.suite] = report
+    return found
+
+
+def generate(page: str, write: Callable[[Reports], list[str]], results: Path) -> str:
+    """A page with what lies between its two lines made anew from the reports under `results`."""
+    if page.count(BEGIN) != 1 or page.count(END) != 1:
+        raise ValueError(f"expected one line {BEGIN!r} and one {END!r}")
+    before, rest = page.split(BEGIN)
     after = rest.split(END)[1]
-    reports = {
-        (path.parent.name, report.suite): report
-        for path in sorted(results.glob("*/*.json"))
-        for report in [Report.read(path)]
-    }
-    gpus_first = sorted(
-        {device for device, _ in reports},
-        key=lambda device: (device.endswith("cpu"), device),
-    )
-    sections = [
-        section
-        for device in gpus_first
-        for section in _device({s: r for (d, s), r in reports.items() if d == device}, device)
+    return before + "\n".join([BEGIN, "", *write(read(results)), END]) + after
+
+
+def headlines(reports: Reports) -> list[str]:
+    """The README's table."""
+    cells = []
+    for row in HEADLINES:
+        report = reports.get((row.device, row.suite))
+        if report is None:
+            continue
+        for case, by_name in report.rows():
+            if case == row.case and {row.ours, row.beside} <= by_name.keys():
+                ours, beside = (by_name[name][row.metric] for name in (row.ours, row.beside))
+                cells.append(
+                    [
+                        f"[{row.what}](benchmarks/results/{row.device}/{row.suite}.md)",
+                        report.device,
+                        f"{ours:,.1f} ({row.ours})",
+                        f"{beside:,.1f} ({row.beside})",
+                    ]
+                )
+    return [*table(["microseconds", "machine", "jaxnsa", "beside it"], cells), ""]
+
+
+def every_table(reports: Reports) -> list[str]:
+    """The tables of all suites of all devices, GPUs first."""
+    folders = {folder for folder, _ in reports}
+    return [
+        line
+        for folder in sorted(folders, key=lambda folder: (folder.endswith("cpu"), folder))
+        for line in _device({s: r for (f, s), r in reports.items() if f == folder}, folder)
     ]
-    return before + "\n".join([BEGIN, "", *sections, END]) + after
 
 
 def _device(reports: dict[str, Report], folder: str) -> list[str]:
     """The sections of one device."""
     some = next(iter(reports.values()))
-    lines = [f"### {some.device}", ""]
+    lines = [f"## {some.device}", ""]
     for suite, section in SECTIONS.items():
         if suite in reports:
             report = reports[suite]
             lines += [*section(report), ""]
+            if suite == "modes" and "torch" in reports:
+                lines[-1:] = _hand_off(report, reports["torch"])
             lines += [
-                f"[{suite}](benchmarks/results/{folder}/{suite}.md): commit {report.commit}, jax "
+                f"[{suite}]({folder}/{suite}.md): commit {report.commit}, jax "
                 f"{report.versions['jax']}, `{report.command}`.",
                 "",
             ]
@@ -133,6 +248,21 @@ def _modes(report: Report) -> list[str]:
     header = ["strategy", "theirs", *report.names]
     header += [f"{name}, device" for name in report.names if _has_device(report)]
     return lines + table(header, cells)
+
+
+def _hand_off(modes: Report, hand_off: Report) -> list[str]:
+    """The same step from PyTorch: issue, device and synchronise, beside the strategies' times."""
+    cases = [case for case, _ in modes.rows() if (case["bs"], case["N"]) == (32, 3)]
+    return [
+        "",
+        *(
+            f"PyTorch's tensors filled by the direct hand-off, to the end of a synchronisation: "
+            f"{by_name['direct']['latency_us']:.1f} microseconds."
+            for case, by_name in hand_off.rows()
+            if cases and case == {k: v for k, v in cases[0].items() if k != "strategy"}
+        ),
+        "",
+    ]
 
 
 def _has_device(report: Report) -> bool:

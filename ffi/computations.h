@@ -14,6 +14,7 @@
 #include "fields.h"
 #include "integers.h"
 #include "rows.h"
+#include "schedules.h"
 
 namespace jaxnsa {
 
@@ -50,6 +51,7 @@ struct Pool {
 struct TableLayout {
   int64_t stride;  // elements from row to row
   int32_t tokens_per_column;
+  int32_t slots_per_page;  // of the pages whose numbers it holds
 };
 
 struct FusedMetadataArguments {
@@ -57,6 +59,9 @@ struct FusedMetadataArguments {
   Vector req_pool_indices;
   Pool pool;
   int32_t nsa_index_topk;
+  int32_t index_kpool;
+  Schedules schedules;
+  bool is_fresh;  // whether arrays hold nothing yet: what follows a top-k plan gets 0
   int32_t max_len;
   int32_t max_total_keys;  // of flat_page_indices
   Tail tail;
@@ -70,6 +75,12 @@ struct FusedMetadataArguments {
   int32_t num_backends;
   Backend backends[kMaxBackends];         // all want the same arrays
   int32_t backend_offsets[kMaxBackends];  // tokens by which each one's seq_lens are longer
+
+  RowRules row_rules() const {
+    const bool requests_are_items =
+        schedules.paged_mqa.num_sms > 0 && schedules.paged_mqa.next_n(rows) > 1;
+    return {nsa_index_topk, index_kpool, requests_are_items};
+  }
 
   int64_t columns(Field table) const { return CeilDiv(max_len, tables[table].tokens_per_column); }
 };

@@ -32,12 +32,25 @@ FOOTER = """
 """
 
 VALUES = {
-    "requests": ("RequestValues", "The arrays of [requests]: what they hold for a request."),
-    "requests + 1": ("RequestSums", "The arrays of [requests + 1]: sums over the requests before."),
-    "rows": ("RowValues", "The arrays of [rows]: what they hold for a row."),
-    "rows + 1": ("RowSums", "The arrays of [rows + 1]: sums over the rows before."),
+    ("requests",): ("RequestValues", "The arrays of [requests]: what they hold for a request."),
+    ("requests + 1",): ("RequestSums", "The arrays of [requests + 1]: sums over those before."),
+    ("rows", "paged MQA items"): ("RowValues", "The arrays of [rows]: what they hold for a row."),
+    ("rows + 1",): ("RowSums", "The arrays of [rows + 1]: sums over the rows before."),
 }
-"""By extent, the struct of what a kernel stores at one index."""
+"""By extents, the struct of what a kernel stores at one index."""
+
+GROUPS = {
+    "Lengths": ("The arrays with a value for each request, row or key", (*sum(VALUES, ()), "keys")),
+    "Tables": ("The tables", ("table",)),
+    "ScheduleArrays": (
+        "The arrays that are written as a whole",
+        ("multiprocessors + 1", "planned rows", "parts", "FlashMLA items + 1"),
+    ),
+}
+"""By struct of pointers, what they point to and the extents of it. A backend has all of them."""
+
+MEMBERS = {"Lengths": "lengths", "Tables": "tables", "ScheduleArrays": "schedules"}
+"""By struct of pointers, its name in a backend."""
 
 
 def main(metadata_path: str, header_path: str) -> None:
@@ -58,23 +71,23 @@ def load(path: Path) -> ModuleType:
 
 def header(fields: Any, extents: Any) -> str:
     """The header for a mapping of `Field` by name and the enum of extents."""
-    tables = [name for name, field in fields.items() if field.extent.value == "table"]
-    lengths = [name for name in fields if name not in tables]
+
+    def of_extents(extents: tuple[str, ...]) -> list[str]:
+        return [name for name, field in fields.items() if field.extent.value in extents]
+
+    groups = {struct: of_extents(described) for struct, (_, described) in GROUPS.items()}
     parts = [
         HEADER,
-        "// What an array has an element for, and a table a row.\n"
+        "// What an array has an element for, and one of two dimensions a row.\n"
         + _enum("enum class Extent : int32_t", [extent.value for extent in extents]),
         "// The arrays of a backend.\n" + _enum("enum Field : int32_t", fields),
         f"constexpr int kFields = {len(fields)};\n",
         _descriptions(fields),
-        _pointers(
-            "Lengths", "The arrays of a backend that are no tables; null: not wanted.", lengths
-        ),
-        _pointers("Tables", "The tables of a backend; null: not wanted.", tables),
-        _backend(fields, tables),
+        *(_pointers(struct, GROUPS[struct][0], names) for struct, names in groups.items()),
+        _backend(fields, groups),
     ]
-    for extent, (struct, comment) in VALUES.items():
-        names = [name for name, field in fields.items() if field.extent.value == extent]
+    for described, (struct, comment) in VALUES.items():
+        names = of_extents(described)
         parts += [_values(struct, comment, names), _store(struct, names)]
     return "\n".join(parts) + FOOTER
 
@@ -108,18 +121,19 @@ def _descriptions(fields: Any) -> str:
 
 def _pointers(struct: str, comment: str, names: list[str]) -> str:
     body = "".join(f"  int32_t* {name};\n" for name in names)
-    return f"// {comment}\nstruct {struct} {{\n{body}}};\n"
+    return f"// {comment}; null: not wanted.\nstruct {struct} {{\n{body}}};\n"
 
 
-def _backend(fields: Any, tables: list[str]) -> str:
-    members = [f"{'tables' if name in tables else 'lengths'}.{name}" for name in fields]
+def _backend(fields: Any, groups: dict[str, list[str]]) -> str:
+    member = {name: MEMBERS[struct] for struct, names in groups.items() for name in names}
     cases = "".join(
-        f"    case {_constant(name)}:\n      return backend.{member};\n"
-        for name, member in zip(fields, members, strict=True)
+        f"    case {_constant(name)}:\n      return backend.{member[name]}.{name};\n"
+        for name in fields
     )
+    members = "".join(f"  {struct} {MEMBERS[struct]};\n" for struct in groups)
     return (
         "// All arrays of a backend.\n"
-        "struct Backend {\n  Lengths lengths;\n  Tables tables;\n};\n\n"
+        f"struct Backend {{\n{members}}};\n\n"
         "inline int32_t*& ArrayOf(Backend& backend, Field field) {\n"
         f"  switch (field) {{\n{cases}  }}\n"
         "  __builtin_unreachable();\n}\n"

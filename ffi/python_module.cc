@@ -19,6 +19,7 @@
 #include "computations.h"
 #include "dlpack_tensors.h"
 #include "prepared_launch.h"
+#include "schedule_arguments.h"
 #include "xla/ffi/api/c_api.h"
 #include "xla_handlers.h"
 
@@ -79,7 +80,9 @@ Rows RowsOf(int32_t requests, int32_t count, int32_t rows_per_request, int32_t a
 }
 
 void Prepare(PreparedLaunch* self, nb::list backends, nb::dict strides, nb::dict tokens_per_column,
-             int32_t max_len, int32_t max_total_keys, int32_t nsa_index_topk,
+             nb::dict slots_per_page, int32_t max_len, int32_t max_total_keys,
+             int32_t nsa_index_topk, int32_t index_kpool, const Numbers& paged_mqa,
+             const Numbers& topk_plan, const Numbers& flash_mla,
              const std::string& tail, bool request_columns) {
   const auto args = std::make_unique<FusedMetadataArguments>();
   if (backends.size() < 1 || backends.size() > kMaxBackends) {
@@ -95,9 +98,12 @@ void Prepare(PreparedLaunch* self, nb::list backends, nb::dict strides, nb::dict
   for (auto [name, tokens] : tokens_per_column) {
     TableLayout& table = args->tables[FieldOf(nb::cast<std::string>(name))];
     table.tokens_per_column = nb::cast<int32_t>(tokens);
+    table.slots_per_page = nb::cast<int32_t>(slots_per_page[name]);
     table.stride = nb::cast<int64_t>(strides[name]);
   }
   args->nsa_index_topk = nsa_index_topk;
+  args->index_kpool = index_kpool;
+  args->schedules = SchedulesOf(paged_mqa, topk_plan, flash_mla);
   args->max_len = max_len;
   args->max_total_keys = max_total_keys;
   args->tail = FromName<Tail>("tail", tail, kTailNames);
@@ -187,8 +193,10 @@ NB_MODULE(jaxnsa_native, module) {
 
   nb::class_<PreparedLaunch>(module, "PreparedLaunch")
       .def("__init__", &Prepare, nb::arg("backends"), nb::kw_only(), nb::arg("strides"),
-           nb::arg("tokens_per_column"), nb::arg("max_len"), nb::arg("max_total_keys"),
-           nb::arg("nsa_index_topk"), nb::arg("tail"), nb::arg("request_columns"))
+           nb::arg("tokens_per_column"), nb::arg("slots_per_page"), nb::arg("max_len"),
+           nb::arg("max_total_keys"), nb::arg("nsa_index_topk"), nb::arg("index_kpool"),
+           nb::arg("paged_mqa"), nb::arg("topk_plan"), nb::arg("flash_mla"), nb::arg("tail"),
+           nb::arg("request_columns"))
       .def("watch", &PreparedLaunch::Watch, nb::arg("exchange_api"), nb::arg("tensors"),
            nb::kw_only(), nb::arg("unchanged"), nb::arg("written"), nb::arg("min_columns"))
       .def("try_launch", &PreparedLaunch::TryLaunch, nb::arg("rows"), nb::arg("seq_lens").none(),

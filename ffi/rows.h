@@ -62,16 +62,39 @@ struct Rows {
   }
 };
 
-// What the arrays of [rows] hold for a row of a request that sees `kv_len` tokens, the first of them
-// the key `first_key`. The indexer's keys are not pooled here.
-JAXNSA_HOST_DEVICE RowValues RowValuesOf(int32_t kv_len, int32_t nsa_index_topk, int32_t request,
-                                         int32_t first_key) {
-  return RowValues(kv_len, Min(kv_len, nsa_index_topk), request, first_key,
-                   Add(first_key, kv_len), first_key, /*pooled_cache_seqlens=*/kv_len);
+// What a row's values depend on beside the tokens that it sees.
+struct RowRules {
+  int32_t nsa_index_topk;
+  int32_t index_kpool;
+  bool requests_are_items;  // of the paged MQA logits
+
+  JAXNSA_HOST_DEVICE int32_t pooled(int32_t kv_len) const {
+    return index_kpool == 1 ? kv_len : kv_len / index_kpool;
+  }
+
+  JAXNSA_HOST_DEVICE int32_t nsa_cache_seqlen(int32_t kv_len) const {
+    const int32_t full = pooled(kv_len) * index_kpool;
+    return Min(full, nsa_index_topk) + (kv_len - full);
+  }
+};
+
+// The request of a row.
+struct RowOwner {
+  int32_t request;
+  int32_t cache_seqlen;
+  int32_t first_key;  // where its keys begin among those of all requests
+};
+
+// What the arrays of [rows] hold for a row that sees `kv_len` tokens.
+JAXNSA_HOST_DEVICE RowValues RowValuesOf(int32_t kv_len, const RowOwner& owner,
+                                         const RowRules& rules) {
+  return RowValues(kv_len, rules.nsa_cache_seqlen(kv_len), owner.request, owner.first_key,
+                   Add(owner.first_key, kv_len), owner.first_key, rules.pooled(kv_len),
+                   rules.requests_are_items ? owner.cache_seqlen : kv_len);
 }
 
 // What they hold for a padding row.
-JAXNSA_HOST_DEVICE RowValues PaddingRowValues() { return RowValues(0, 0, 0, 0, 0, 0, 0); }
+JAXNSA_HOST_DEVICE RowValues PaddingRowValues() { return RowValues(0, 0, 0, 0, 0, 0, 0, 0); }
 
 // Column c of a table stands for the tokens from c * tokens_per_column on. It is live where a row
 // sees the first of them.

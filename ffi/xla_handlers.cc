@@ -13,6 +13,7 @@
 #include <vector>
 
 #include "computations.h"
+#include "schedule_arguments.h"
 #include "xla/ffi/api/ffi.h"
 #include "xla_stream.h"
 
@@ -205,11 +206,23 @@ std::vector<int64_t> ShapeOf(const FusedMetadataArguments& args, Field field) {
       return {rows.prefill ? rows.requests : rows.count, args.columns(field)};
     case Extent::kKeys:
       return {args.max_total_keys};
-    default:
-      break;
+    case Extent::kPagedMqaItems: {
+      const PagedMqaSchedule& schedule = args.schedules.paged_mqa;
+      return {schedule.items(rows), schedule.next_n(rows)};
+    }
+    case Extent::kMultiprocessorsPlus1:
+      return {int64_t{args.schedules.paged_mqa.num_sms} + 1, 2};
+    case Extent::kPlannedRows:
+      return {int64_t{rows.count} + 1, 2};
+    case Extent::kParts:
+      return {args.schedules.flash_mla.num_sm_parts, 8};
+    case Extent::kFlashmlaItemsPlus1:
+      return {int64_t{args.schedules.flash_mla.items(rows)} + 1};
   }
   throw std::logic_error("a field of an unknown extent");
 }
+
+Numbers NumbersOf(ffi::Span<const int64_t> span) { return {span.begin(), span.end()}; }
 
 // The arrays that are wanted, as attributes name them: indices of FIELDS in ascending order.
 std::vector<Field> FieldsOf(ffi::Span<const int64_t> indices) {
@@ -223,15 +236,20 @@ std::vector<Field> FieldsOf(ffi::Span<const int64_t> indices) {
 }
 
 // Operands: seq_lens, req_pool_indices, req_to_token, extend_seq_lens where rows_per_request is 0,
-// written_lens where `written`, and the destinations where they are filled in place. Results: the arrays `fields` of every
-// backend in their order; stacked ones lead with [num_backends]. `tokens_per_column` tells for each
-// of `fields` what a column stands for, 0 where it is no table.
+// written_lens where `written`, and the destinations where they are filled in place. Results: the
+// arrays `fields` of every backend in their order; stacked ones lead with [num_backends].
+// `tokens_per_column` and `slots_per_page` tell for each of `fields` what a column stands for, 0
+// where it is no table.
 void FusedMetadataOfBuffers(Stream stream, ffi::RemainingArgs operands, ffi::RemainingRets results,
                             ffi::Span<const int64_t> field_indices,
-                            ffi::Span<const int64_t> tokens_per_column, int64_t count,
+                            ffi::Span<const int64_t> tokens_per_column,
+                            ffi::Span<const int64_t> slots_per_page, int64_t count,
                             int64_t rows_per_request, int64_t added_tokens, bool prefill,
                             int64_t max_total_keys, int64_t max_len, int64_t nsa_index_topk,
-                            std::string_view tail, int64_t num_backends, bool stacked,
+                            int64_t index_kpool, ffi::Span<const int64_t> paged_mqa,
+                            ffi::Span<const int64_t> topk_plan,
+                            ffi::Span<const int64_t> flash_mla, std::string_view tail,
+                            int64_t num_backends, bool stacked,
                             ffi::Span<const int64_t> backend_offsets, bool written,
                             int64_t max_new_tokens) {
   const auto args = std::make_unique<FusedMetadataArguments>();
@@ -245,6 +263,9 @@ void FusedMetadataOfBuffers(Stream stream, ffi::RemainingArgs operands, ffi::Rem
   args->max_len = Int32(max_len, 1, "max_len");
   Expect(max_len <= kMaxLen, "max_len: expected at most 2^30");
   args->nsa_index_topk = Int32(nsa_index_topk, 1, "nsa_index_topk");
+  args->index_kpool = Int32(index_kpool, 1, "index_kpool");
+  args->schedules =
+      SchedulesOf(NumbersOf(paged_mqa), NumbersOf(topk_plan), NumbersOf(flash_mla));
   args->tail = FromName<Tail>("tail", tail, kTailNames);
   Int32(num_backends, 1, "num_backends");
   Expect(backend_offsets.size() == static_cast<size_t>(num_backends),
@@ -253,12 +274,13 @@ void FusedMetadataOfBuffers(Stream stream, ffi::RemainingArgs operands, ffi::Rem
   const std::vector<Field> fields = FieldsOf(field_indices);
   args->max_new_tokens = Int32(max_new_tokens, 0, "max_new_tokens");
   const size_t inputs = 3 + rows.ragged() + written;
-  Expect(tokens_per_column.size() == fields.size(),
-         "tokens_per_column: expected a number for each field");
+  Expect(tokens_per_column.size() == fields.size() && slots_per_page.size() == fields.size(),
+         "tokens_per_column, slots_per_page: expected a number for each field");
   Expect(results.size() == fields.size() * (stacked ? 1 : num_backends),
          "results: expected ", fields.size(), " arrays of each backend");
   Expect(operands.size() == inputs || operands.size() == inputs + results.size(),
          "operands: expected the inputs, and nothing or all destinations");
+  args->is_fresh = operands.size() == inputs;
 
   const ffi::AnyBuffer seq_lens = *operands.get<ffi::AnyBuffer>(0);
   const ffi::AnyBuffer pool = *operands.get<ffi::AnyBuffer>(2);
@@ -291,8 +313,10 @@ void FusedMetadataOfBuffers(Stream stream, ffi::RemainingArgs operands, ffi::Rem
     const char* const name = kFieldDescriptions[field].name;
     if (kFieldDescriptions[field].extent == Extent::kTable) {
       const int64_t tokens = tokens_per_column[k % fields.size()];
+      const int64_t slots = slots_per_page[k % fields.size()];
       args->tables[field].tokens_per_column =
           Int32(tokens, 1, std::string(name) + ": tokens_per_column");
+      args->tables[field].slots_per_page = Int32(slots, 1, std::string(name) + ": slots_per_page");
       args->tables[field].stride = args->columns(field);
     }
     const ffi::AnyBuffer result = **results.get<ffi::AnyBuffer>(k);
@@ -355,6 +379,7 @@ std::vector<XlaHandler> XlaHandlers() {
                              .RemainingRets()
                              .Attr<Integers>("fields")
                              .Attr<Integers>("tokens_per_column")
+                             .Attr<Integers>("slots_per_page")
                              .Attr<int64_t>("rows")
                              .Attr<int64_t>("rows_per_request")
                              .Attr<int64_t>("added_tokens")
@@ -362,6 +387,10 @@ std::vector<XlaHandler> XlaHandlers() {
                              .Attr<int64_t>("max_total_keys")
                              .Attr<int64_t>("max_len")
                              .Attr<int64_t>("nsa_index_topk")
+                             .Attr<int64_t>("index_kpool")
+                             .Attr<Integers>("paged_mqa")
+                             .Attr<Integers>("topk_plan")
+                             .Attr<Integers>("flash_mla")
                              .Attr<std::string_view>("tail")
                              .Attr<int64_t>("num_backends")
                              .Attr<bool>("stacked")

@@ -3,6 +3,7 @@
 from importlib.metadata import version
 
 from jaxnsa import reference
+from jaxnsa.batch_tracker import BatchTracker
 from jaxnsa.config import override
 from jaxnsa.implementations import ffi
 from jaxnsa.implementations.choice import ImplementationUnavailableError, get_kernel_info
@@ -27,6 +28,7 @@ from jaxnsa.value_checks import validate_inputs
 __version__ = version("jaxnsa")
 
 __all__ = [
+    "BatchTracker",
     "DraftExtendSeqlens",
     "FlashMlaSchedule",
     "ForwardMode",

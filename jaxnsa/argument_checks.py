@@ -237,7 +237,8 @@ def backend_offsets(value: Any, num_backends: int) -> tuple[int, ...] | None:
         got = f"{len(value)} of them" if isinstance(value, (tuple, list)) else described(value)
         raise ValueError(f"backend_offsets: got {got}, expected a tuple of {num_backends} ints")
     offsets = tuple(
-        integer(f"backend_offsets[{k}]", offset, -INT32_MAX) for k, offset in enumerate(value)
+        integer(f"backend_offsets[{k}]", offset, -MAX_LEN, MAX_LEN)
+        for k, offset in enumerate(value)
     )
     return offsets if any(offsets) else None
 

@@ -324,7 +324,7 @@ def fused_metadata_precompute_and_broadcast(
       out: destinations, donated and filled in place: N NSAMetadata, or one with `stacked`.
       stacked: one NSAMetadata whose arrays lead with [N], which costs fewer arrays to hand over.
       backend_offsets: N ints: backend k is computed for `seq_lens + backend_offsets[k]`, so that
-        drafts may each see one token more; None: all 0.
+        drafts may each see one token more; of 2^30 at most, and None is all 0.
       strategy: "ultra_fast" one launch; "fast" one computation and N copies; "fallback" N
         computations, which "fast" stands for too with `written_lens` or `backend_offsets`; None:
         what the settings say, by default "ultra_fast". All give the same bits.

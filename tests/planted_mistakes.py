@@ -775,8 +775,8 @@ MISTAKES = [
     Mistake(
         "sglang: rows have the columns that they see themselves",
         "ffi/cpu/fused_metadata.cc",
-        "args.request_columns ? cache_seqlen : kv_len(j)",
-        "kv_len(j)",
+        "rows.prefill || args.request_columns ?",
+        "rows.prefill ?",
         "test_sglang.py::test_every_row_of_a_request_has_its_live_columns",
     ),
     Mistake(

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import re
 from pathlib import Path
 
 import jax
@@ -15,8 +16,8 @@ from benchmarks.__main__ import RESULTS, main
 from benchmarks.measure import rotations, timing
 from benchmarks.problem import Problem
 from benchmarks.report import Report
-from benchmarks.suites import SUITES, modes, torch_handoff
-from jaxnsa import ForwardMode
+from benchmarks.suites import SUITES, modes, roofline, torch_handoff
+from jaxnsa import ForwardMode, reference
 from jaxnsa.implementations import IMPLEMENTATIONS, xla
 
 
@@ -68,7 +69,7 @@ def test_without_matplotlib_there_are_no_plots(monkeypatch, tmp_path):
     )
     done = run("dispatch", "--quick", "--out", str(tmp_path), "--device-name", "x")
     assert done.exit_code == 0
-    assert "no plots, for want of matplotlib: pip install '.[bench]'" in done.output
+    assert "no plots, for want of matplotlib; run: pip install matplotlib" in done.output
     assert sorted(path.name for path in (tmp_path / "x").iterdir()) == [
         "dispatch.json",
         "dispatch.md",
@@ -113,6 +114,19 @@ def test_inputs_take_turns():
     assert rotations(1, 2**31) == 2
 
 
+def test_the_loop_of_row_copies_counts_what_it_writes():
+    lengths, indices = np.array([130, 0, 64], np.int32), np.array([2, 0, 1], np.int32)
+    pool = np.arange(3 * 200, dtype=np.int32).reshape(3, 200)
+    expected = reference.fused_metadata_precompute_and_broadcast(
+        lengths, indices, pool, num_backends=2, tail="zero"
+    )
+    zeros = jax.tree.map(np.zeros_like, expected)
+    assert roofline.numpy_loop(lengths, indices, pool, zeros) == 2 * 4 * (130 + 64 + 3 + 1)
+    for backend, wanted in zip(zeros, expected, strict=True):
+        np.testing.assert_array_equal(backend.page_indices, wanted.page_indices)
+        np.testing.assert_array_equal(backend.real_page_table, wanted.real_page_table)
+
+
 def test_bytes_are_counted():
     problem = Problem(ForwardMode.DECODE, 3, 128, 2, 128)
     live = problem.arguments[0].astype(int)
@@ -152,12 +166,20 @@ def test_compare(tmp_path):
     assert run("compare", before, str(tmp_path / "none")).exit_code == 2
 
 
-def test_the_readme_says_what_was_recorded():
-    text = (readme.ROOT / "README.md").read_text()
-    assert readme.generate(text, RESULTS) == text, "run: python -m benchmarks readme"
-    assert run("readme", "--check").exit_code == 0
+def test_the_pages_say_what_was_recorded():
+    assert run("readme", "--check").exit_code == 0, "run: python -m benchmarks readme"
+    pages = commands._generated_pages()
+    table = pages[readme.ROOT / "README.md"].split(readme.BEGIN)[1].split(readme.END)[0]
+    assert table.count("\n| [") == len(readme.HEADLINES)
+    assert len(pages[readme.ROOT / "README.md"].splitlines()) <= 200
+    everything = pages[RESULTS / "README.md"]
+    assert "| ultra_fast | 15 |" in everything
+    assert "direct hand-off, to the end of a synchronisation: " in everything
+    for page, text in pages.items():
+        for target in re.findall(r"\]\((?!http)([^)#]+)\)", text):
+            assert (page.parent / target).exists(), target
     with pytest.raises(ValueError, match="expected one line"):
-        readme.generate("nothing", RESULTS)
+        readme.generate("nothing", readme.headlines, RESULTS)
 
 
 def test_runs_leave_the_tree_alone_and_are_recorded_by_a_verb_of_its_own(tmp_path, monkeypatch):
@@ -167,7 +189,8 @@ def test_runs_leave_the_tree_alone_and_are_recorded_by_a_verb_of_its_own(tmp_pat
         assert not (tmp_path / name).exists()
     monkeypatch.setattr(commands, "RESULTS", tmp_path / "results")
     monkeypatch.setattr(commands, "README", tmp_path / "README.md")
-    (tmp_path / "README.md").write_text(f"a\n{readme.BEGIN}\n{readme.END}\nb\n")
+    page = f"a\n{readme.BEGIN}\n{readme.END}\nb\n"
+    (tmp_path / "README.md").write_text(page)
     folder = tmp_path / "out" / "d"
     recorded = Report.read(RESULTS / "2-core-cpu" / "modes.json")
     recorded._replace(device="D").write(folder)
@@ -177,10 +200,12 @@ def test_runs_leave_the_tree_alone_and_are_recorded_by_a_verb_of_its_own(tmp_pat
     assert "got --quick runs of modes" in run("record", str(tmp_path / "quick")).output
     assert "expected the reports of a run" in run("record", str(tmp_path)).output
     assert not (tmp_path / "results").exists()
+    (tmp_path / "results").mkdir()
+    (tmp_path / "results" / "README.md").write_text(page)
     done = run("record", str(folder))
     assert done.exit_code == 0, done.output
     assert (tmp_path / "results" / "d" / "modes.md").exists()
-    assert "### D" in (tmp_path / "README.md").read_text()
+    assert "## D" in (tmp_path / "results" / "README.md").read_text()
 
 
 def test_help_is_there_for_every_command():

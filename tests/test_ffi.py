@@ -104,17 +104,28 @@ SPEC = Spec(
 )
 NAMES = list(SPEC.shapes())
 TOKENS = np.array([{"page_indices": 1, "real_page_table": 2}.get(name, 0) for name in NAMES])
+NONE = np.zeros(0, np.int64)
 FUSED = {
     "fields": np.arange(len(NAMES)),
     "tokens_per_column": TOKENS,
+    "slots_per_page": TOKENS,
     "rows": np.int64(3),
     "rows_per_request": np.int64(1),
     "added_tokens": np.int64(0),
+    "prefill": False,
+    "max_total_keys": np.int64(0),
     "max_len": np.int64(4),
     "nsa_index_topk": np.int64(2),
+    "index_kpool": np.int64(1),
+    "paged_mqa": NONE,
+    "topk_plan": NONE,
+    "flash_mla": NONE,
     "tail": "copy",
     "num_backends": np.int64(1),
     "stacked": False,
+    "backend_offsets": np.zeros(1, np.int64),
+    "written": False,
+    "max_new_tokens": np.int64(4),
 }
 FUSED_OPERANDS = (X, X, np.zeros((2, 5), np.int32))
 FUSED_RESULTS = list(SPEC.shapes().values())
@@ -181,8 +192,18 @@ def replaced(sequence, k, value):
             {"tokens_per_column": TOKENS % 2},
             "real_page_table: tokens_per_column: expected an int32 of at least 1",
         ),
-        (None, None, {"tokens_per_column": TOKENS[1:]}, "tokens_per_column: expected a number"),
-        (None, None, {"fields": np.arange(len(NAMES)) + 1}, "fields: expected indices of"),
+        (None, None, {"tokens_per_column": TOKENS[1:]}, "tokens_per_column, slots_per_page: expec"),
+        (None, None, {"index_kpool": np.int64(0)}, "index_kpool: expected an int32 of at least 1"),
+        (None, None, {"paged_mqa": np.arange(2)}, "paged_mqa: got 2 numbers, expected 3"),
+        (None, None, {"paged_mqa": np.arange(3)}, "paged_mqa: got 0"),
+        (None, None, {"topk_plan": np.arange(4)}, "topk_plan: got 4 numbers, expected 5"),
+        (None, None, {"flash_mla": np.array([66, 3, 5, 0])}, "flash_mla: got 3"),
+        (
+            None,
+            None,
+            {"fields": np.arange(len(NAMES)) + len(FIELDS)},
+            "fields: expected indices of",
+        ),
         (None, None, {"fields": np.arange(len(NAMES))[::-1]}, "fields: expected indices of"),
         (None, None, {"rows": np.int64(4)}, "rows: expected rows_per_request for each request"),
         (None, None, {"rows": np.int64(2**31)}, "rows: expected an int32 of at least 0"),
@@ -195,7 +216,7 @@ def replaced(sequence, k, value):
         (
             None,
             None,
-            {"num_backends": np.int64(2)},
+            {"num_backends": np.int64(2), "backend_offsets": np.zeros(2, np.int64)},
             f"results: expected {len(NAMES)} arrays of each backend",
         ),
         (None, None, {"tail": "drop"}, "tail: got drop, expected one of copy, zero, keep"),

@@ -1,6 +1,8 @@
 """Each floor imports only what is below it; CONTRIBUTING.md has the map."""
 
 import ast
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -9,7 +11,7 @@ ROOT = Path(__file__).parents[1]
 FLOORS = (
     ("jaxnsa.app",),
     ("jaxnsa.interop",),
-    ("jaxnsa.ragged_paged_attention",),
+    ("jaxnsa.ragged_paged_attention", "jaxnsa.batch_tracker"),
     ("jaxnsa.operations", "jaxnsa.checked_calls", "jaxnsa.strategies"),
     ("jaxnsa.implementations",),
     (
@@ -76,3 +78,9 @@ def test_what_jax_does_not_promise_is_in_three_files():
         "jaxnsa/implementations/portable.py",
     }
     assert ",<" in (ROOT / "pyproject.toml").read_text().split('dependencies = ["jax')[1][:20]
+
+
+def test_the_library_leaves_its_programs_alone():
+    program = "import jaxnsa, sys; print(sorted({'click', 'rich', 'jaxnsa.app'} & {*sys.modules}))"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT)
+    assert (done.stdout, done.returncode) == ("[]\n", 0), done.stderr

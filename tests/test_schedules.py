@@ -20,9 +20,6 @@ from jaxnsa import (
 from jaxnsa.implementations import IMPLEMENTATIONS
 from jaxnsa.reference_schedules import paged_mqa_schedule, topk_plan
 
-REFUSES = ("ffi",)
-"""Implementations that compute no schedules yet, and say so."""
-
 LAYOUTS = ("sm90", "atoms", "legacy", "sm100")
 LENGTHS = ("cache_seqlens", "nsa_cache_seqlens", "topk")
 KINDS = ("edges", "zero", "equal", "short", "long", "extreme")
@@ -73,10 +70,6 @@ def check(lengths, schedules, implementation, *, mode=ForwardMode.DECODE, **opti
         "wide_table": not slow,
     } | options
     options |= {"schedules": schedules, "implementation": implementation}
-    if implementation in REFUSES:
-        with pytest.raises(jaxnsa.ImplementationUnavailableError, match="schedules"):
-            check_broadcast((lengths, indices, pool), **options)
-        return
     check_broadcast((lengths, indices, pool), **options)
 
 
@@ -84,7 +77,13 @@ def check(lengths, schedules, implementation, *, mode=ForwardMode.DECODE, **opti
     "k, mode, bs, options",
     [
         (0, ForwardMode.DECODE, 33, {}),
-        (0, ForwardMode.DRAFT_EXTEND, 3, {"in_place": True, "num_backends": 2}),
+        (
+            0,
+            ForwardMode.DRAFT_EXTEND,
+            3,
+            {"in_place": True, "num_backends": 2, "backend_offsets": (0, 70)},
+        ),
+        (0, ForwardMode.EXTEND, 3, {"index_kpool": 2}),
         (1, ForwardMode.TARGET_VERIFY, 7, {"stacked": True, "num_backends": 2}),
         (1, ForwardMode.DECODE, 2, {"index_kpool": 4, "in_place": True, "tail": "zero"}),
         (2, ForwardMode.DRAFT_EXTEND, 7, {"index_kpool": 3, "tail": "zero"}),

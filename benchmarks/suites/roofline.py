@@ -2,16 +2,17 @@
 
 import functools
 import itertools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from benchmarks.measure import Call, on_gpu, rotations, timing
-from benchmarks.problem import Problem
+from benchmarks.problem import PAGE_SIZE, Problem
 from benchmarks.suite import Job, Plot, Suite, runnable
 from jaxnsa import ForwardMode
-from jaxnsa.app.demo import numpy_loop
+from jaxnsa.metadata import NSAMetadata
 
 DECODE, VERIFY = ForwardMode.DECODE, ForwardMode.TARGET_VERIFY
 EXTEND = ForwardMode.DRAFT_EXTEND
@@ -35,6 +36,26 @@ GRID = tuple(
     for bs, max_len, part, n in itertools.product((8, 64), (8192, 65_536), (8, 1), (1, 4))
 )
 ROW_COPIES = "NumPy row copies"
+
+
+def numpy_loop(
+    seq_lens: np.ndarray,
+    req_pool_indices: np.ndarray,
+    req_to_token: np.ndarray,
+    backends: tuple[NSAMetadata, ...],
+) -> int:
+    """The live table columns of all backends, row by row; returns the bytes written."""
+    written = 0
+    for backend in backends:
+        wide: Any = backend.page_indices
+        real: Any = backend.real_page_table
+        for i, (length, row) in enumerate(zip(seq_lens, req_pool_indices, strict=True)):
+            tokens = req_to_token[row, :length]
+            wide[i, :length] = tokens
+            pages = tokens[::PAGE_SIZE] // PAGE_SIZE
+            real[i, : len(pages)] = pages
+            written += tokens.nbytes + pages.nbytes
+    return written
 
 
 @functools.cache

@@ -6,6 +6,7 @@ namespace jaxnsa {
 void FillDraftExtendMetadata(Stream, DraftExtendVariant,
                              const FillDraftExtendMetadataArguments& args) {
   const Rows& rows = args.rows;
+  const RowRules rules{args.nsa_index_topk, 1, false};
   int64_t row = 0;
   int32_t total = 0;
   for (int64_t i = 0; i < rows.requests; ++i) {
@@ -13,7 +14,7 @@ void FillDraftExtendMetadata(Stream, DraftExtendVariant,
     total = Add(total, q);
     for (int32_t j = 0; j < q && row < rows.count; ++j, ++row) {
       const int32_t kv_len = Rows::kv_len(cache_seqlen, q, j);
-      Store(args.lengths, row, RowValuesOf(kv_len, args.nsa_index_topk, 0, 0));
+      Store(args.lengths, row, RowValuesOf(kv_len, {}, rules));
     }
   }
   *args.total_tokens = total;

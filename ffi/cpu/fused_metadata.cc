@@ -5,6 +5,7 @@
 #include <vector>
 
 #include "computations.h"
+#include "write_schedules.h"
 
 namespace jaxnsa {
 namespace {
@@ -79,7 +80,7 @@ class Table {
     if (tokens == 1) return pool_row;
     if (static_cast<int64_t>(scratch_.size()) < end) scratch_.resize(end);
     for (int64_t c = begin; c < end; ++c) {
-      scratch_[c] = FloorDiv(pool_row[c * tokens], layout_.tokens_per_column);
+      scratch_[c] = FloorDiv(pool_row[c * tokens], layout_.slots_per_page);
     }
     return scratch_.data();
   }
@@ -151,13 +152,16 @@ std::vector<Table> TablesOf(const FusedMetadataArguments& args) {
 
 void FusedMetadata(Stream, const FusedMetadataArguments& args) {
   const Rows& rows = args.rows;
+  const RowRules rules = args.row_rules();
   std::vector<Table> tables = TablesOf(args);
   // By backend.
   std::vector<int32_t> cache_seqlens(args.num_backends), cache_sums(args.num_backends),
       nsa_sums(args.num_backends);
   int64_t row = 0;
+  std::vector<StepLengths> lengths(args.num_backends);
   Keys keys(args);
   const auto store_row = [&](int b, int64_t row, const RowValues& values) {
+    lengths[b].rows.push_back(values.seqlens_expanded);
     nsa_sums[b] = Add(nsa_sums[b], values.nsa_cache_seqlens);
     Store(args.backends[b].lengths, row, values);
     Store(args.backends[b].lengths, row + 1, RowSums(nsa_sums[b]));
@@ -173,15 +177,15 @@ void FusedMetadata(Stream, const FusedMetadataArguments& args) {
       return Rows::kv_len(cache_seqlens[b], q, static_cast<int32_t>(j));
     };
     for (int b = 0; b < args.num_backends; ++b) {
-      const Lengths& lengths = args.backends[b].lengths;
-      const int32_t first_key = cache_sums[b];
+      const Lengths& to = args.backends[b].lengths;
       cache_seqlens[b] = rows.cache_seqlen(i, args.backend_offsets[b]);
+      lengths[b].requests.push_back(cache_seqlens[b]);
+      const RowOwner owner{static_cast<int32_t>(i), cache_seqlens[b], cache_sums[b]};
       cache_sums[b] = Add(cache_sums[b], cache_seqlens[b]);
-      Store(lengths, i, RequestValues(cache_seqlens[b]));
-      Store(lengths, i + 1, RequestSums(cache_sums[b]));
+      Store(to, i, RequestValues(cache_seqlens[b]));
+      Store(to, i + 1, RequestSums(cache_sums[b]));
       for (int64_t j = 0; j < count; ++j) {
-        store_row(b, row + j, RowValuesOf(kv_len(b, j), args.nsa_index_topk,
-                                          static_cast<int32_t>(i), first_key));
+        store_row(b, row + j, RowValuesOf(kv_len(b, j), owner, rules));
       }
     }
     const auto table_kv_len = [&](int b, int64_t j) {
@@ -200,6 +204,9 @@ void FusedMetadata(Stream, const FusedMetadataArguments& args) {
     for (int64_t padding = row; padding < rows.count; ++padding) {
       store_row(b, padding, PaddingRowValues());
     }
+  }
+  for (int b = 0; b < args.num_backends; ++b) {
+    WriteSchedules(args, lengths[b], args.backends[b].schedules);
   }
   if (args.tail == Tail::kKeep) return;
   keys.Clear();

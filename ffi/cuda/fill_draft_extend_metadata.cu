@@ -21,7 +21,7 @@ __device__ void WriteRow(const FillDraftExtendMetadataArguments& args, int64_t r
   if (i < rows.requests) {
     kv_len = Rows::kv_len(rows.cache_seqlen(i), rows.q(i), static_cast<int32_t>(j));
   }
-  Store(args.lengths, row, RowValuesOf(kv_len, args.nsa_index_topk, 0, 0));
+  Store(args.lengths, row, RowValuesOf(kv_len, {}, {args.nsa_index_topk, 1, false}));
 }
 
 // Everything in one launch.

@@ -1,20 +1,23 @@
 // The whole computation in one launch.
 //
 // Grid: rows of gridDim.x blocks each, counted by blockIdx.y and, beyond kGridRows, by blockIdx.z.
-//   The first rows hold the blocks that write lengths and prefix sums, for each backend and every 128
-//   requests so many that each thread has about one row, and those that write keys. After them
-//   comes a row of blocks for each request, which share its rows
-//   of the page tables: neighbouring blocks write neighbouring memory. No block waits for another.
+//   The first rows hold a block for each schedule that is wanted, which writes it to all backends;
+//   then the blocks that write lengths and prefix sums, for each backend and every 128 requests so
+//   many that each thread has about one row, and those that write keys. After them comes a row of
+//   blocks for each request, which share its rows of the page tables: neighbouring blocks write
+//   neighbouring memory. No block waits for another.
 // Block: 128 threads.
 // Inputs: seq_lens, req_pool_indices, req_to_token, and extend_seq_lens where rows are ragged.
 // Outputs: the arrays of every backend that are not null.
 #include <algorithm>
+#include <memory>
 
 #include "keys.cuh"
 #include "launch.cuh"
 #include "lengths.cuh"
 #include "parameters.cuh"
 #include "tables.cuh"
+#include "write_schedules.cuh"
 
 namespace jaxnsa {
 namespace {
@@ -33,21 +36,28 @@ constexpr int kGridRows = 32768;
 // Blocks of a backend that write lengths, where rows are ragged.
 constexpr int64_t kMostLengthBlocks = 1024;
 
-// `kWhole`: no columns are held, and all backends are computed for the same lengths.
-template <int kWidth, bool kRagged, bool kTablesRagged, bool kWhole, int kCapacity>
+// `kWhole`: no columns are held, and all backends are computed for the same lengths. `kSchedules`:
+// schedules or pooled arrays are wanted.
+template <int kWidth, bool kRagged, bool kTablesRagged, bool kWhole, int kCapacity, bool kSchedules>
 __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor)
-    FusedMetadataKernel(const __grid_constant__ Parameters<kCapacity> args) {
+    FusedMetadataKernel(const __grid_constant__ Parameters<kCapacity, kSchedules> args) {
   const auto row = static_cast<int32_t>(blockIdx.z * kGridRows + blockIdx.y);
   const int32_t i = row - args.length_rows;
   if (i >= args.table_requests) return;
   if (__builtin_expect(i < 0, 0)) {
-    const int32_t block = row * gridDim.x + blockIdx.x;
+    int32_t block = row * gridDim.x + blockIdx.x;
+    if constexpr (kSchedules) {
+      if (block < args.schedules.blocks) {
+        WriteSchedule<kRagged>(args.schedules, args.rows, args.row_rules, args.num_backends, block);
+        return;
+      }
+      block -= args.schedules.blocks;
+    }
     const int32_t groups = args.length_groups, shares = kRagged ? args.length_shares : 1;
     const int32_t blocks = groups * shares, b = blocks == 1 ? block : block / blocks;
     if (b < args.num_backends) {
       const int32_t group = block % blocks / shares;
-      WriteLengths<kRagged>(args.rows, args.nsa_index_topk,
-                            {groups, group, shares, block % shares},
+      WriteLengths<kRagged>(args.rows, args.row_rules, {groups, group, shares, block % shares},
                             kWhole ? 0 : args.backend_offsets[b], args.lengths[b]);
     } else if (kRagged && !kTablesRagged) {
       WriteKeys(args, block - args.num_backends * blocks);
@@ -72,18 +82,43 @@ bool AllowsVectors(const FusedMetadataArguments& args) {
   return allows;
 }
 
-// Whether no columns are held and all backends are computed for the same lengths.
-bool IsWhole(const FusedMetadataArguments& args) {
-  const int32_t* const end = args.backend_offsets + args.num_backends;
-  return args.written_lens.data == nullptr &&
-         std::all_of(args.backend_offsets, end, [](int32_t offset) { return offset == 0; });
+// Whether all backends are computed for the same lengths.
+bool HasEqualOffsets(const FusedMetadataArguments& args) {
+  const int32_t* const offsets = args.backend_offsets;
+  return std::all_of(offsets, offsets + args.num_backends,
+                     [=](int32_t offset) { return offset == offsets[0]; });
 }
 
-template <int kWidth, bool kWhole, int kCapacity>
+// Whether no columns are held and no backend is computed for other lengths than the requests have.
+bool IsWhole(const FusedMetadataArguments& args) {
+  return args.written_lens.data == nullptr && args.backend_offsets[0] == 0 &&
+         HasEqualOffsets(args);
+}
+
+template <int kCapacity>
+void TakeSchedules(const FusedMetadataArguments& args, ScheduleParameters<kCapacity>* parameters) {
+  const Schedules& wanted = args.schedules;
+  parameters->pages_per_pooled_page = Divisor::Of(args.index_kpool);
+  parameters->pooled_page_table_stride = args.tables[kPooledPageTable].stride;
+  const auto add = [&](ScheduleKind kind) { parameters->kinds[parameters->num_kinds++] = kind; };
+  if (wanted.flash_mla.num_sm_parts > 0) add(ScheduleKind::kFlashMla);
+  if (wanted.paged_mqa.num_sms > 0) add(ScheduleKind::kPagedMqa);
+  if (wanted.topk_plan.num_pairs > 0) add(ScheduleKind::kTopkPlan);
+  parameters->backends_per_block = HasEqualOffsets(args) ? args.num_backends : 1;
+  parameters->blocks = parameters->num_kinds * (args.num_backends / parameters->backends_per_block);
+  parameters->is_fresh = args.is_fresh;
+  parameters->schedules = wanted;
+  for (int b = 0; b < args.num_backends; ++b) {
+    parameters->arrays[b] = args.backends[b].schedules;
+    parameters->offsets[b] = args.backend_offsets[b];
+  }
+}
+
+template <int kWidth, bool kWhole, int kCapacity, bool kSchedules>
 void LaunchFusedMetadata(Stream stream, const FusedMetadataArguments& args) {
   const Rows& rows = args.rows;
   const Tables& wanted = args.backends[0].tables;
-  Parameters<kCapacity> parameters{};
+  Parameters<kCapacity, kSchedules> parameters{};
   parameters.seq_lens = rows.seq_lens;
   parameters.req_pool_indices = args.req_pool_indices;
   parameters.table_requests = rows.tables_ragged() ? std::max(rows.requests, 1) : rows.requests;
@@ -100,7 +135,7 @@ void LaunchFusedMetadata(Stream stream, const FusedMetadataArguments& args) {
   parameters.num_backends = args.num_backends;
   parameters.request_columns = args.request_columns;
   parameters.rows = rows;
-  parameters.nsa_index_topk = args.nsa_index_topk;
+  parameters.row_rules = args.row_rules();
   parameters.clears_padding = args.tail != Tail::kKeep;
   for (int b = 0; b < args.num_backends; ++b) {
     parameters.tables[b] = args.backends[b].tables;
@@ -134,56 +169,86 @@ void LaunchFusedMetadata(Stream stream, const FusedMetadataArguments& args) {
     parameters.max_total_keys = args.max_total_keys;
     parameters.key_blocks = CeilDiv(args.max_total_keys, kTileKeys);
   }
-  const int64_t length_blocks = groups * shares * args.num_backends + parameters.key_blocks;
-  parameters.length_rows = CeilDiv(length_blocks, grid.x);
+  int64_t first_blocks = groups * shares * args.num_backends + parameters.key_blocks;
+  if constexpr (kSchedules) {
+    TakeSchedules(args, &parameters.schedules);
+    first_blocks += parameters.schedules.blocks;
+  }
+  parameters.length_rows = CeilDiv(first_blocks, grid.x);
   const int64_t grid_rows = parameters.length_rows + table_requests;
   grid.y = std::min<int64_t>(grid_rows, kGridRows);
   grid.z = CeilDiv(grid_rows, kGridRows);
-  const auto kernel = rows.prefill ? FusedMetadataKernel<kWidth, true, false, kWhole, kCapacity>
-                      : rows.ragged()
-                          ? FusedMetadataKernel<kWidth, true, true, kWhole, kCapacity>
-                          : FusedMetadataKernel<kWidth, false, false, kWhole, kCapacity>;
+  const auto kernel =
+      rows.prefill ? FusedMetadataKernel<kWidth, true, false, kWhole, kCapacity, kSchedules>
+      : rows.ragged()
+          ? FusedMetadataKernel<kWidth, true, true, kWhole, kCapacity, kSchedules>
+          : FusedMetadataKernel<kWidth, false, false, kWhole, kCapacity, kSchedules>;
   Launch(kName, stream, kernel, grid, kThreads, parameters);
 }
 
-template <int kCapacity>
+template <int kCapacity, bool kSchedules>
 void LaunchForBackends(Stream stream, const FusedMetadataArguments& args) {
   const bool vectors = AllowsVectors(args), whole = IsWhole(args);
-  const auto launch = vectors ? whole ? LaunchFusedMetadata<4, true, kCapacity>
-                                      : LaunchFusedMetadata<4, false, kCapacity>
-                      : whole ? LaunchFusedMetadata<1, true, kCapacity>
-                              : LaunchFusedMetadata<1, false, kCapacity>;
+  const auto launch = vectors ? whole ? LaunchFusedMetadata<4, true, kCapacity, kSchedules>
+                                      : LaunchFusedMetadata<4, false, kCapacity, kSchedules>
+                      : whole ? LaunchFusedMetadata<1, true, kCapacity, kSchedules>
+                              : LaunchFusedMetadata<1, false, kCapacity, kSchedules>;
   launch(stream, args);
 }
 
-template <int kWidth, bool kWhole, int kCapacity>
+template <int kWidth, bool kWhole, int kCapacity, bool kSchedules>
 void LoadForRows() {
-  LoadKernels(kName, FusedMetadataKernel<kWidth, false, false, kWhole, kCapacity>,
-              FusedMetadataKernel<kWidth, true, true, kWhole, kCapacity>,
-              FusedMetadataKernel<kWidth, true, false, kWhole, kCapacity>);
+  LoadKernels(kName, FusedMetadataKernel<kWidth, false, false, kWhole, kCapacity, kSchedules>,
+              FusedMetadataKernel<kWidth, true, true, kWhole, kCapacity, kSchedules>,
+              FusedMetadataKernel<kWidth, true, false, kWhole, kCapacity, kSchedules>);
 }
 
-template <int kCapacity>
+template <int kCapacity, bool kSchedules>
 void LoadForBackends() {
-  LoadForRows<4, true, kCapacity>();
-  LoadForRows<4, false, kCapacity>();
-  LoadForRows<1, true, kCapacity>();
-  LoadForRows<1, false, kCapacity>();
+  LoadForRows<4, true, kCapacity, kSchedules>();
+  LoadForRows<4, false, kCapacity, kSchedules>();
+  LoadForRows<1, true, kCapacity, kSchedules>();
+  LoadForRows<1, false, kCapacity, kSchedules>();
+}
+
+// Whether a launch writes schedules or pooled arrays.
+bool WantsSchedules(const FusedMetadataArguments& args) {
+  const Schedules& wanted = args.schedules;
+  return args.index_kpool > 1 || wanted.paged_mqa.num_sms > 0 || wanted.topk_plan.num_pairs > 0 ||
+         wanted.flash_mla.num_sm_parts > 0;
+}
+
+// Launches of few backends each, which is all that kernels with schedules are compiled for.
+void LaunchWithSchedules(Stream stream, const FusedMetadataArguments& args) {
+  if (args.num_backends <= kFewBackends) {
+    LaunchForBackends<kFewBackends, true>(stream, args);
+    return;
+  }
+  const auto part = std::make_unique<FusedMetadataArguments>(args);
+  for (int32_t first = 0; first < args.num_backends; first += kFewBackends) {
+    part->num_backends = std::min(args.num_backends - first, kFewBackends);
+    std::copy_n(args.backends + first, part->num_backends, part->backends);
+    std::copy_n(args.backend_offsets + first, part->num_backends, part->backend_offsets);
+    LaunchForBackends<kFewBackends, true>(stream, *part);
+  }
 }
 
 }  // namespace
 
 void FusedMetadata(Stream stream, const FusedMetadataArguments& args) {
-  if (args.num_backends <= kFewBackends) {
-    LaunchForBackends<kFewBackends>(stream, args);
+  if (WantsSchedules(args)) {
+    LaunchWithSchedules(stream, args);
+  } else if (args.num_backends <= kFewBackends) {
+    LaunchForBackends<kFewBackends, false>(stream, args);
   } else {
-    LaunchForBackends<kMaxBackends>(stream, args);
+    LaunchForBackends<kMaxBackends, false>(stream, args);
   }
 }
 
 void LoadFusedMetadata() {
-  LoadForBackends<kFewBackends>();
-  LoadForBackends<kMaxBackends>();
+  LoadForBackends<kFewBackends, false>();
+  LoadForBackends<kMaxBackends, false>();
+  LoadForBackends<kFewBackends, true>();
 }
 
 bool IsCurrentDevice(int device) {

@@ -14,8 +14,8 @@ constexpr int kTileKeys = kKeysPerThread * kThreads;
 
 // Writes a tile of `flat_page_indices` in every backend. The block scans the KV lengths of 128
 // requests after the other until they reach its last key, and each thread looks its keys up.
-template <int kCapacity>
-__device__ void WriteKeys(const Parameters<kCapacity>& args, int32_t tile) {
+template <int kCapacity, bool kSchedules>
+__device__ void WriteKeys(const Parameters<kCapacity, kSchedules>& args, int32_t tile) {
   __shared__ int64_t starts[kThreads];  // the first key of each of 128 requests
   __shared__ int64_t end;               // of the last one's keys
   __shared__ const int32_t* sources[kThreads];

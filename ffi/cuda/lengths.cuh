@@ -17,10 +17,30 @@ __device__ inline uint32_t ClampedSeries(int32_t n, int32_t topk) {
   return triangle + (static_cast<uint32_t>(n) - low) * static_cast<uint32_t>(topk);
 }
 
+// 1 + 2 + ... + n, modulo 2^64, for n below 2^32.
+__device__ inline uint64_t Triangle(uint64_t n) { return n * (n + 1) / 2; }
+
+// The sum of nsa_cache_seqlens of rows that see 1, 2, ..., n tokens, modulo 2^32.
+__device__ inline uint32_t NsaSeries(int32_t n, const RowRules& rules) {
+  const int32_t topk = rules.nsa_index_topk, pool = rules.index_kpool;
+  if (pool == 1) return ClampedSeries(n, topk);
+  // Groups of `pool` rows whose full pools are the same, 0 for the first, and what they lack of
+  // another; the last group has but `rest` + 1 of them.
+  const int32_t groups = n / pool, rest = n % pool;
+  if (groups == 0) return static_cast<uint32_t>(Triangle(rest));
+  const int32_t unclamped = Min(groups - 1, topk / pool);
+  const uint64_t full = pool * Triangle(unclamped) +
+                        uint64_t{static_cast<uint32_t>(groups - 1 - unclamped)} * topk;
+  const uint64_t last = Min(groups * pool, topk);
+  return static_cast<uint32_t>(pool * full + (rest + 1) * last + groups * Triangle(pool - 1) +
+                               Triangle(rest));
+}
+
 // The sum of nsa_cache_seqlens over rows 0 to j of a request of q rows, modulo 2^32.
-__device__ inline uint32_t NsaSum(int32_t topk, int32_t cache_seqlen, int32_t q, int32_t j) {
-  return ClampedSeries(Rows::kv_len(cache_seqlen, q, j), topk) -
-         ClampedSeries(Max(cache_seqlen - q, 0), topk);
+__device__ inline uint32_t NsaSum(const RowRules& rules, int32_t cache_seqlen, int32_t q,
+                                  int32_t j) {
+  return NsaSeries(Rows::kv_len(cache_seqlen, q, j), rules) -
+         NsaSeries(Max(cache_seqlen - q, 0), rules);
 }
 
 // Modulo 2^32.
@@ -46,7 +66,8 @@ struct LengthBlock {
 // of requests, one for each thread, and a share of their rows; sums over earlier requests it takes
 // by itself. Together the blocks of a backend also write the padding rows.
 template <bool kRagged>
-__device__ void WriteLengths(const Rows& rows, int32_t topk, LengthBlock block, int32_t offset,
+__device__ void WriteLengths(const Rows& rows, const RowRules& rules, LengthBlock block,
+                             int32_t offset,
                              const Lengths& to) {
   struct Request {
     int32_t cache_seqlen;
@@ -59,7 +80,7 @@ __device__ void WriteLengths(const Rows& rows, int32_t topk, LengthBlock block, 
   __shared__ int64_t rows_end;  // of the group, where rows are ragged
   const auto q_of = [&](int64_t i) -> int64_t { return rows.q(i); };
   const auto sums_of = [&](int32_t cache_seqlen, int32_t q) -> LengthSums {
-    return {static_cast<uint32_t>(cache_seqlen), NsaSum(topk, cache_seqlen, q, q - 1)};
+    return {static_cast<uint32_t>(cache_seqlen), NsaSum(rules, cache_seqlen, q, q - 1)};
   };
   const auto sums = [&](int64_t i) { return sums_of(rows.cache_seqlen(i, offset), rows.q(i)); };
   const int64_t first = int64_t{block.group} * kThreads, i = first + threadIdx.x;
@@ -113,9 +134,10 @@ __device__ void WriteLengths(const Rows& rows, int32_t topk, LengthBlock block, 
     const Request request = requests[low];
     const auto j = static_cast<int32_t>(row - request.first_row);
     const int32_t kv_len = Rows::kv_len(request.cache_seqlen, request.q, j);
-    Store(to, row, RowValuesOf(kv_len, topk, static_cast<int32_t>(first) + low,
-                               request.first_key));
-    const uint32_t nsa_sum = request.nsa_before + NsaSum(topk, request.cache_seqlen, request.q, j);
+    const RowOwner owner{static_cast<int32_t>(first) + low, request.cache_seqlen,
+                         request.first_key};
+    Store(to, row, RowValuesOf(kv_len, owner, rules));
+    const uint32_t nsa_sum = request.nsa_before + NsaSum(rules, request.cache_seqlen, request.q, j);
     Store(to, int64_t{row} + 1, RowSums(static_cast<int32_t>(nsa_sum)));
   }
   if (!kRagged) return;

@@ -4,6 +4,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <type_traits>
 
 #include "computations.h"
 
@@ -49,9 +50,29 @@ struct RowContent {
   int32_t end;
 };
 
+enum class ScheduleKind : int32_t { kFlashMla, kPagedMqa, kTopkPlan };
+constexpr int kScheduleKinds = 3;
+
+// What only launches have that write schedules or pooled arrays.
+template <int kCapacity>
+struct ScheduleParameters {
+  Divisor pages_per_pooled_page;
+  int64_t pooled_page_table_stride;
+  int32_t num_kinds;
+  ScheduleKind kinds[kScheduleKinds];  // that are wanted
+  int32_t backends_per_block;          // that the block of a schedule writes: all equal ones
+  int32_t blocks;
+  bool is_fresh;
+  Schedules schedules;
+  int32_t offsets[kCapacity];
+  ScheduleArrays arrays[kCapacity];
+};
+
+struct NoScheduleParameters {};
+
 // In the order in which the blocks that write tables need them. A multiprocessor fetches parameters
 // 64 bytes at once and waits for each fetch; the first 16 of the first 64 hold no parameters.
-template <int kCapacity>
+template <int kCapacity, bool kSchedules>
 struct Parameters {
   Vector seq_lens;
   Vector req_pool_indices;
@@ -72,7 +93,7 @@ struct Parameters {
   Tables tables[kCapacity];
 
   Rows rows;
-  int32_t nsa_index_topk;
+  RowRules row_rules;
   bool clears_padding;
   int32_t length_groups;  // groups of 128 requests, of a backend
   int32_t length_shares;  // blocks that share the rows of a group
@@ -85,13 +106,16 @@ struct Parameters {
   int32_t least_offset;
   int32_t greatest_offset;
   int32_t backend_offsets[kCapacity];
+
+  std::conditional_t<kSchedules, ScheduleParameters<kCapacity>, NoScheduleParameters> schedules;
 };
 
-static_assert(offsetof(Parameters<kFewBackends>, pool) == 64 - 16);
-static_assert(offsetof(Parameters<kFewBackends>, num_backends) == 128 - 16);
+using FewParameters = Parameters<kFewBackends, false>;
+static_assert(offsetof(FewParameters, pool) == 64 - 16);
+static_assert(offsetof(FewParameters, num_backends) == 128 - 16);
 
-// Calls `body` with every backend's part and its index. A few are taken one by one rather than in a loop: then
-// their pointers are operands of the instructions, and no indexed load comes first.
+// Calls `body` with every backend's part and its index. A few are taken one by one rather than in a
+// loop: then their pointers are operands of the instructions, and no indexed load comes first.
 template <int kCapacity, typename Part, typename Body>
 __device__ __forceinline__ void ForEach(const Part (&backends)[kCapacity], int count, Body body) {
   if constexpr (kCapacity == kFewBackends) {

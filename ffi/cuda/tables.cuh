@@ -73,6 +73,29 @@ struct RowContents {
   OfBackend of_backend;  // called with a backend's index
 };
 
+// Stores the number of a page, whose first token is `token`, in a row of `real_page_table`, and in
+// `pooled_page_table` where a page of pooled keys begins with it.
+template <int kCapacity, bool kSchedules, typename OfBackend>
+__device__ __forceinline__ void StorePage(const Parameters<kCapacity, kSchedules>& args,
+                                          int64_t row, int32_t page, int64_t token, int32_t number,
+                                          const RowContents<OfBackend>& contents) {
+  const auto store = [&](int32_t* Tables::* table, int64_t offset) {
+    ForEach(args.tables, args.num_backends, [&](const Tables& to, int b) {
+      const RowContent content = contents.of_backend(b);
+      if (token >= content.end) return;
+      (to.*table)[offset] = token < content.live ? number : 0;
+    });
+  };
+  store(&Tables::real_page_table, row * args.real_page_table_stride + page);
+  if constexpr (kSchedules) {
+    if (args.tables[0].pooled_page_table == nullptr) return;
+    const Divisor& pages = args.schedules.pages_per_pooled_page;
+    const int32_t pooled = pages.Divide(page);
+    if (pooled * pages.value != page) return;
+    store(&Tables::pooled_page_table, row * args.schedules.pooled_page_table_stride + pooled);
+  }
+}
+
 // What a thread moves of a tile, in registers.
 template <int kWidth>
 struct Tile {
@@ -103,8 +126,8 @@ struct Tile {
 
   // Stores the tile in a row of `page_indices`, and the pages that begin in it in
   // `real_page_table` if that is wanted. A page begins with an access or in none.
-  template <int kCapacity, typename OfBackend>
-  __device__ void Store(const Parameters<kCapacity>& args, int32_t begin, int64_t row,
+  template <int kCapacity, bool kSchedules, typename OfBackend>
+  __device__ void Store(const Parameters<kCapacity, kSchedules>& args, int32_t begin, int64_t row,
                         const RowContents<OfBackend>& contents) const {
     const int32_t backends = args.num_backends;
     const RowContent shortest = contents.shortest, longest = contents.longest;
@@ -136,13 +159,7 @@ struct Tile {
           column < contents.first || column >= longest.end) {
         continue;
       }
-      const int64_t page_offset = row * args.real_page_table_stride + page;
-      const int32_t number = args.page_size.Divide(value[u][0]);
-      ForEach(args.tables, backends, [&](const Tables& to, int b) {
-        const RowContent content = contents.of_backend(b);
-        if (column >= content.end) return;
-        to.real_page_table[page_offset] = column < content.live ? number : 0;
-      });
+      StorePage(args, row, page, column, args.page_size.Divide(value[u][0]), contents);
     }
   }
 };
@@ -150,8 +167,8 @@ struct Tile {
 // Writes a block's share of request i's rows in both tables, and of the padding rows: tiles in a
 // grid stride of gridDim.x blocks. Where all backends are equal and all columns are to be written,
 // `kWhole` says so.
-template <int kWidth, bool kRagged, bool kWhole, int kCapacity>
-__device__ void WriteTables(const Parameters<kCapacity>& args, int32_t i) {
+template <int kWidth, bool kRagged, bool kWhole, int kCapacity, bool kSchedules>
+__device__ void WriteTables(const Parameters<kCapacity, kSchedules>& args, int32_t i) {
   // Where there are no requests, one that does not exist clears the padding rows.
   const bool exists = !kRagged || i < args.rows.requests;
   // All loads are issued before a value is used.
@@ -224,12 +241,7 @@ __device__ void WriteTables(const Parameters<kCapacity>& args, int32_t i) {
     const int32_t number =
         token < longest.live ? args.page_size.Divide(__ldg(source + token)) : 0;
     for_rows([&](int64_t row, const auto& contents) {
-      const int64_t offset = row * args.real_page_table_stride + page;
-      ForEach(args.tables, args.num_backends, [&](const Tables& to, int b) {
-        const RowContent content = contents.of_backend(b);
-        if (token >= content.end) return;
-        to.real_page_table[offset] = token < content.live ? number : 0;
-      });
+      StorePage(args, row, page, token, number, contents);
     });
   }
 }

@@ -2,6 +2,7 @@
 
 import collections
 import functools
+import importlib.util
 import itertools
 import os
 import sys
@@ -71,7 +72,7 @@ def main() -> None:
     type=click.IntRange(1, MAX_BACKENDS),
     help="Draft steps, each with its own metadata buffers.",
 )
-@click.option("--steps", default=200, show_default=True, type=click.IntRange(1))
+@click.option("--steps", default=50, show_default=True, type=click.IntRange(1))
 @click.option(
     "--implementation",
     metavar="NAME",
@@ -80,6 +81,12 @@ def main() -> None:
 @click.option(
     "--seed", default=0, show_default=True, type=click.IntRange(0), help="Of everything random."
 )
+@click.option(
+    "--plot",
+    type=click.Path(dir_okay=False, writable=True, path_type=Path),
+    metavar="FILE",
+    help="Draw each step's time; needs matplotlib.",
+)
 def demo(
     trace: Path | None,
     batch_size: int,
@@ -87,16 +94,18 @@ def demo(
     steps: int,
     implementation: str | None,
     seed: int,
+    plot: Path | None,
 ) -> None:
-    """Run the main job: metadata for all backends at every step of a serving loop.
+    """Run the main job: the metadata of a speculative server's steps, computed in several ways.
 
     Simulates continuous batching. Requests arrive from a trace, a page allocator fills the
-    request-to-token pool, each step decodes one token of every request and drafts as many tokens
-    as there are backends. At each step the metadata of all backends is computed in place and
-    checked, every element, against the NumPy reference.
+    request-to-token pool on the device, and each step drafts tokens with all backends, verifies
+    them and extends by those that are accepted. The table compares this library with the same
+    computed N times by plain jnp under jax.jit, and with PyTorch's ways where it is installed. Each
+    step is checked, every element, against the NumPy reference.
 
-    The table's last row is a plain NumPy loop of row copies that moves the same live bytes. Exits
-    with status 1 on any mismatch.
+    The roof is the bytes that have to move over the bandwidth of a large copy. Exits with status 1
+    on any mismatch.
     """
     try:
         name = choose(implementation, settings(), jax.default_backend(), requests=batch_size)
@@ -107,6 +116,10 @@ def demo(
         )
     except (ValueError, ImplementationUnavailableError) as error:
         raise click.ClickException(str(error)) from None
+    if plot is not None and importlib.util.find_spec("matplotlib") is None:
+        raise click.ClickException(
+            "--plot: needs matplotlib, which is not installed; run: pip install matplotlib"
+        )
     needed = simulation.bytes_needed(batch_size, num_backends)
     installed = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     if needed > installed:
@@ -121,25 +134,50 @@ def demo(
             batch_size=batch_size,
             num_backends=num_backends,
             steps=steps,
-            implementation=name,
+            implementation=implementation,
+            chosen=name,
             seed=seed,
             progress=lambda done: progress.update(task, completed=done),
         )
-    table = Table(
-        title=f"{batch_size} requests, {num_backends} backends, max_len "
-        f"{simulation.CONTEXT_LENGTH}, {report.live_bytes / 1e6:.2f} MB of live columns a step"
-    )
-    table.add_column("computed by")
-    for column in ("steps", "tokens", "p50 ms", "p99 ms", "launches/step", "mismatches"):
-        table.add_column(column, justify="right")
-    counts = (f"{steps:,}", f"{report.tokens:,}")
-    table.add_row(
-        name, *counts, *_percentiles(report.latencies), str(report.launches), str(report.mismatches)
-    )
-    table.add_row("NumPy loop", *counts, *_percentiles(report.loop_latencies), "-", "-")
-    console.print(table)
-    if report.mismatches:
+    console.print(_demo_table(report, batch_size, num_backends, steps))
+    if plot is not None:
+        simulation.draw(report, plot)
+    if any(row.mismatches for row in report.rows):
         sys.exit(1)
+
+
+def _demo_table(report: simulation.Report, batch_size: int, num_backends: int, steps: int) -> Table:
+    table = Table(
+        title=f"{batch_size} requests, {num_backends} backends, context "
+        f"{simulation.CONTEXT_LENGTH:,}: {_bytes(report.bytes_moved)} moved a step",
+        caption=f"{steps:,} steps of decode, verify and draft extend; "
+        f"{report.tokens:,} tokens accepted",
+    )
+    on_gpu = report.rows[0].device_us is not None
+    table.add_column("computed by", no_wrap=True)
+    columns = ("p50 ms", "p99 ms", *(["GPU µs"] if on_gpu else []), "launches", "of roof", "wrong")
+    for column in columns:
+        table.add_column(column, justify="right", no_wrap=True)
+    for row in report.rows:
+        share = report.bytes_moved / report.bandwidth / row.seconds
+        table.add_row(
+            row.name,
+            *_percentiles(row.latencies),
+            *([f"{row.device_us:.1f}"] if row.device_us is not None else []),
+            "-" if row.launches is None else f"{row.launches:g}",
+            f"{100 * share:.2g}%" if share <= 1 else "in cache",
+            str(row.mismatches),
+        )
+    return table
+
+
+def _bytes(number: float) -> str:
+    """A number of bytes in three digits."""
+    for unit in ("bytes", "kB", "MB"):
+        if number < 1000:
+            return f"{number:.3g} {unit}"
+        number /= 1000
+    return f"{number:.3g} GB"
 
 
 @main.command()
@@ -184,14 +222,15 @@ def verify(cases: int, seed: int, fuzz: float | None) -> None:
                 failures[name, case.title].append(case)
     table = Table(title=f"{cases} random cases, seed {seed}")
     table.add_column("implementation")
-    table.add_column("function", overflow="fold")
+    table.add_column("function")
     table.add_column("cases", justify="right")
     table.add_column("mismatches", justify="right")
     for key in sorted(ran):
         table.add_row(*key, str(ran[key]), str(len(failures[key])))
-    for name in sorted(set(info) - set(runnable)):
-        table.add_row(name, escape(f"skipped: {info[name]['reason']}"), "0", "-")
     console.print(table)
+    for name in sorted(set(info) - set(runnable)):
+        reason = info[name]["reason"].partition("; ")[0]
+        console.print(f"skipped {name}: {escape(reason)}", no_wrap=True, overflow="ellipsis")
     failed = [(name, case) for (name, _), found in failures.items() for case in found]
     if failed:
         name, case = min(failed, key=lambda f: (len(f[1].seq_lens), f[1].req_to_token.size))
@@ -227,14 +266,21 @@ def info(explain: bool, shapes: tuple[str, ...]) -> None:
     table = Table()
     table.add_column("implementation")
     table.add_column("version")
-    table.add_column("state", overflow="fold")
+    table.add_column("state")
     for name, state in kernels["implementations"].items():
-        described = "available" if state["available"] else f"unavailable: {state['reason']}"
-        described = escape(described) + (", default" if name == kernels["default"] else "")
-        for function, variants in state["variants"].items():
-            described += f"\n{function}: {', '.join(variants)}"
-        table.add_row(name, state["version"] or "-", described)
+        described = "available" if state["available"] else "cannot run here"
+        table.add_row(
+            name,
+            state["version"] or "-",
+            described + (", default" if name == kernels["default"] else ""),
+        )
     console.print(table)
+    for name, state in kernels["implementations"].items():
+        if not state["available"]:
+            console.print(f"{name} {escape(state['reason'])}", soft_wrap=True, highlight=False)
+            continue
+        for function, variants in state["variants"].items():
+            console.print(f"{name} {function}: {', '.join(variants)}", highlight=False)
 
 
 def _fuzz(seconds: float, seed: int) -> None:

@@ -1,98 +1,53 @@
-"""The main job in small: continuous batching, with metadata for N backends at every step."""
+"""The main job in small: the steps of a speculative server, computed in several ways side by side.
+
+The batch's lengths and pool live on the device and are advanced there. A step is timed from the
+call until its results are there, on a device that has just run the same step; what a step is
+checked against is computed outside of that.
+"""
 
 import dataclasses
-import functools
 import time
 from collections.abc import Callable, Iterator
-from typing import Any
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxnsa import operations, reference
-from jaxnsa.app.launch_count import count_launches
+from jaxnsa.app.contenders import Contender, contenders, expected, same
+from jaxnsa.app.kernel_times import kernel_times
 from jaxnsa.app.request_traces import Request
-from jaxnsa.compilation import compiled
+from jaxnsa.app.serving import CONTEXT_LENGTH, PAGE_SIZE, Batch
 from jaxnsa.metadata import NSAMetadata
 
-CONTEXT_LENGTH = 131_072
-"""Columns of the pool and of the page table, in tokens: the context of DeepSeek V3.2."""
-PAGE_SIZE = 64
-"""Tokens in a physical KV page."""
+_PROFILED_STEPS = 20
+_COPIED = 2**27  # bytes; more than caches hold
 
 
-class Batch:
-    """A continuously full batch: a request that finishes makes room for the next one.
-
-    Requests arrive in order, cut to the context; the first ones are already part of the way
-    through their output, as in a server that has been running. `req_to_token` exists twice, on
-    the host and on the device, and changes only where a request gets a new page.
+@dataclasses.dataclass
+class Row:
+    """How a contender did.
 
     Attributes:
-      seq_lens: int32 [bs], KV length of each request.
-      req_pool_indices: int32 [bs], each request's row in the pool, a shuffle of all rows.
-      req_to_token: int32 [bs, CONTEXT_LENGTH] on the device.
-      req_to_token_host: the same on the host.
+      name: of the contender.
+      latencies: seconds of each step.
+      device_us: microseconds of a step's kernels; None on a CPU.
+      launches: of a step; None where nobody can tell.
+      mismatches: steps in which an array was not the reference's.
     """
 
-    def __init__(
-        self, requests: Iterator[Request], batch_size: int, drafts: int, rng: np.random.Generator
-    ):
-        self._requests = requests
-        self._drafts = drafts
-        pages = batch_size * (CONTEXT_LENGTH // PAGE_SIZE)
-        self._free_pages = rng.permutation(pages).astype(np.int32).tolist()
-        self._pages: list[list[int]] = [[] for _ in range(batch_size)]
-        self._last_lens = np.zeros(batch_size, np.int32)
-        self.seq_lens = np.zeros(batch_size, np.int32)
-        self.req_pool_indices = rng.permutation(batch_size).astype(np.int32)
-        self.req_to_token_host = np.zeros((batch_size, CONTEXT_LENGTH), np.int32)
-        self.req_to_token = jnp.asarray(self.req_to_token_host)
-        for i in range(batch_size):
-            self._admit(i)
-            self.seq_lens[i] = rng.integers(self.seq_lens[i], self._last_lens[i], endpoint=True)
-            self._allocate(i)
+    name: str
+    latencies: list[float] = dataclasses.field(default_factory=list)
+    device_us: float | None = None
+    launches: float | None = None
+    mismatches: int = 0
 
-    def step(self) -> None:
-        """Decodes one token of every request and makes room for its draft tokens."""
-        for i in range(len(self.seq_lens)):
-            if self.seq_lens[i] >= self._last_lens[i]:
-                self._free_pages += self._pages[i]
-                self._pages[i] = []
-                self._admit(i)
-            else:
-                self.seq_lens[i] += 1
-            self._allocate(i)
-
-    def _admit(self, i: int) -> None:
-        request = next(self._requests)
-        longest = CONTEXT_LENGTH - self._drafts
-        self.seq_lens[i] = min(request.prompt_tokens, longest)
-        self._last_lens[i] = min(request.prompt_tokens + request.output_tokens, longest)
-
-    def _allocate(self, i: int) -> None:
-        """Pages for all tokens of request i and for its drafts."""
-        held = self._pages[i]
-        missing = -(-int(self.seq_lens[i] + self._drafts) // PAGE_SIZE) - len(held)
-        if missing <= 0:
-            return
-        held += [self._free_pages.pop() for _ in range(missing)]
-        row = self.req_pool_indices[i]
-        tokens = np.asarray(held, np.int32)[:, None] * PAGE_SIZE + np.arange(PAGE_SIZE)
-        self.req_to_token_host[row, : tokens.size] = tokens.ravel()
-        self.req_to_token = _set_row(self.req_to_token, row, self.req_to_token_host[row])
-
-
-def bytes_needed(batch_size: int, num_backends: int) -> int:
-    """Memory that the simulation takes: pools, page tables, and those of the loop and the check."""
-    table = batch_size * CONTEXT_LENGTH * 4
-    return 2 * table + (2 * num_backends + 1) * (table + table // PAGE_SIZE)
-
-
-@functools.partial(compiled, donate_argnums=0)
-def _set_row(pool: jax.Array, row: int, values: jax.Array) -> jax.Array:
-    return pool.at[row].set(values)
+    @property
+    def seconds(self) -> float:
+        """Of a step: device time where there is one, otherwise the median latency."""
+        if self.device_us is not None:
+            return self.device_us / 1e6
+        return float(np.median(self.latencies))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,20 +55,23 @@ class Report:
     """What a demo did.
 
     Attributes:
-      tokens: tokens decoded.
-      latencies: seconds of each step's metadata, from the call to the finished arrays.
-      loop_latencies: seconds of each step's NumPy loop, which moves the same live bytes.
-      live_bytes: bytes of live table columns that each step wrote, on average.
-      launches: launches per step.
-      mismatches: steps whose metadata was not the reference's.
+      tokens: that were accepted.
+      bytes_moved: by a step on average: live elements read once and written wherever they go.
+      bandwidth: bytes a second of a large copy.
+      rows: of each contender, the library first.
     """
 
     tokens: int
-    latencies: list[float]
-    loop_latencies: list[float]
-    live_bytes: float
-    launches: int
-    mismatches: int
+    bytes_moved: float
+    bandwidth: float
+    rows: list[Row]
+
+
+def bytes_needed(batch_size: int, num_backends: int) -> int:
+    """Memory that the demo takes: pools, the tables of up to four contenders and of the check."""
+    table = batch_size * CONTEXT_LENGTH * 4
+    tables = 4 * 3 * num_backends + 2 * num_backends + 1
+    return 2 * table + tables * (table + table // PAGE_SIZE)
 
 
 def run(
@@ -122,91 +80,106 @@ def run(
     batch_size: int,
     num_backends: int,
     steps: int,
-    implementation: str,
+    implementation: str | None,
+    chosen: str,
     seed: int,
     progress: Callable[[int], object],
 ) -> Report:
     """Runs the simulation, checking every step against the reference.
 
+    What is not in place rewrites whole tables, and is checked in every tenth step.
+
     Args:
       requests: endless.
       batch_size: requests in the batch.
       num_backends: draft steps, each with its own metadata buffers.
-      steps: decode steps to run.
-      implementation: name of the implementation that computes the metadata.
+      steps: to run.
+      implementation: that the library is told to take.
+      chosen: that it takes.
       seed: of everything random.
       progress: called with the number of finished steps.
     """
     batch = Batch(requests, batch_size, num_backends, np.random.default_rng(seed))
-    compute = functools.partial(
-        operations.fused_metadata_precompute_and_broadcast,
-        num_backends=num_backends,
-        real_page_size=PAGE_SIZE,
-        implementation=implementation,
-    )
-    initial: Any = compute(batch.seq_lens, batch.req_pool_indices, batch.req_to_token)
-    expected = jax.tree.map(np.array, initial[0])
-    looped = jax.tree.map(np.array, initial)
-    step = (
-        jax.jit(lambda out, *inputs: compute(*inputs, out=out), donate_argnums=0)
-        .lower(initial, batch.seq_lens, batch.req_pool_indices, batch.req_to_token)
-        .compile()
-    )
-    buffers = compute(batch.seq_lens, batch.req_pool_indices, batch.req_to_token, out=initial)
+    found = contenders(implementation, chosen, num_backends, batch.host)
+    rows = [Row(contender.name) for contender in found]
+    held = jax.tree.map(np.zeros_like, expected(batch.host, num_backends, None))
+    tokens, bytes_moved = 0, 0
+    for step in range(steps):
+        for contender, row in zip(found, rows, strict=True):
+            given = jax.block_until_ready(contender.given(batch.device))
+            contender.wait(contender.run(given))
+            start = time.perf_counter()
+            contender.wait(contender.run(given))
+            row.latencies.append(time.perf_counter() - start)
+        held = expected(batch.host, num_backends, held)
+        bytes_moved += _bytes_moved(held, num_backends)
+        wanted = [held[0]] * num_backends + [*held[1:]]
+        for contender, row in zip(found, rows, strict=True):
+            if contender.in_place or step % 10 == 0:
+                pairs = zip(contender.metadata(), wanted, strict=True)
+                row.mismatches += not all(
+                    [same(actual, metadata, whole=contender.in_place) for actual, metadata in pairs]
+                )
+        tokens += batch.step()
+        progress(step + 1)
+    for contender, row in zip(found, rows, strict=True):
+        _count(contender, row, contender.given(batch.device))
+    return Report(tokens, bytes_moved / steps, _copy_bandwidth(), rows)
 
-    latencies, loop_latencies, live_bytes, mismatches = [], [], 0, 0
-    for done in range(1, steps + 1):
-        batch.step()
-        inputs = (batch.seq_lens.copy(), batch.req_pool_indices, batch.req_to_token)
-        jax.block_until_ready((inputs, buffers))
+
+def _count(contender: Contender, row: Row, given: object) -> None:
+    """Launches of a step and, on a GPU, their time."""
+    if jax.default_backend() != "gpu":
+        row.launches = contender.launches(given)
+        return
+    times = kernel_times(lambda: contender.run(given), _PROFILED_STEPS, contender.wait)
+    launches = [microseconds for each in times.values() for microseconds in each]
+    row.launches = len(launches) / _PROFILED_STEPS
+    row.device_us = sum(launches) / _PROFILED_STEPS
+
+
+def _bytes_moved(step: tuple[NSAMetadata, ...], num_backends: int) -> int:
+    """Bytes of the live elements of the pool, read once in each mode, and of the live columns."""
+    moved = 0
+    for metadata, copies in zip(step, (num_backends, 1, 1), strict=True):
+        live = np.minimum(metadata.seqlens_expanded, CONTEXT_LENGTH).astype(np.int64)
+        written = (live + -(-live // PAGE_SIZE)).sum() * copies
+        read = np.minimum(metadata.cache_seqlens, CONTEXT_LENGTH).sum(dtype=np.int64)
+        moved += 4 * int(read + written)
+    return moved
+
+
+def _copy_bandwidth() -> float:
+    """Bytes a second, read and written, of a large copy; on a CPU, of one thread's memcpy."""
+    if jax.default_backend() == "gpu":
+        source = jnp.zeros(_COPIED // 4, jnp.int32)
+        copy = jax.jit(lambda x: x + 1)
+        times = kernel_times(lambda: copy(source), 5, jax.block_until_ready)
+        return 2 * source.nbytes / (min(min(each) for each in times.values()) / 1e6)
+    here, there = np.ones(_COPIED // 4, np.int32), np.zeros(_COPIED // 4, np.int32)
+    seconds = []
+    for _ in range(5):
         start = time.perf_counter()
-        buffers = jax.block_until_ready(compute(*inputs, out=buffers))
-        latencies.append(time.perf_counter() - start)
-
-        host_inputs = (batch.seq_lens, batch.req_pool_indices, batch.req_to_token_host)
-        start = time.perf_counter()
-        live_bytes += numpy_loop(*host_inputs, looped)
-        loop_latencies.append(time.perf_counter() - start)
-
-        reference.precompute_decode_metadata(*host_inputs, real_page_size=PAGE_SIZE, out=expected)
-        mismatches += not all(same(buffer, expected) for buffer in buffers)
-        progress(done)
-    return Report(
-        tokens=steps * batch_size,
-        latencies=latencies,
-        loop_latencies=loop_latencies,
-        live_bytes=live_bytes / steps,
-        launches=count_launches(step),
-        mismatches=mismatches,
-    )
+        np.copyto(there, here)
+        seconds.append(time.perf_counter() - start)
+    return 2 * here.nbytes / min(seconds)
 
 
-def same(actual: NSAMetadata, expected: NSAMetadata) -> bool:
-    """Whether all arrays are equal."""
+def draw(report: Report, file: Path) -> None:
+    """A picture of the latency of every step."""
+    import matplotlib
 
-    def equal(array: jax.Array, wanted: np.ndarray) -> bool:
-        # A view on the CPU, gone before the array is donated again; a copy elsewhere.
-        view = np.from_dlpack(array) if array.platform() == "cpu" else np.array(array)  # type: ignore[arg-type]
-        return np.array_equal(view, wanted)
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
 
-    return all(jax.tree.leaves(jax.tree.map(equal, actual, expected)))
-
-
-def numpy_loop(
-    seq_lens: np.ndarray,
-    req_pool_indices: np.ndarray,
-    req_to_token: np.ndarray,
-    backends: tuple[NSAMetadata, ...],
-) -> int:
-    """The live table columns of all backends, row by row; returns the bytes written."""
-    written = 0
-    for backend in backends:
-        wide: Any = backend.page_indices
-        real: Any = backend.real_page_table
-        for i, (length, row) in enumerate(zip(seq_lens, req_pool_indices, strict=True)):
-            tokens = req_to_token[row, :length]
-            wide[i, :length] = tokens
-            pages = tokens[::PAGE_SIZE] // PAGE_SIZE
-            real[i, : len(pages)] = pages
-            written += tokens.nbytes + pages.nbytes
-    return written
+    figure, axes = pyplot.subplots(figsize=(7, 4), layout="constrained")
+    for row in report.rows:
+        axes.plot(np.array(row.latencies) * 1e3, label=row.name, linewidth=1.2)
+    axes.set_yscale("log")
+    axes.set_xlabel("step")
+    axes.set_ylabel("milliseconds")
+    axes.set_title("Metadata of a speculative step, from the call to its results")
+    axes.grid(alpha=0.3)
+    axes.legend(frameon=False)
+    figure.savefig(file, dpi=120)
+    pyplot.close(figure)

@@ -75,7 +75,15 @@ OPTIONS: Mapping[str, Callable[[random.Random, Options, Call], Any]] = {
     "schedules": lambda r, o, c: _schedules(r) if r.random() < 0.15 else None,
     "stacked": lambda r, o, c: r.random() < 0.3,
     "tail": lambda r, o, c: r.choice(
-        [None, "copy", "zero"] + (["keep", "keep"] if c.in_place else [])
+        [None, "keep"]
+        if c.written
+        else [None, "copy", "zero"] + (["keep", "keep"] if c.in_place else [])
+    ),
+    "max_new_tokens": lambda r, o, c: r.choice([None, 1, 40]) if c.written else None,
+    "backend_offsets": lambda r, o, c: (
+        tuple(r.randint(-3, 3) for _ in range(o["num_backends"]))
+        if r.random() < 0.2 and o["forward_mode"] is not ForwardMode.EXTEND
+        else None
     ),
     "strategy": lambda r, o, c: r.choice([None, "ultra_fast", "fast", "fallback"]),
 }
@@ -105,8 +113,9 @@ WRONG: Mapping[str, Sequence[str]] = {
     **dict.fromkeys(
         ("seq_lens", "req_pool_indices", "extend_seq_lens", "req_to_token"), _NO_ARRAYS
     ),
+    "written_lens": [expression for expression in _NO_ARRAYS if expression != "None"],
     "x": [e for e in _NO_ARRAYS if "np.int16" not in e],
-    "src": ("None", "3", "deleted(given)", "jax.tree.map(lambda a: a.astype(np.int64), given)"),
+    "src": ("None", "3", "deleted(given)", "jax.tree.map(lambda a: a.astype(np.float32), given)"),
     "out": ("3", "(None,)", "()", "deleted(given)", "jax.tree.map(np.asarray, given)"),
     "forward_mode": ("None", "'decode'", "0"),
     **dict.fromkeys(
@@ -123,6 +132,8 @@ WRONG: Mapping[str, Sequence[str]] = {
     "index_kpool": (*_NO_INTEGERS, "0"),
     "num_backends": (*_NO_INTEGERS, "0", "10**6"),
     "schedules": ("1", "'sm90'", "()"),
+    "max_new_tokens": _NO_INTEGERS,
+    "backend_offsets": ("1", "'ab'", "()", "(0.5,) * 9", "{0}"),
     "wide_table": _NO_FLAGS,
     "stacked": _NO_FLAGS,
     "tail": _NO_NAMES,
@@ -341,6 +352,7 @@ def _call(rng: random.Random, implementation: str) -> Call:
         rng.choice(transforms),
         rng.choice(["numpy", "jax"]),
         surroundings=rng.choice(["plain"] * 6 + list(SURROUNDINGS)),
+        written=in_place and function != COPY and rng.random() < 0.3,
     )
     if call.surroundings == "x64" or (call.transform, call.arrays) == ("eager", "numpy"):
         call = dataclasses.replace(call, dtype=rng.choice(["int32", "int64"]))
@@ -487,7 +499,7 @@ def _machine(calls: list[Call], buffers: list[Any], running: _Running, end: floa
             how = data.draw(st.sampled_from(sorted(torch_steps.SPOILS)))
             return kind, {"of": of, "field": data.draw(st.integers(0, 9)), "how": how}
         drawn = lengths(data, data.draw(st.integers(0, of.requests)), of.pool, "int64", True)
-        del drawn["extend_seq_lens"]
+        del drawn["extend_seq_lens"], drawn["written_lens"]
         return kind, {"of": of, "seed": data.draw(st.integers(0, 3))} | drawn
 
     class Programs(RuleBasedStateMachine):
@@ -665,6 +677,6 @@ def _smaller_crash(lines: list[str], status: int) -> str:
 
 def _names_of(call: Call) -> set[str]:
     """The arguments that a call is made with."""
-    vectors = dict.fromkeys(("seq_lens", "req_pool_indices", "extend_seq_lens"), [0] * call.bs)
+    vectors = dict.fromkeys(highest(call.pool), [0] * call.bs)
     names = {name for given in arguments_of(call, 0, vectors) for name in given}
     return names | {"implementation"} | ({"out"} if call.in_place else set())

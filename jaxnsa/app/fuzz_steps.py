@@ -48,6 +48,7 @@ class Call:
       arrays: "numpy" or "jax", what its inputs are.
       dtype: of its lengths.
       surroundings: a name in `SURROUNDINGS`.
+      written: whether `written_lens` is given, among its lengths.
     """
 
     function: str
@@ -60,6 +61,7 @@ class Call:
     arrays: str = "numpy"
     dtype: str = "int32"
     surroundings: str = "plain"
+    written: bool = False
 
     @property
     def far(self) -> bool:
@@ -122,7 +124,8 @@ class Session:
           more: calls that follow with other lengths.
           wrong: the name of an argument and an expression for it, in which `given` is what it
             should be. The call is to be refused, and its destinations are to live.
-          lengths: lists of `seq_lens`, `req_pool_indices` and `extend_seq_lens`.
+          lengths: lists of `seq_lens`, `req_pool_indices`, `extend_seq_lens` and `written_lens`, as
+            far as it takes them.
 
         Raises:
           AssertionError: something is not as it should be. Any other error: likewise.
@@ -177,7 +180,7 @@ class Session:
     def validate(self, call: Call, *, seed: int = 0, **lengths: Any) -> None:
         """Validates the inputs of a call, which may be illegal."""
         arguments, options = arguments_of(
-            dataclasses.replace(call, function=BROADCAST), seed, lengths
+            dataclasses.replace(call, function=BROADCAST, written=False), seed, lengths
         )
         names = (
             "forward_mode",
@@ -214,7 +217,12 @@ def pool(shape: tuple[int, int], seed: int) -> np.ndarray:
 
 def highest(pool: tuple[int, int]) -> dict[str, int]:
     """Of each vector, the highest value that is not far."""
-    return {"seq_lens": pool[1] + 5, "req_pool_indices": pool[0] + 2, "extend_seq_lens": 5}
+    return {
+        "seq_lens": pool[1] + 5,
+        "req_pool_indices": pool[0] + 2,
+        "extend_seq_lens": 5,
+        "written_lens": pool[1] + 5,
+    }
 
 
 def extremes(dtype: str) -> tuple[int, ...]:
@@ -244,6 +252,8 @@ def arguments_of(call: Call, seed: int, lengths: Mapping[str, Sequence[int]]) ->
     vectors = {
         name: np.array(values, np.int64).astype(call.dtype) for name, values in lengths.items()
     }
+    if not call.written:
+        vectors.pop("written_lens", None)
     if call.function == SUM:
         return {"x": vectors["seq_lens"]}, {}
     if call.function == FILL:
@@ -256,7 +266,13 @@ def arguments_of(call: Call, seed: int, lengths: Mapping[str, Sequence[int]]) ->
     if call.function == COPY:
         options.pop("strategy")
         count = options.pop("num_backends")
-        made = options | {"num_backends": 1, "stacked": False, "tail": "zero"}
+        made = options | {
+            "num_backends": 1,
+            "stacked": False,
+            "tail": "zero",
+            "backend_offsets": None,
+            "max_new_tokens": None,
+        }
         src: Any = reference.fused_metadata_precompute_and_broadcast(**arguments, **made)
         return {"src": src[0]}, {"num_backends": count}
     taken = inspect.signature(getattr(operations, call.function)).parameters

@@ -148,7 +148,7 @@ class TorchSession(Session):
         vectors = {
             name: np.array(values, np.int64).astype(dtype)
             for name, values in lengths.items()
-            if ragged or name != "extend_seq_lens"
+            if name != "written_lens" and (ragged or name != "extend_seq_lens")
         }
         arguments: dict[str, Any] = {
             name: LAYOUTS[layout](torch.from_numpy(v).to(DEVICE)) for name, v in vectors.items()

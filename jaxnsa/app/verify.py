@@ -45,9 +45,9 @@ class Case:
 
     @property
     def title(self) -> str:
-        """The function and, of the broadcast, its forward mode."""
+        """The function, in short where it is the broadcast, and then its forward mode."""
         mode = self.options["forward_mode"].value
-        return f"{self.function} {mode}" if self.function == BROADCAST else self.function
+        return f"broadcast, {mode}" if self.function == BROADCAST else self.function
 
     def arguments(self) -> dict[str, Any]:
         """The arguments of the reference; fresh arrays at each call."""
@@ -270,7 +270,7 @@ def _source(value: Any) -> str:
         text = np.array2string(value, separator=", ", threshold=sys.maxsize)
         return f"np.array({text}, np.int32).reshape({value.shape})"
     if isinstance(value, NSAMetadata):
-        fields = ", ".join(f"{name}={_source(array)}" for name, array in vars(value).items())
+        fields = ", ".join(f"{name}={_source(array)}" for name, array in value.arrays().items())
         return f"NSAMetadata({fields})"
     if isinstance(value, tuple):
         return "(" + "".join(f"{_source(item)}, " for item in value) + ")"

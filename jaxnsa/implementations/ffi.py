@@ -15,10 +15,10 @@ from jaxnsa.implementations.native_library import (
     LIBRARIES,
     how_to_rebuild,
     library,
+    schedule_arguments,
 )
 from jaxnsa.implementations.native_library import unavailable as library_unavailable
 from jaxnsa.metadata import FIELDS, Array, DraftExtendSeqlens, Extent, NSAMetadata
-from jaxnsa.schedules import NO_SCHEDULES
 from jaxnsa.spec import Inputs, Spec
 
 PrefixSumVariant = Literal["block_scan", "sequential", "blelloch"]
@@ -63,9 +63,7 @@ def unavailable(platform: str | None) -> str | None:
 
 
 def unsupported(spec: Spec) -> str | None:
-    """Why this cannot compute `spec`; None where it can."""
-    if spec.schedules != NO_SCHEDULES or spec.pooled:
-        return "it computes neither schedules nor a pooled index; use implementation 'xla'"
+    """None: this computes everything."""
     return None
 
 
@@ -116,6 +114,9 @@ def fused_metadata(
         (spec.metadata(shapes),) * spec.destinations,
         fields=np.array([_FIELD_INDICES[field.name] for field in fields], np.int64),
         tokens_per_column=_tokens_per_column([field.name for field in fields], spec),
+        slots_per_page=np.array(
+            [spec.slots_per_page(f) if f.extent is Extent.TABLE else 0 for f in fields], np.int64
+        ),
         rows=np.int64(rows.count),
         rows_per_request=np.int64(rows.rows_per_request or 0),
         added_tokens=np.int64(rows.added_tokens),
@@ -123,6 +124,11 @@ def fused_metadata(
         max_total_keys=np.int64(spec.max_total_keys or 0),
         max_len=np.int64(spec.max_len),
         nsa_index_topk=np.int64(spec.nsa_index_topk),
+        index_kpool=np.int64(spec.index_kpool),
+        **{
+            name: np.array(numbers, np.int64)
+            for name, numbers in schedule_arguments(spec.schedules).items()
+        },
         tail=spec.tail,
         num_backends=np.int64(spec.num_backends),
         stacked=spec.stacked,

@@ -8,14 +8,16 @@ import functools
 import importlib.machinery
 import importlib.metadata
 import importlib.util
+import itertools
 import sysconfig
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, get_args
 
 import jax
 
 from jaxnsa.metadata import FIELDS
+from jaxnsa.schedules import FlashMlaLayout, FlashMlaLengths, PagedMqaLayout, Schedules
 
 LIBRARIES = {"cpu": "jaxnsa_cpu", "gpu": "jaxnsa_cuda"}
 """By platform, the name of its library."""
@@ -166,9 +168,14 @@ class NativeLibrary(Protocol):
         *,
         strides: Mapping[str, int],
         tokens_per_column: Mapping[str, int],
+        slots_per_page: Mapping[str, int],
         max_len: int,
         max_total_keys: int,
         nsa_index_topk: int,
+        index_kpool: int,
+        paged_mqa: Sequence[int],
+        topk_plan: Sequence[int],
+        flash_mla: Sequence[int],
         tail: str,
         request_columns: bool,
     ) -> PreparedLaunch:
@@ -177,13 +184,34 @@ class NativeLibrary(Protocol):
         Args:
           backends: for each backend, the address of each array that it wants, by name.
           strides: of each table, the elements from row to row.
-          tokens_per_column: of each table.
+          tokens_per_column, slots_per_page: of each table.
           max_len: the most columns of a table, in tokens; a step writes at most those of its pool.
           max_total_keys: length of the flat table; 0 where there is none.
           nsa_index_topk: the indexer's top-k.
+          index_kpool: tokens that the indexer pools into one key.
+          paged_mqa, topk_plan, flash_mla: the `schedule_arguments`.
           tail: what tables hold past a row's live columns.
           request_columns: whether all rows of a request have the live columns of its last.
         """
+
+
+def schedule_arguments(schedules: Schedules) -> dict[str, list[int]]:
+    """Schedules as the library takes them: the numbers of each, none where it is not wanted."""
+    paged_mqa, plan, flash_mla = schedules.paged_mqa, schedules.topk_plan, schedules.flash_mla
+    numbers: dict[str, list[int]] = {"paged_mqa": [], "topk_plan": [], "flash_mla": []}
+    if paged_mqa is not None:
+        layout = get_args(PagedMqaLayout).index(paged_mqa.layout)
+        numbers["paged_mqa"] = [paged_mqa.num_sms, layout, int(paged_mqa.per_row)]
+    if plan is not None:
+        numbers["topk_plan"] = [plan.floor, *itertools.chain(*plan.pairs)]
+    if flash_mla is not None:
+        numbers["flash_mla"] = [
+            flash_mla.num_sm_parts,
+            get_args(FlashMlaLengths).index(flash_mla.lengths),
+            flash_mla.fixed_overhead_blocks,
+            get_args(FlashMlaLayout).index(flash_mla.layout),
+        ]
+    return numbers
 
 
 def library(platform: str) -> NativeLibrary:

@@ -11,6 +11,7 @@ from jaxnsa.implementations.native_library import (
     NativeRows,
     PreparedLaunch,
     library,
+    schedule_arguments,
 )
 from jaxnsa.interop.tensor_checks import Checked, platform_of
 from jaxnsa.metadata import FIELDS, Extent
@@ -64,9 +65,12 @@ def prepared(
         ],
         strides={field.name: backends[0][field.name].stride(0) for field in tables},
         tokens_per_column={field.name: spec.tokens_per_column(field) for field in tables},
+        slots_per_page={field.name: spec.slots_per_page(field) for field in tables},
         max_len=spec.max_len,
         max_total_keys=spec.max_total_keys or 0,
         nsa_index_topk=spec.nsa_index_topk,
+        index_kpool=spec.index_kpool,
+        **schedule_arguments(spec.schedules),
         tail=spec.tail,
         request_columns=request_columns,
     )

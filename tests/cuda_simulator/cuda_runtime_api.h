@@ -4,6 +4,7 @@
 #ifndef JAXNSA_CUDA_SIMULATOR_H_
 #define JAXNSA_CUDA_SIMULATOR_H_
 
+#include <array>
 #include <cstddef>
 #include <cstdint>
 #include <functional>
@@ -46,12 +47,35 @@ bool Run(dim3 grid, dim3 block, const std::function<void()>& kernel);
 // Waits for the other threads of the block that have not returned.
 void Synchronize();
 
+// Waits for the other threads of the warp, and returns what each of them gave.
+std::array<uint32_t, 32> Exchange(uint32_t given);
+
 // What every access of a GPU needs; a violation ends the process with a message.
 void RequireAligned(const void* pointer, size_t bytes);
 
 }  // namespace cuda_simulator
 
 inline void __syncthreads() { cuda_simulator::Synchronize(); }
+
+// Of all threads of a warp: other masks are not needed.
+inline uint32_t __ballot_sync(uint32_t, bool condition) {
+  const auto given = cuda_simulator::Exchange(condition);
+  uint32_t ballot = 0;
+  for (int lane = 0; lane < 32; ++lane) ballot |= given[lane] << lane;
+  return ballot;
+}
+inline int32_t __shfl_sync(uint32_t, int32_t value, int lane) {
+  return static_cast<int32_t>(cuda_simulator::Exchange(static_cast<uint32_t>(value))[lane]);
+}
+
+inline int __clz(int32_t x) { return x == 0 ? 32 : __builtin_clz(x); }
+inline int __ffs(int32_t x) { return __builtin_ffs(x); }
+inline int __popc(uint32_t x) { return __builtin_popcount(x); }
+inline int32_t atomicMin(int32_t* address, int32_t value) {
+  const int32_t held = *address;
+  if (value < held) *address = value;
+  return held;
+}
 
 inline int4 make_int4(int32_t x, int32_t y, int32_t z, int32_t w) { return {x, y, z, w}; }
 

@@ -11,13 +11,16 @@ namespace cuda_simulator {
 namespace {
 
 constexpr size_t kStackBytes = 64 * 1024;
-constexpr unsigned kMaxThreads = 1024;
+constexpr unsigned kMaxThreads = 1024, kWarpThreads = 32;
+
+enum class State { kReady, kAtBlockBarrier, kAtWarpBarrier, kReturned };
 
 // A thread of the GPU: a stack, and where it goes on.
 struct Fiber {
   ucontext_t context;
   std::unique_ptr<char[]> stack{new char[kStackBytes]};
-  bool runs = false;
+  State state = State::kReturned;
+  uint32_t given = 0;  // to its warp
 };
 
 struct Multiprocessor {
@@ -35,7 +38,7 @@ Multiprocessor& Here() {
 void Start() {
   Multiprocessor& here = Here();
   (*here.kernel)();
-  here.current->runs = false;
+  here.current->state = State::kReturned;
   swapcontext(&here.current->context, &here.scheduler);
 }
 
@@ -43,23 +46,52 @@ void Prepare(Fiber& fiber) {
   getcontext(&fiber.context);
   fiber.context.uc_stack.ss_sp = fiber.stack.get();
   fiber.context.uc_stack.ss_size = kStackBytes;
-  fiber.runs = true;
+  fiber.state = State::kReady;
   makecontext(&fiber.context, Start, 0);
 }
 
+// Lets threads go on that all wait at the same barrier; false where they wait at another, or none
+// is left.
+bool Release(Multiprocessor& here, unsigned begin, unsigned end, State barrier) {
+  bool waits = false;
+  for (unsigned k = begin; k < end; ++k) {
+    const State state = here.fibers[k].state;
+    if (state != barrier && state != State::kReturned) return false;
+    waits = waits || state == barrier;
+  }
+  for (unsigned k = begin; k < end && waits; ++k) {
+    if (here.fibers[k].state == barrier) here.fibers[k].state = State::kReady;
+  }
+  return waits;
+}
+
 void RunBlock(Multiprocessor& here) {
-  for (unsigned k = 0; k < blockDim.x; ++k) Prepare(here.fibers[k]);
-  bool runs = true;
-  for (bool forwards = true; runs; forwards = !forwards) {
-    runs = false;
-    for (unsigned k = 0; k < blockDim.x; ++k) {
-      threadIdx.x = forwards ? k : blockDim.x - 1 - k;
+  const unsigned threads = blockDim.x;
+  for (unsigned k = 0; k < threads; ++k) Prepare(here.fibers[k]);
+  for (bool forwards = true, runs = true; runs; forwards = !forwards) {
+    for (unsigned k = 0; k < threads; ++k) {
+      threadIdx.x = forwards ? k : threads - 1 - k;
       here.current = &here.fibers[threadIdx.x];
-      if (!here.current->runs) continue;
+      if (here.current->state != State::kReady) continue;
       swapcontext(&here.scheduler, &here.current->context);
-      runs = runs || here.current->runs;
+    }
+    runs = Release(here, 0, threads, State::kAtBlockBarrier);
+    for (unsigned k = 0; k < threads; k += kWarpThreads) {
+      const unsigned end = k + kWarpThreads < threads ? k + kWarpThreads : threads;
+      runs = Release(here, k, end, State::kAtWarpBarrier) || runs;
     }
   }
+  for (unsigned k = 0; k < threads; ++k) {
+    if (here.fibers[k].state == State::kReturned) continue;
+    std::fprintf(stderr, "threads of a block wait at different barriers\n");
+    std::abort();
+  }
+}
+
+void Wait(State barrier) {
+  Multiprocessor& here = Here();
+  here.current->state = barrier;
+  swapcontext(&here.current->context, &here.scheduler);
 }
 
 }  // namespace
@@ -81,9 +113,17 @@ bool Run(dim3 grid, dim3 block, const std::function<void()>& kernel) {
   return true;
 }
 
-void Synchronize() {
+void Synchronize() { Wait(State::kAtBlockBarrier); }
+
+std::array<uint32_t, 32> Exchange(uint32_t given) {
   Multiprocessor& here = Here();
-  swapcontext(&here.current->context, &here.scheduler);
+  here.current->given = given;
+  Wait(State::kAtWarpBarrier);
+  std::array<uint32_t, kWarpThreads> all;
+  const unsigned first = threadIdx.x / kWarpThreads * kWarpThreads;
+  for (unsigned k = 0; k < kWarpThreads; ++k) all[k] = here.fibers[first + k].given;
+  Wait(State::kAtWarpBarrier);  // nobody gives anew before all have read
+  return all;
 }
 
 void RequireAligned(const void* pointer, size_t bytes) {

@@ -42,19 +42,20 @@ def by_name(groups: Iterable[Any]) -> list[dict[str, Any]]:
 
 
 @triton.jit
-def of_backends(group, size, BACKENDS: tl.constexpr):
+def of_backends(group, size, BACKENDS: tl.constexpr, COUNT: tl.constexpr):
     """The arrays of a group in some backends.
 
     Args:
       group: pointers to the arrays, as `grouped` returns them.
       size: elements from one backend's array to the next, where an array holds those of several.
       BACKENDS: of each backend, its destination and its place in there.
+      COUNT: of these backends.
     """
     arrays = ()
     for k in tl.static_range(len(group)):
         backends = ()
         if len(group[k]) > 0:
-            for b in tl.static_range(len(BACKENDS)):
+            for b in tl.static_range(COUNT):
                 pointer = group[k][BACKENDS[b][0]] + BACKENDS[b][1] * size
                 backends += (pointer,)  # type: ignore[assignment]
         arrays += (backends,)  # type: ignore[assignment]

@@ -161,24 +161,32 @@ class OffsetConstants:
       rows: their rows.
       table_rows: the rows of their tables.
       backends: of each, its destination and its place in there.
+      count: of backends.
     """
 
     rows: RowConstants
     table_rows: RowConstants
     backends: tuple[tuple[int, int], ...]
+    count: int
 
     @classmethod
     def of(cls, spec: Spec) -> tuple["OffsetConstants", ...]:
         """All of them; the backends that see the most tokens come last."""
         places = [(0, k) if spec.stacked else (k, 0) for k in range(spec.num_backends)]
-        return tuple(
-            cls(
-                RowConstants.of(spec.rows_of(offset), spec.index_kpool),
-                RowConstants.of(spec.rows_of(offset).tables),
-                tuple(p for p, other in zip(places, spec.offsets, strict=True) if other == offset),
+
+        def of_offset(offset: int) -> "OffsetConstants":
+            rows = spec.rows_of(offset)
+            backends = tuple(
+                place for place, other in zip(places, spec.offsets, strict=True) if other == offset
             )
-            for offset in sorted(set(spec.offsets))
-        )
+            return cls(
+                RowConstants.of(rows, spec.index_kpool),
+                RowConstants.of(rows.tables),
+                backends,
+                len(backends),
+            )
+
+        return tuple(map(of_offset, sorted(set(spec.offsets))))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -188,6 +196,7 @@ class TableConstants:
     Attributes:
       page_size: tokens in a physical page.
       tail: what tables hold past a row's live columns.
+      offsets: how many different ones backends have.
       pool_unit: elements that the stride of req_to_token is a multiple of: 4, 2 or 1.
       wide_unit: the same of page_indices.
       tile: tokens of a tile.
@@ -198,6 +207,7 @@ class TableConstants:
 
     page_size: int
     tail: Tail
+    offsets: int
     pool_unit: int
     wide_unit: int
     tile: int
@@ -220,6 +230,7 @@ class TableConstants:
         return cls(
             page_size,
             spec.tail,
+            len(set(spec.offsets)),
             math.gcd(4, pool_cols),
             math.gcd(4, spec.max_len),
             tile,
@@ -309,17 +320,10 @@ def _fused_metadata(
 ):
     lengths = Lengths(inputs.seq_lens, inputs.extend_seq_lens)
     index = tl.program_id(0)
-    for k in tl.static_range(len(OFFSETS)):
+    NUM_OFFSETS: tl.constexpr = TABLES.offsets
+    for k in tl.static_range(NUM_OFFSETS):
         if (index >= 0) & (index < SCHEDULES.programs):
-            write_schedules(
-                results.schedules,
-                index,
-                lengths,
-                sizes.rows,
-                OFFSETS[k].backends,
-                OFFSETS[k].rows,
-                SCHEDULES,
-            )
+            write_schedules(results.schedules, index, lengths, sizes.rows, OFFSETS, k, SCHEDULES)
         index -= SCHEDULES.programs
     if index >= 0:
         _write_of_request(inputs, results, index, lengths, sizes, OFFSETS, TABLES)
@@ -333,32 +337,36 @@ def _write_of_request(
     # Neighbouring programs write neighbouring memory.
     i = index // sizes.programs
     program = index % sizes.programs
-    for k in tl.static_range(len(OFFSETS)):
+    NUM_OFFSETS: tl.constexpr = TABLES.offsets
+    for k in tl.static_range(NUM_OFFSETS):
         share = program - k * sizes.length_programs
         if (share >= 0) & (share < sizes.length_programs):
-            _write_lengths(results, share, lengths, i, sizes, OFFSETS[k])
-    share = program - len(OFFSETS) * sizes.length_programs
+            _write_lengths(results, share, lengths, i, sizes, OFFSETS, k)
+    share = program - NUM_OFFSETS * sizes.length_programs
     if share >= 0:
         index = tl.load(inputs.req_pool_indices + i)
         pool_row = tl.minimum(tl.maximum(index, 0), sizes.pool_rows - 1).to(tl.int64)
         source = inputs.req_to_token + pool_row * (sizes.pool_stride * TABLES.pool_unit)
         if share < sizes.key_programs:
-            _write_keys(results.keys, source, share, lengths, i, sizes, OFFSETS[0], TABLES)
+            _write_keys(results.keys, source, share, lengths, i, sizes, OFFSETS, TABLES)
         else:
             share -= sizes.key_programs
             _write_tables(inputs, results, source, share, lengths, i, sizes, OFFSETS, TABLES)
 
 
 @triton.jit
-def _write_lengths(results, share, lengths, i, sizes, OFFSET: tl.constexpr):
+def _write_lengths(results, share, lengths, i, sizes, OFFSETS: tl.constexpr, K: tl.constexpr):
     """One program's share of all arrays but the tables, as far as a request goes."""
+    ROWS: tl.constexpr = OFFSETS[K].rows
+    BACKENDS: tl.constexpr = OFFSETS[K].backends
+    COUNT: tl.constexpr = OFFSETS[K].count
     requests, rows = sizes.rows.requests, sizes.rows.rows
-    of_requests = of_backends(results.requests, requests, OFFSET.backends)
-    of_requests_plus_1 = of_backends(results.requests_plus_1, requests + 1, OFFSET.backends)
-    of_rows = of_backends(results.rows, rows, OFFSET.backends)
-    of_rows_plus_1 = of_backends(results.rows_plus_1, rows + 1, OFFSET.backends)
-    request = load_request(lengths, i, OFFSET.rows)
-    sums = sums_before(lengths, i, sizes.rows, OFFSET.rows)
+    of_requests = of_backends(results.requests, requests, BACKENDS, COUNT)
+    of_requests_plus_1 = of_backends(results.requests_plus_1, requests + 1, BACKENDS, COUNT)
+    of_rows = of_backends(results.rows, rows, BACKENDS, COUNT)
+    of_rows_plus_1 = of_backends(results.rows_plus_1, rows + 1, BACKENDS, COUNT)
+    request = load_request(lengths, i, ROWS)
+    sums = sums_before(lengths, i, sizes.rows, ROWS)
     if share == 0:
         store_values(of_requests, i, RequestValues(request.cache_seqlen))
         if i == 0:
@@ -366,19 +374,21 @@ def _write_lengths(results, share, lengths, i, sizes, OFFSET: tl.constexpr):
         cache_sum = sums.cache_seqlens + request.cache_seqlen
         store_values(of_requests_plus_1, i + 1, RequestSums(cache_sum))
     shares = sizes.length_programs
-    ROWS: tl.constexpr = OFFSET.rows
     write_rows(of_rows, of_rows_plus_1, lengths, request, sums, share, shares, sizes.rows, ROWS)
 
 
 @triton.jit
-def _write_keys(keys, source, share, lengths, i, sizes, OFFSET: tl.constexpr, TABLES: tl.constexpr):
+def _write_keys(
+    keys, source, share, lengths, i, sizes, OFFSETS: tl.constexpr, TABLES: tl.constexpr
+):
     """One program's share of a request's keys, and of the padding keys."""
+    ROWS: tl.constexpr = OFFSETS[0].rows
+    BACKENDS: tl.constexpr = OFFSETS[0].backends
+    COUNT: tl.constexpr = OFFSETS[0].count
     capacity = sizes.max_total_keys
-    request = load_request(lengths, i, OFFSET.rows)
-    location = locate_among(
-        lengths.seq_lens, i, request.cache_seqlen, capacity, sizes.rows, OFFSET.rows
-    )
-    arrays = of_backends(keys, capacity, OFFSET.backends)
+    request = load_request(lengths, i, ROWS)
+    location = locate_among(lengths.seq_lens, i, request.cache_seqlen, capacity, sizes.rows, ROWS)
+    arrays = of_backends(keys, capacity, BACKENDS, COUNT)
     TILE: tl.constexpr = _KEY_TILE
     for first in range(share * TILE, location.rows, sizes.key_programs * TILE):
         column = first + tl.arange(0, TILE)
@@ -419,7 +429,9 @@ def _write_tables(
       TABLES: TableConstants.
     """
     # As the backends see it that see the most tokens.
-    request = load_request(lengths, i, OFFSETS[len(OFFSETS) - 1].table_rows)
+    NUM_OFFSETS: tl.constexpr = TABLES.offsets
+    ROWS: tl.constexpr = OFFSETS[NUM_OFFSETS - 1].table_rows
+    request = load_request(lengths, i, ROWS)
     first = 0
     begin = 0
     if inputs.written_lens is not None:
@@ -428,25 +440,40 @@ def _write_tables(
     longest = sizes.max_len
     if TABLES.tail == "keep":
         longest = tl.minimum(request.cache_seqlen, sizes.max_len)
-    location = locate(lengths, request, sizes.table_rows, OFFSETS[0].table_rows)
-    programs = sizes.programs - len(OFFSETS) * sizes.length_programs - sizes.key_programs
+    location = locate(lengths, request, sizes.table_rows, ROWS)
+    programs = sizes.programs - NUM_OFFSETS * sizes.length_programs - sizes.key_programs
     for index in range(program, tl.cdiv(longest - begin, TABLES.tile), programs):
         start = begin + index * TABLES.tile
         tile = _load_tile(results.tables, source, start, first, longest, TABLES)
-        for k in tl.static_range(len(OFFSETS)):
-            request = load_request(lengths, i, OFFSETS[k].table_rows)
-            for j in range(0, location.rows):
-                live = sizes.max_len
-                if TABLES.tail != "copy":
-                    live = tl.minimum(kv_len(request, j), sizes.max_len)
-                end = live if TABLES.tail == "keep" else sizes.max_len
-                row = location.first_row + j
-                _store_tile(results.tables, row, tile, live, end, sizes, OFFSETS[k], TABLES)
-            if OFFSETS[k].table_rows.rows_per_request is None and TABLES.tail != "keep":
-                rows = sizes.table_rows
-                for row in range(location.total + i, rows.rows, rows.requests):
-                    end = sizes.max_len
-                    _store_tile(results.tables, row, tile, 0, end, sizes, OFFSETS[k], TABLES)
+        for k in tl.static_range(NUM_OFFSETS):
+            _store_rows(results.tables, tile, lengths, i, location, sizes, OFFSETS, k, TABLES)
+
+
+@triton.jit
+def _store_rows(
+    tables,
+    tile,
+    lengths,
+    i,
+    location,
+    sizes,
+    OFFSETS: tl.constexpr,
+    K: tl.constexpr,
+    TABLES: tl.constexpr,
+):
+    """Stores a tile in a request's rows, and its share of the padding rows, for an offset."""
+    ROWS: tl.constexpr = OFFSETS[K].table_rows
+    request = load_request(lengths, i, ROWS)
+    for j in range(0, location.rows):
+        live = sizes.max_len
+        if TABLES.tail != "copy":
+            live = tl.minimum(kv_len(request, j), sizes.max_len)
+        end = live if TABLES.tail == "keep" else sizes.max_len
+        _store_tile(tables, location.first_row + j, tile, live, end, sizes, OFFSETS, K, TABLES)
+    if ROWS.rows_per_request is None and TABLES.tail != "keep":
+        rows = sizes.table_rows
+        for row in range(location.total + i, rows.rows, rows.requests):
+            _store_tile(tables, row, tile, 0, sizes.max_len, sizes, OFFSETS, K, TABLES)
 
 
 class Tile(NamedTuple):
@@ -494,19 +521,31 @@ def _load_tile(tables, source, start, first, longest, TABLES: tl.constexpr):
 
 
 @triton.jit
-def _store_tile(tables, row, tile, live, end, sizes, OFFSET: tl.constexpr, TABLES: tl.constexpr):
+def _store_tile(
+    tables,
+    row,
+    tile,
+    live,
+    end,
+    sizes,
+    OFFSETS: tl.constexpr,
+    K: tl.constexpr,
+    TABLES: tl.constexpr,
+):
     """Stores a tile in a row of the tables: live columns, then 0 up to token `end`."""
+    BACKENDS: tl.constexpr = OFFSETS[K].backends
+    COUNT: tl.constexpr = OFFSETS[K].count
     row = tl.cast(row, tl.int64)
     rows = tl.cast(sizes.table_rows.rows, tl.int64)
     if len(tables.page_indices) > 0:
         stride = sizes.wide_stride * TABLES.wide_unit
-        (wide,) = of_backends((tables.page_indices,), rows * stride, OFFSET.backends)
+        (wide,) = of_backends((tables.page_indices,), rows * stride, BACKENDS, COUNT)
         base = row * stride
         store_columns(wide, base, tile.start, tile.first, tile.slots, live, end, TABLES.tile)
     if len(tables.real_page_table) > 0:
-        (real,) = of_backends((tables.real_page_table,), rows * sizes.pages, OFFSET.backends)
+        (real,) = of_backends((tables.real_page_table,), rows * sizes.pages, BACKENDS, COUNT)
         store_pages(real, row * sizes.pages, tile.pages, live, end)
     if len(tables.pooled_page_table) > 0:
         size = rows * sizes.pooled_pages
-        (pooled,) = of_backends((tables.pooled_page_table,), size, OFFSET.backends)
+        (pooled,) = of_backends((tables.pooled_page_table,), size, BACKENDS, COUNT)
         store_pages(pooled, row * sizes.pooled_pages, tile.pooled_pages, live, end)

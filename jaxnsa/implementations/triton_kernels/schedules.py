@@ -60,7 +60,7 @@ class ScheduleConstants:
 
 @triton.jit
 def write_schedules(
-    arrays, program, lengths, sizes, BACKENDS: tl.constexpr, ROWS: tl.constexpr, CASE: tl.constexpr
+    arrays, program, lengths, sizes, OFFSETS: tl.constexpr, K: tl.constexpr, CASE: tl.constexpr
 ):
     """What one of the programs of an offset's backends writes; it waits for no other.
 
@@ -69,32 +69,35 @@ def write_schedules(
       program: which of them.
       lengths: of all requests.
       sizes: RowSizes.
-      BACKENDS: those of the offset.
-      ROWS: RowConstants of the offset.
+      OFFSETS: OffsetConstants of all offsets.
+      K: which of them.
       CASE: ScheduleConstants.
     """
-    first = 0
+    ROWS: tl.constexpr = OFFSETS[K].rows
+    BACKENDS: tl.constexpr = OFFSETS[K].backends
+    COUNT: tl.constexpr = OFFSETS[K].count
     if CASE.flash_mla is not None:
-        if program == first:
-            F: tl.constexpr = CASE.flash_mla
+        F: tl.constexpr = CASE.flash_mla
+        if program == 0:
             items = sizes.rows if F.of_rows else sizes.requests
-            parts = of_backends((arrays.flash_mla_schedule,), F.parts * 8, BACKENDS)
-            splits = of_backends((arrays.flash_mla_num_splits,), items + 1, BACKENDS)
+            parts = of_backends((arrays.flash_mla_schedule,), F.parts * 8, BACKENDS, COUNT)
+            splits = of_backends((arrays.flash_mla_num_splits,), items + 1, BACKENDS, COUNT)
             write_flash_mla(parts[0], splits[0], lengths, items, sizes, ROWS, F)
-        first += 1
+        program -= 1
     if CASE.paged_mqa is not None:
         M: tl.constexpr = CASE.paged_mqa
         items = sizes.rows if M.of_rows else sizes.requests
-        if program == first:
-            schedule = of_backends((arrays.paged_mqa_schedule,), M.num_sms * 2 + 2, BACKENDS)
+        if program == 0:
+            size = M.num_sms * 2 + 2
+            schedule = of_backends((arrays.paged_mqa_schedule,), size, BACKENDS, COUNT)
             write_paged_mqa(schedule[0], lengths, items, sizes, ROWS, M)
-        if program == first + 1:
+        if program == 1:
             elements = items * M.next_n
-            ctx_lens = of_backends((arrays.paged_mqa_ctx_lens,), elements, BACKENDS)
+            ctx_lens = of_backends((arrays.paged_mqa_ctx_lens,), elements, BACKENDS, COUNT)
             write_context_lengths(ctx_lens[0], lengths, elements, sizes, ROWS, M)
-        first += 2
+        program -= 2
     if CASE.topk_plan is not None:
         P: tl.constexpr = CASE.topk_plan
-        if program == first:
-            plan = of_backends((arrays.topk_plan,), (sizes.rows + 1) * 2, BACKENDS)
+        if program == 0:
+            plan = of_backends((arrays.topk_plan,), (sizes.rows + 1) * 2, BACKENDS, COUNT)
             write_topk_plan(plan[0], lengths, sizes, ROWS, P)

@@ -17,11 +17,13 @@ class TopkPlanConstants:
 
     Attributes:
       pairs, floor: of the plan.
+      count: of pairs.
       at_once: rows that are looked at as one vector.
       fresh: whether what is behind the plan becomes 0.
     """
 
     pairs: tuple[tuple[int, int], ...]
+    count: int
     floor: int
     at_once: int
     fresh: bool
@@ -30,27 +32,28 @@ class TopkPlanConstants:
     def of(cls, spec: Spec, plan: TopkPlan, fresh: bool) -> "TopkPlanConstants":
         """Those of a computation."""
         at_once = min(1024, triton.next_power_of_2(spec.rows.count))
-        return cls(plan.pairs, plan.floor, at_once, fresh)
+        return cls(plan.pairs, len(plan.pairs), plan.floor, at_once, fresh)
 
 
 @triton.jit
 def write_topk_plan(pointers, lengths, sizes, ROWS: tl.constexpr, P: tl.constexpr):
     """`topk_plan`."""
-    PAIRS: tl.constexpr = len(P.pairs)
+    PAIRS: tl.constexpr = P.pairs
+    COUNT: tl.constexpr = P.count
     counts = tl.zeros([32], tl.int32)  # of the rows that are longer than each threshold
     pair = tl.arange(0, 32)
     for first in range(0, sizes.rows, P.at_once):
         row = first + tl.arange(0, P.at_once)
         kv_len = kv_lens_of_rows(lengths, row, sizes, ROWS)
-        for k in tl.static_range(PAIRS):
-            is_longer = (row < sizes.rows) & (kv_len > P.pairs[k][0])
+        for k in tl.static_range(COUNT):
+            is_longer = (row < sizes.rows) & (kv_len > PAIRS[k][0])
             counts += tl.where(pair == k, tl.sum(is_longer.to(tl.int32)), 0)
-    threshold = P.pairs[PAIRS - 1][0]
+    threshold = PAIRS[COUNT - 1][0]
     fits = True
-    for k in tl.static_range(PAIRS):
-        longer = tl.sum(tl.where(pair == PAIRS - 1 - k, counts, 0))
-        fits = fits & (longer <= P.pairs[PAIRS - 1 - k][1])
-        threshold = tl.where(fits, P.pairs[PAIRS - 1 - k][0], threshold)
+    for k in tl.static_range(COUNT):
+        longer = tl.sum(tl.where(pair == COUNT - 1 - k, counts, 0))
+        fits = fits & (longer <= PAIRS[COUNT - 1 - k][1])
+        threshold = tl.where(fits, PAIRS[COUNT - 1 - k][0], threshold)
     threshold = tl.maximum(threshold, P.floor)
     planned = 0
     for first in range(0, sizes.rows, P.at_once):

@@ -1,0 +1,149 @@
+"""Which columns of a batch's tables are written, from one step to the next."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxnsa import argument_checks as checks
+from jaxnsa.argument_checks import Arguments
+from jaxnsa.metadata import Array, ForwardMode
+from jaxnsa.row_owners import row_owners
+from jaxnsa.spec import INT32_MAX, MAX_ROWS, Rows, saturated
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class BatchTracker:
+    """What the table rows of one set of destinations hold: a value, which a step makes anew.
+
+    Each step's destinations must be those of the step before, filled from the same pool with tail
+    "keep", and every step that writes them must go through the tracker:
+
+        written_lens, tracker = tracker.step(request_ids, seq_lens)
+        out = fused_metadata_precompute_and_broadcast(..., out=out, written_lens=written_lens)
+
+    A row that belongs to the same request as in the step before keeps what it has; all others are
+    written anew. Tokens that a step appends for a while, drafts that may be rejected, do not count
+    as written, and neither does what lies past a length that has become shorter. Where the pool's
+    entries for tokens that are written change, `invalidate` says so.
+
+    Attributes:
+      request_ids: int32 [rows, 2], the request of each row in the last step, its low word first.
+      held: int32 [rows], leading tokens that each row holds of it.
+    """
+
+    request_ids: Array
+    held: Array
+
+    @classmethod
+    def empty(cls, rows: int) -> "BatchTracker":
+        """The tracker of destinations of so many table rows, which hold nothing yet."""
+        rows = checks.integer("rows", rows, 0, MAX_ROWS)
+        return cls(jnp.zeros((rows, 2), jnp.int32), jnp.zeros(rows, jnp.int32))
+
+    def step(
+        self,
+        request_ids: Array,
+        seq_lens: Array,
+        *,
+        forward_mode: ForwardMode = ForwardMode.DECODE,
+        num_draft_tokens: int | None = None,
+        extend_seq_lens: Array | None = None,
+        max_total_tokens: int | None = None,
+    ) -> tuple[jax.Array, "BatchTracker"]:
+        """What is written before a step, and the tracker after it.
+
+        Args:
+          request_ids: [bs] of any integer dtype, a number for each request that no other has, of
+            those that live and those of the step before.
+          seq_lens, forward_mode, num_draft_tokens, extend_seq_lens, max_total_tokens: as the step
+            gets them. `backend_offsets` change nothing.
+
+        Returns:
+          int32 [bs], the step's `written_lens`; and the tracker for the next step.
+
+        Raises:
+          ValueError, TypeError: an argument has the wrong shape, dtype or value, or the step has
+            more table rows than the tracker.
+        """
+        seq_lens = saturated(checks.held(checks.vector("seq_lens", seq_lens)))
+        bs = len(seq_lens)
+        pool = np.zeros((1, 1), np.int32)
+        arguments = Arguments(
+            forward_mode,
+            seq_lens,
+            np.zeros(bs, np.int32),
+            pool,
+            num_draft_tokens=num_draft_tokens,
+            extend_seq_lens=extend_seq_lens,
+            max_total_tokens=max_total_tokens,
+        )
+        inputs, rows = checks.inputs(arguments)
+        inputs = checks.held_inputs(inputs)
+        count = rows.tables.count
+        if count > len(self.held):
+            raise ValueError(
+                f"seq_lens: got a step of {count} table rows, expected at most {len(self.held)}, "
+                f"those of the tracker"
+            )
+        words = _words("request_ids", request_ids, bs)
+        extend = None if inputs.extend_seq_lens is None else saturated(inputs.extend_seq_lens)
+        return self._step(words, seq_lens, extend, rows)
+
+    def _step(
+        self, words: Array, seq_lens: Array, extend_seq_lens: Array | None, rows: Rows
+    ) -> tuple[jax.Array, "BatchTracker"]:
+        """The same, of checked arrays."""
+        nothing = BatchTracker.empty(len(self.held))
+        tables, bs = rows.tables, len(seq_lens)
+        if not bs or not tables.count:
+            return jnp.zeros(bs, jnp.int32), nothing
+        owners = row_owners(tables, seq_lens, extend_seq_lens)
+        row = jnp.arange(tables.count)
+        is_row = row < (tables.count if owners.total is None else owners.total)
+        ids = words[owners.request]
+        same = jnp.all(self.request_ids[: tables.count] == ids, axis=1)
+        # What lies past a request's own tokens, such as drafts, is new in every step.
+        own = jnp.maximum(seq_lens, 0)[owners.request]
+        before = jnp.where(same, jnp.minimum(self.held[: tables.count], own), 0)
+        # A request without rows has nothing to write.
+        request = jnp.where(is_row, owners.request, bs)
+        written = jnp.full(bs, INT32_MAX, jnp.int32).at[request].min(before, mode="drop")
+        held = jnp.minimum(owners.kv_len, own)
+        rest = len(self.held) - tables.count
+        return written, BatchTracker(
+            jnp.pad(ids, ((0, rest), (0, 0))), jnp.pad(jnp.where(is_row, held, 0), (0, rest))
+        )
+
+    def invalidate(self, request_ids: Array | None = None) -> "BatchTracker":
+        """The tracker after the pool's entries for some requests have changed.
+
+        Args:
+          request_ids: [n] of any integer dtype, those requests, living or not; None: all.
+        """
+        if request_ids is None:
+            return BatchTracker.empty(len(self.held))
+        words = _words("request_ids", request_ids, None)
+        named = jnp.any(jnp.all(self.request_ids[:, None] == words, axis=2), axis=1)
+        return BatchTracker(self.request_ids, jnp.where(named, 0, self.held))
+
+
+def _words(name: str, value: Any, length: int | None) -> Array:
+    """int32 [n, 2], integers of any width as their low and high words."""
+    value = checks.array(name, value, 1, checks.INTEGERS)
+    if length is not None and len(value) != length:
+        raise ValueError(
+            f"{name}: got shape {value.shape}, expected ({length},), the shape of seq_lens"
+        )
+    if isinstance(value, np.ndarray):
+        wide = value.astype(np.uint64 if value.dtype == np.uint64 else np.int64)
+        return wide.view(np.int32).reshape(-1, 2).copy()
+    if value.dtype.itemsize == 8:  # only under x64
+        shifts = jnp.array([0, 32], value.dtype)
+        return jax.lax.convert_element_type(value[:, None] >> shifts, jnp.int32)
+    low = jax.lax.convert_element_type(value, jnp.int32)
+    high = jnp.zeros_like(low) if jnp.issubdtype(value.dtype, jnp.unsignedinteger) else low >> 31
+    return jnp.stack([low, high], axis=1)
