@@ -90,19 +90,21 @@ def _costs(lengths, item, sizes, ROWS: tl.constexpr, F: tl.constexpr):
 @triton.jit
 def write_flash_mla(parts, num_splits, lengths, items, sizes, ROWS: tl.constexpr, F: tl.constexpr):
     """`flash_mla_schedule` and `flash_mla_num_splits`."""
-    sums = tl.zeros([F.at_once], tl.int64)
-    for first in range(0, items, F.at_once):
-        item = first + tl.arange(0, F.at_once)
+    AT_ONCE: tl.constexpr = F.at_once
+    LANES: tl.constexpr = F.lanes
+    sums = tl.zeros([AT_ONCE], tl.int64)
+    for first in range(0, items, AT_ONCE):
+        item = first + tl.arange(0, AT_ONCE)
         sums += tl.where(item < items, _costs(lengths, item, sizes, ROWS, F), 0)
     step = tl.cdiv(tl.sum(sums), F.parts)
-    part = tl.arange(0, F.lanes)
+    part = tl.arange(0, LANES)
     unit = part * step
     places = first_places(unit)
     total = tl.zeros([1], tl.int64)
-    for first in range(0, items, F.at_once):
-        item = first + tl.arange(0, F.at_once)
+    for first in range(0, items, AT_ONCE):
+        item = first + tl.arange(0, AT_ONCE)
         costs = tl.where(item < items, _costs(lengths, item, sizes, ROWS, F), 0).to(tl.int64)
-        places = advanced(places, total + tl.cumsum(costs, 0), unit, F.at_once)
+        places = advanced(places, total + tl.cumsum(costs, 0), unit, AT_ONCE)
         total += tl.sum(costs)
     found = tl.minimum(places.item, items)
     block = tl.where(found < items, unit - places.start, 0).to(tl.int32)
@@ -125,7 +127,7 @@ def write_flash_mla(parts, num_splits, lengths, items, sizes, ROWS: tl.constexpr
     block = tl.where(exists, block, 0)
     is_inside = tl.where(block > 0, 1, 0)
     inside = tl.cumsum(is_inside, 0)
-    later = tl.minimum(part + 1, F.lanes - 1)
+    later = tl.minimum(part + 1, LANES - 1)
     next_item = tl.where(part + 1 < F.parts, tl.gather(found, later, 0), items)
     next_block = tl.where(part + 1 < F.parts, tl.gather(block, later, 0), 0)
     end_item = tl.where(next_block > 0, next_item, next_item - 1)
@@ -151,8 +153,8 @@ def write_flash_mla(parts, num_splits, lengths, items, sizes, ROWS: tl.constexpr
     store(parts, row + 3, end_block, exists)
     store(parts, row + 4, split, exists)
     store(parts, row + 7, 0, exists)
-    for first in range(0, items + 1, F.at_once):
-        item = first + tl.arange(0, F.at_once)
+    for first in range(0, items + 1, AT_ONCE):
+        item = first + tl.arange(0, AT_ONCE)
         splits = item + _splits_before(found, inside, item, F)
         store(num_splits, item, splits, item <= items)
 
@@ -167,5 +169,6 @@ def _next_end(part, block, cost, F: tl.constexpr):
 @triton.jit
 def _splits_before(found, inside, item, F: tl.constexpr):
     """Parts that begin inside the items before some."""
-    count = count_up_to(found, item - 1, F.lanes)
+    LANES: tl.constexpr = F.lanes
+    count = count_up_to(found, item - 1, LANES)
     return tl.where(count > 0, tl.gather(inside, tl.maximum(count - 1, 0), 0), 0)

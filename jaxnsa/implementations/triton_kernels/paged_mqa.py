@@ -62,8 +62,9 @@ def _segments(lengths, item, sizes, ROWS: tl.constexpr, M: tl.constexpr):
 @triton.jit
 def write_context_lengths(pointers, lengths, count, sizes, ROWS: tl.constexpr, M: tl.constexpr):
     """`paged_mqa_ctx_lens`, of `count` elements."""
-    for first in range(0, count, M.at_once):
-        element = first + tl.arange(0, M.at_once)
+    AT_ONCE: tl.constexpr = M.at_once
+    for first in range(0, count, AT_ONCE):
+        element = first + tl.arange(0, AT_ONCE)
         item = element // M.next_n
         kv_len = kv_lens_of_items(lengths, item, sizes, M.of_rows, ROWS)
         store(pointers, element, kv_len, element < count)
@@ -72,14 +73,16 @@ def write_context_lengths(pointers, lengths, count, sizes, ROWS: tl.constexpr, M
 @triton.jit
 def write_paged_mqa(pointers, lengths, items, sizes, ROWS: tl.constexpr, M: tl.constexpr):
     """`paged_mqa_schedule`."""
-    sums = tl.zeros([M.at_once], tl.int64)
-    for first in range(0, items, M.at_once):
-        item = first + tl.arange(0, M.at_once)
+    AT_ONCE: tl.constexpr = M.at_once
+    LANES: tl.constexpr = M.lanes
+    sums = tl.zeros([AT_ONCE], tl.int64)
+    for first in range(0, items, AT_ONCE):
+        item = first + tl.arange(0, AT_ONCE)
         sums += tl.where(item < items, _segments(lengths, item, sizes, ROWS, M), 0)
     units = tl.sum(sums) * M.units
     q = units // M.num_sms
     r = units - q * M.num_sms
-    s = tl.arange(0, M.lanes)
+    s = tl.arange(0, LANES)
     extra = tl.minimum(s, r)
     if M.layout == "sm90":
         extra = tl.maximum(s - (M.num_sms - r), 0)
@@ -88,10 +91,10 @@ def write_paged_mqa(pointers, lengths, items, sizes, ROWS: tl.constexpr, M: tl.c
     whole = unit // M.units
     places = first_places(whole)
     total = tl.zeros([1], tl.int64)
-    for first in range(0, items, M.at_once):
-        item = first + tl.arange(0, M.at_once)
+    for first in range(0, items, AT_ONCE):
+        item = first + tl.arange(0, AT_ONCE)
         segments = tl.where(item < items, _segments(lengths, item, sizes, ROWS, M), 0)
-        places = advanced(places, total + tl.cumsum(segments.to(tl.int64), 0), whole, M.at_once)
+        places = advanced(places, total + tl.cumsum(segments.to(tl.int64), 0), whole, AT_ONCE)
         total += tl.sum(segments.to(tl.int64))
     exists = places.item < items
     item = tl.minimum(places.item, items)

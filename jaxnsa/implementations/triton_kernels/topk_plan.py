@@ -38,12 +38,13 @@ class TopkPlanConstants:
 @triton.jit
 def write_topk_plan(pointers, lengths, sizes, ROWS: tl.constexpr, P: tl.constexpr):
     """`topk_plan`."""
+    AT_ONCE: tl.constexpr = P.at_once
     PAIRS: tl.constexpr = P.pairs
     COUNT: tl.constexpr = P.count
     counts = tl.zeros([32], tl.int32)  # of the rows that are longer than each threshold
     pair = tl.arange(0, 32)
-    for first in range(0, sizes.rows, P.at_once):
-        row = first + tl.arange(0, P.at_once)
+    for first in range(0, sizes.rows, AT_ONCE):
+        row = first + tl.arange(0, AT_ONCE)
         kv_len = kv_lens_of_rows(lengths, row, sizes, ROWS)
         for k in tl.static_range(COUNT):
             is_longer = (row < sizes.rows) & (kv_len > PAIRS[k][0])
@@ -56,8 +57,8 @@ def write_topk_plan(pointers, lengths, sizes, ROWS: tl.constexpr, P: tl.constexp
         threshold = tl.where(fits, PAIRS[COUNT - 1 - k][0], threshold)
     threshold = tl.maximum(threshold, P.floor)
     planned = 0
-    for first in range(0, sizes.rows, P.at_once):
-        row = first + tl.arange(0, P.at_once)
+    for first in range(0, sizes.rows, AT_ONCE):
+        row = first + tl.arange(0, AT_ONCE)
         kv_len = kv_lens_of_rows(lengths, row, sizes, ROWS)
         is_planned = (row < sizes.rows) & (kv_len > threshold)
         place = planned + tl.cumsum(is_planned.to(tl.int32), 0)
@@ -65,8 +66,8 @@ def write_topk_plan(pointers, lengths, sizes, ROWS: tl.constexpr, P: tl.constexp
         store(pointers, 2 * place + 1, kv_len, is_planned)
         planned += tl.sum(is_planned.to(tl.int32))
     if P.fresh:
-        for first in range(2 * planned + 2, 2 * sizes.rows + 2, P.at_once):
-            element = first + tl.arange(0, P.at_once)
+        for first in range(2 * planned + 2, 2 * sizes.rows + 2, AT_ONCE):
+            element = first + tl.arange(0, AT_ONCE)
             store(pointers, element, 0, element < 2 * sizes.rows + 2)
     store(pointers, 0, threshold)
     store(pointers, 1, planned)
