@@ -74,8 +74,8 @@ def timing(
       cached: one call is repeated that finds its inputs in the caches.
 
     Returns:
-      Microseconds: "latency_us", median from the call to its result on the device, with its 10th
-      and 90th percentiles; "issue_us", median until the call returns; on a GPU "device_us", median
+      Microseconds, with their 10th and 90th percentiles: "latency_us", median from the call to its
+      result on the device; "issue_us", median until the call returns; on a GPU "device_us", median
       time of its kernels in turns, with its 90th percentile, unless `cached`, and "hot_device_us",
       the same of the first call repeated. On a GPU also "launches", per call.
     """
@@ -94,13 +94,10 @@ def timing(
         wait(result)
         latencies.append(time.perf_counter() - start)
         issues.append(issued - start)
-    p10, median, p90 = (np.percentile(latencies, [10, 50, 90]) * 1e6).tolist()
-    metrics = {
-        "latency_us": median,
-        "latency_us_p10": p10,
-        "latency_us_p90": p90,
-        "issue_us": float(np.median(issues)) * 1e6,
-    }
+    metrics: dict[str, float] = {}
+    for name, seconds in (("latency_us", latencies), ("issue_us", issues)):
+        p10, median, p90 = (np.percentile(seconds, [10, 50, 90]) * 1e6).tolist()
+        metrics |= {name: median, f"{name}_p10": p10, f"{name}_p90": p90}
     if on_gpu():
         kernels = kernel_times(calls[0], count, wait)
         metrics["hot_device_us"] = sum(k.launches * k.microseconds for k in kernels)

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from benchmarks.report import Report
+from benchmarks.report import Record, Report
 from benchmarks.suite import Plot, Suite
 
 LABELS = {
@@ -25,12 +25,26 @@ OTHERS = (
     ("#000000", "*"),
     ("#EE7733", "<"),
     ("#009988", ">"),
+    ("#882255", "h"),
 )
 
 
 def draw(suite: Suite, report: Report, folder: Path) -> list[Path]:
     """Writes the pictures of a suite as PNG."""
     return [path for plot in suite.plots if (path := _draw(plot, report, folder))]
+
+
+def _spread(records: list[Record], name: str, x: str, metric: str) -> list[tuple]:
+    """Of each point of a name the 10th and the 90th percentile, where they were recorded."""
+    return sorted(
+        (
+            r.case[x],
+            r.metrics.get(f"{metric}_p10", r.metrics[metric]),
+            r.metrics.get(f"{metric}_p90", r.metrics[metric]),
+        )
+        for r in records
+        if r.name == name
+    )
 
 
 def _draw(plot: Plot, report: Report, folder: Path) -> Path | None:
@@ -54,6 +68,9 @@ def _draw(plot: Plot, report: Report, folder: Path) -> Path | None:
             axes.plot(
                 *zip(*points, strict=True), color=color, marker=marker, markersize=5, label=name
             )
+            spread = _spread(records, name, plot.x, report.metric)
+            at, low, high = zip(*spread, strict=True)
+            axes.fill_between(at, low, high, color=color, alpha=0.15, linewidth=0)
     if plot.roof:
         roof = sorted({(r.case[plot.x], r.metrics["roof_us"]) for r in records})
         axes.plot(*zip(*roof, strict=True), color="black", linestyle="--", label="roof")

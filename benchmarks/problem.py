@@ -29,6 +29,7 @@ class Problem:
       num_backends: copies, N.
       live: the longest length.
       new_tokens: in prefill, of all requests together; all have the length `live` then.
+      wide_table: whether there is one; engines leave it out.
     """
 
     mode: ForwardMode
@@ -37,6 +38,7 @@ class Problem:
     num_backends: int
     live: int
     new_tokens: int = 1024
+    wide_table: bool = True
 
     @property
     def case(self) -> dict[str, Any]:
@@ -83,6 +85,7 @@ class Problem:
             "forward_mode": self.mode,
             "nsa_index_topk": TOPK,
             "real_page_size": PAGE_SIZE,
+            "wide_table": self.wide_table,
         }
         if self.mode is ForwardMode.TARGET_VERIFY:
             options["num_draft_tokens"] = DRAFT_TOKENS
@@ -108,10 +111,11 @@ class Problem:
         lengths = self.arguments[0].astype(np.int64)
         pages = -(-lengths // PAGE_SIZE)
         if self.mode is ForwardMode.EXTEND:
-            each = (2 * lengths + pages).sum() + _ROW_ARRAYS * self.new_tokens
+            each = ((1 + self.wide_table) * lengths + pages).sum() + _ROW_ARRAYS * self.new_tokens
             return int(lengths.sum() + each * self.num_backends) * 4
-        written = ((lengths + pages) * self.rows_of_each).sum() * self.num_backends
-        return int(lengths.sum() + written) * 4
+        read, columns = (lengths, lengths + pages) if self.wide_table else (pages, pages)
+        written = (columns * self.rows_of_each).sum() * self.num_backends
+        return int(read.sum() + written) * 4
 
     @functools.cached_property
     def expected(self) -> jaxnsa.NSAMetadata:
@@ -123,7 +127,7 @@ class Problem:
     def check(self, backends: Any) -> None:
         """AssertionError where a backend is not what the reference says."""
         for k, backend in enumerate(backends):
-            for field, array in vars(self.expected).items():
+            for field, array in self.expected.arrays().items():
                 if not np.array_equal(getattr(backend, field), array):
                     raise AssertionError(f"{field} of backend {k} is wrong for {self.case}")
 

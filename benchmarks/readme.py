@@ -181,6 +181,16 @@ def _roofline(report: Report) -> list[str]:
     return [*lines, "", *_losers(rows, "hot_device_us" if hot else report.metric)]
 
 
+def _pages(report: Report) -> list[str]:
+    device = _has_device(report)
+    metric = "hot_device_us" if device else "latency_us"
+    lines = [
+        f"Tables of pages alone, in microseconds {'of device time' if device else 'end to end'}:",
+        "",
+    ]
+    return lines + table(*report.pivot(metric))
+
+
 def _with_targets(report: Report) -> Report:
     """The rows that targets are set for."""
     cases = [problem.case for problem in TARGETS]
@@ -335,6 +345,7 @@ def _dispatch(report: Report) -> list[str]:
 
 SECTIONS = {
     "roofline": _roofline,
+    "pages": _pages,
     "modes": _modes,
     "draft-extend": _draft_extend,
     "prefill": _prefill,

@@ -70,16 +70,18 @@ struct FusedMetadataArguments {
   Vector written_lens;
   // By which a row's live tokens exceed those, for the size of a launch: more take longer.
   int32_t max_new_tokens;
-  bool request_columns;  // whether a column is live for all rows of a request that its last one sees
+  // Whether consumers read a request's rows as one: all have the live columns, and the length as
+  // context, of the last.
+  bool requests_are_items;
   TableLayout tables[kFields];  // by Field, of those that are tables and wanted
   int32_t num_backends;
   Backend backends[kMaxBackends];         // all want the same arrays
   int32_t backend_offsets[kMaxBackends];  // tokens by which each one's seq_lens are longer
 
   RowRules row_rules() const {
-    const bool requests_are_items =
+    const bool items_have_rows =
         schedules.paged_mqa.num_sms > 0 && schedules.paged_mqa.next_n(rows) > 1;
-    return {nsa_index_topk, index_kpool, requests_are_items};
+    return {nsa_index_topk, index_kpool, requests_are_items || items_have_rows};
   }
 
   int64_t columns(Field table) const { return CeilDiv(max_len, tables[table].tokens_per_column); }

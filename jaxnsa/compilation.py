@@ -1,7 +1,8 @@
 """`jax.jit` for the library's own functions, whatever the caller has configured JAX to be."""
 
+import contextlib
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -19,8 +20,15 @@ def compiled(function: Callable, **options: Any) -> Callable:
         if jax.config.jax_disable_jit:  # type: ignore[attr-defined]
             with jax.disable_jit(False):
                 return jitted(*arguments, **keywords)
-        with jax.numpy_rank_promotion("allow"), jax.numpy_dtype_promotion("standard"):
+        with own_promotion():
             return function(*arguments, **keywords)
 
     jitted = jax.jit(run, **options)
     return jitted
+
+
+@contextlib.contextmanager
+def own_promotion() -> Iterator[None]:
+    """Broadcasting and mixing dtypes as this library does."""
+    with jax.numpy_rank_promotion("allow"), jax.numpy_dtype_promotion("standard"):
+        yield

@@ -3,11 +3,13 @@
 import dataclasses
 import enum
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import jax
 import numpy as np
 from jax import export
+
+Results = TypeVar("Results")
 
 Array = jax.Array | np.ndarray
 """An array of the device, of the host, or a tracer of either."""
@@ -92,7 +94,18 @@ def _described(extent: Extent, **description: Any) -> Any:
     return dataclasses.field(default=default, metadata=described)
 
 
-@jax.tree_util.register_dataclass
+def pytree(cls: type[Results]) -> type[Results]:
+    """Registers a dataclass of arrays as a pytree, which `jax.export` serialises too."""
+    jax.tree_util.register_dataclass(cls)
+    return export.register_pytree_node_serialization(
+        cls,
+        serialized_name=f"jaxnsa.{cls.__name__}",
+        serialize_auxdata=lambda nothing: b"",
+        deserialize_auxdata=lambda nothing: (),
+    )
+
+
+@pytree
 @dataclasses.dataclass(frozen=True, eq=False)
 class NSAMetadata:
     """What the attention kernels of one step read, for one backend: int32 arrays.
@@ -180,7 +193,7 @@ FIELDS: Mapping[str, Field] = {
 """The description of every array of `NSAMetadata`, in its order."""
 
 
-@jax.tree_util.register_dataclass
+@pytree
 @dataclasses.dataclass(frozen=True, eq=False)
 class DraftExtendSeqlens:
     """The lengths of a draft-extend step, one row per extend token.
@@ -194,13 +207,3 @@ class DraftExtendSeqlens:
     seqlens_expanded: Array
     nsa_cache_seqlens: Array
     total_tokens: Array
-
-
-# What `jax.export` serialises holds them as results.
-for _type in (NSAMetadata, DraftExtendSeqlens):
-    export.register_pytree_node_serialization(
-        _type,
-        serialized_name=f"jaxnsa.{_type.__name__}",
-        serialize_auxdata=lambda nothing: b"",
-        deserialize_auxdata=lambda nothing: (),
-    )

@@ -48,7 +48,8 @@ def precompute_decode_metadata(
     Args:
       seq_lens: int32 or int64 [bs], KV length of each request; negative counts as 0.
       req_pool_indices: int32 or int64 [bs], each request's row in the pool; clamped into it.
-      req_to_token: int32 [pool_rows, pool_cols], KV slot of each token of each request.
+      req_to_token: int32 [pool_rows, pool_cols], KV slot of each token of each request. NumPy's is
+        not copied: it must not change before the result is ready, as other arrays may.
       max_len: columns of `page_indices`, in tokens, at most pool_cols; None: pool_cols.
       nsa_index_topk: the indexer's top-k, in tokens.
       real_page_size: tokens in a physical page; 1 means no `real_page_table`.
@@ -311,7 +312,8 @@ def fused_metadata_precompute_and_broadcast(
     Args:
       seq_lens: int32 or int64 [bs], KV length of each request; negative counts as 0.
       req_pool_indices: int32 or int64 [bs], each request's row in the pool; clamped into it.
-      req_to_token: int32 [pool_rows, pool_cols], KV slot of each token of each request.
+      req_to_token: int32 [pool_rows, pool_cols], KV slot of each token of each request. NumPy's is
+        not copied, as in `precompute_decode_metadata`.
       num_backends: N, >= 1.
       forward_mode: decides the rows, and which of the next four arguments are given.
       num_draft_tokens: in target verify, see `precompute_target_verify_metadata`.
@@ -373,7 +375,8 @@ def fused_metadata_copy(
     """Copies of all arrays of `src`, in one launch.
 
     Args:
-      src: the metadata to copy, in shapes of any computation.
+      src: the metadata to copy, in shapes of any computation. NumPy's tables must not change before
+        the copies are ready.
       num_backends: number of copies; None: as many as `out` holds.
       out: destinations of the shapes of `src`, donated and filled in place.
       implementation: a name, or names to try in order; None: the fastest that can run here.

@@ -6,14 +6,15 @@ import jax
 import jax.numpy as jnp
 
 from jaxnsa import argument_checks as checks
-from jaxnsa.metadata import Array
+from jaxnsa.compilation import own_promotion
+from jaxnsa.metadata import Array, pytree
 from jaxnsa.operations import precompute_decode_metadata, prefix_sum
 from jaxnsa.row_owners import Owners
-from jaxnsa.spec import MAX_LEN, saturated
+from jaxnsa.spec import MAX_LEN, MAX_ROWS, saturated
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
+@pytree
+@dataclasses.dataclass(frozen=True, eq=False)
 class RaggedPagedAttentionMetadata:
     """What ragged paged attention reads: int32 arrays of static sizes.
 
@@ -44,6 +45,7 @@ class RaggedPagedAttentionMetadata:
     num_seqs: Array
 
 
+@own_promotion()
 def ragged_paged_attention_metadata(
     seq_lens: Array,
     extend_seq_lens: Array | None,
@@ -82,18 +84,25 @@ def ragged_paged_attention_metadata(
     Raises:
       ValueError, TypeError: an argument has the wrong shape, dtype or value.
     """
-    bs = len(checks.vector("seq_lens", seq_lens))
+    seq_lens = checks.vector("seq_lens", seq_lens)
+    bs = len(seq_lens)
     if extend_seq_lens is None:
         extend_seq_lens = jnp.ones(bs, jnp.int32)
     extend_seq_lens = checks.vector("extend_seq_lens", extend_seq_lens, bs)
-    max_num_seqs = checks.integer("max_num_seqs", bs if max_num_seqs is None else max_num_seqs, bs)
+    max_num_seqs = checks.integer(
+        "max_num_seqs", bs if max_num_seqs is None else max_num_seqs, bs, MAX_ROWS
+    )
+    if num_seqs is None or isinstance(num_seqs, int):
+        num_seqs = checks.integer("num_seqs", bs if num_seqs is None else num_seqs, 0, bs)
+    else:
+        num_seqs = saturated(checks.held(checks.array("num_seqs", num_seqs, 0)))
     page_size = checks.integer("page_size", page_size, 1)
-    exists = jnp.arange(max_num_seqs) < (bs if num_seqs is None else num_seqs)
+    exists = jnp.arange(max_num_seqs) < jnp.minimum(num_seqs, bs)
 
     def padded(vector: Array) -> jax.Array:
         """int32 [max_num_seqs], 0 where there is no sequence."""
-        held = saturated(jnp.asarray(vector))
-        return jnp.where(exists, jnp.pad(held, (0, max_num_seqs - bs)), 0)
+        narrow = saturated(checks.held(vector))
+        return jnp.where(exists, jnp.pad(narrow, (0, max_num_seqs - bs)), 0)
 
     kv_lens, q_lens = padded(seq_lens), jnp.maximum(padded(extend_seq_lens), 0)
     # Its page table is that of decode: a row for each sequence.

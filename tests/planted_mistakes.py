@@ -775,7 +775,7 @@ MISTAKES = [
     Mistake(
         "sglang: rows have the columns that they see themselves",
         "ffi/cpu/fused_metadata.cc",
-        "rows.prefill || args.request_columns ?",
+        "rows.prefill || args.requests_are_items ?",
         "rows.prefill ?",
         "test_sglang.py::test_every_row_of_a_request_has_its_live_columns",
     ),

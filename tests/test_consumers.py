@@ -4,7 +4,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.experimental.pallas.ops.gpu.paged_attention import paged_attention
 from jax.experimental.pallas.ops.tpu.ragged_paged_attention import ref_ragged_paged_attention
 
 import jaxnsa
@@ -73,8 +72,11 @@ def nsa_metadata(mode, cache):
     return m.real_page_table, m.seqlens_expanded
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # jax 0.11 means to remove it
 @pytest.mark.parametrize("mode", NEW_TOKENS)
 def test_paged_attention(mode, cache):
+    from jax.experimental.pallas.ops.gpu.paged_attention import paged_attention
+
     table, lengths = nsa_metadata(mode, cache)
     padding = ROWS - len(lengths)
     keys, values = jnp.moveaxis(jnp.asarray(cache.kv), 2, 0)[:, None]

@@ -11,7 +11,6 @@ from helpers import (
     check_broadcast,
     held,
     inputs,
-    large,
     lowered_operations,
     on_device,
     pointers,
@@ -28,7 +27,7 @@ INT32_MAX = 2**31 - 1
 
 SHAPES = {
     "short": {"max_total_tokens": 18, "max_total_keys": 60, "max_len": 17, "real_page_size": 4},
-    "tiles": {"max_total_tokens": 300, "max_total_keys": 1300, "max_len": 700},
+    "tiles": {"max_total_tokens": 140, "max_total_keys": 560, "max_len": 300},
     "no flat table": {"max_total_tokens": 18, "max_len": 17, "wide_table": False},
     "groups": {"max_total_tokens": 700, "max_total_keys": 3000, "max_len": 40, "real_page_size": 1},
 }
@@ -39,9 +38,8 @@ BATCHES = {  # seq_lens, extend_seq_lens
         ([INT32_MAX, INT32_MAX, 3, 4, 5], [3, INT32_MAX, 2, 2, 2]),  # beyond int32
     ),
     "tiles": (
-        ([640, 2, 600], [150, 0, 139]),
-        ([1, 0, 0], [1, 0, 0]),
-        ([500, 900, 3], [500, 0, 3]),
+        ([270, 2, 280], [130, 0, 5]),
+        ([250, 400, 3], [250, 0, 3]),
     ),
     "no flat table": (([5, 9, 3], [2, 9, 1]),),
     "groups": (
@@ -52,19 +50,26 @@ BATCHES = {  # seq_lens, extend_seq_lens
 
 
 @pytest.mark.parametrize(
-    "shape_tail",  # one parameter, so that interpreters take some of its values only
+    "shape, tail, stacked",
     [
-        "short copy",
-        *large("short zero", "short keep"),
-        *large("tiles copy", "tiles zero"),
-        "tiles keep",
-        *large("no flat table zero", "no flat table keep"),
-        *large("groups copy", "groups keep"),
+        ("tiles", "zero", False),  # what interpreters take
+        *(
+            pytest.param(*values, marks=pytest.mark.large)
+            for values in (
+                ("short", "copy", False),
+                ("short", "zero", True),
+                ("short", "keep", False),
+                ("tiles", "copy", True),
+                ("tiles", "keep", False),
+                ("no flat table", "zero", False),
+                ("no flat table", "keep", True),
+                ("groups", "copy", False),
+                ("groups", "keep", False),
+            )
+        ),
     ],
 )
-@pytest.mark.parametrize("stacked", (False, *large(True)))
-def test_rows_keys_and_tables(shape_tail, stacked, implementation):
-    shape, tail = shape_tail.rsplit(maxsplit=1)
+def test_rows_keys_and_tables(shape, tail, stacked, implementation):
     for lengths, extend in BATCHES[shape]:
         _, indices, pool = inputs(len(lengths), pool_cols=SHAPES[shape]["max_len"] + 3)
         check_broadcast(
@@ -73,7 +78,7 @@ def test_rows_keys_and_tables(shape_tail, stacked, implementation):
             in_place=tail != "copy",
             tail=tail,
             stacked=stacked,
-            num_backends=2 if tail == "zero" else 1,
+            num_backends=2 if shape == "short" else 1,
             forward_mode=EXTEND,
             extend_seq_lens=np.array(extend, np.int32),
             nsa_index_topk=9,
@@ -82,8 +87,7 @@ def test_rows_keys_and_tables(shape_tail, stacked, implementation):
 
 
 @pytest.mark.large
-@pytest.mark.parametrize("strategy", ("fast", "fallback"))
-@pytest.mark.parametrize("tail", ("zero", "keep"))
+@pytest.mark.parametrize("strategy, tail", (("fast", "keep"), ("fallback", "zero")))
 def test_strategies(strategy, tail, implementation):
     (lengths, extend), *_ = BATCHES["short"]
     _, indices, pool = inputs(5, pool_cols=20)
@@ -102,9 +106,10 @@ def test_strategies(strategy, tail, implementation):
 
 @pytest.mark.large
 @pytest.mark.parametrize(
-    "bs, tokens, keys", ((0, 3, 4), (2, 0, 4), (2, 3, 0)), ids=("requests", "rows", "keys")
+    "bs, tokens, keys, in_place",
+    ((0, 3, 4, True), (2, 0, 4, True), (2, 3, 0, False)),
+    ids=("requests", "rows", "keys"),
 )
-@pytest.mark.parametrize("in_place", (False, True))
 def test_nothing_of_something(bs, tokens, keys, in_place, implementation):
     check_broadcast(
         inputs(bs, pool_cols=6),

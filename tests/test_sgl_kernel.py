@@ -159,7 +159,7 @@ def test_backends_whose_tables_have_different_strides(device):
 def test_a_launch_that_is_known_is_checked_all_the_same(device, has_exchange_api, monkeypatch):
     bs, max_len, page, topk = 5, 130, 16, 64
     backends = [static_buffers(device, bs, max_len, page) for _ in range(2)]
-    lists = [[getattr(b, field) for b in backends] for field in backends[0].arrays()]
+    lists = [[getattr(b, field) for b in backends] for field in vars(backends[0])]
 
     def broadcast(*given):
         sgl_kernel.fused_metadata_precompute_and_broadcast_cuda(*given, *lists, max_len, topk, page)
@@ -181,7 +181,7 @@ def test_a_launch_that_is_known_is_checked_all_the_same(device, has_exchange_api
             lengths, indices, pool, max_len=max_len, nsa_index_topk=topk, real_page_size=page
         )
         for b in backends:
-            for field, array in b.arrays().items():
+            for field, array in vars(b).items():
                 np.testing.assert_array_equal(array.cpu().numpy(), getattr(expected, field), field)
 
     before = [[t.clone() for t in tensors] for tensors in lists]
@@ -361,7 +361,7 @@ def test_wrong_arguments_are_refused_before_anything_is_written(device):
     ):
         with pytest.raises((ValueError, TypeError), match=message):
             sgl_kernel.fused_metadata_precompute_and_broadcast_cuda(**(good | change))
-    assert all((t == HELD).all() for t in [*b.arrays().values(), both])
+    assert all((t == HELD).all() for t in [*vars(b).values(), both])
     with pytest.raises(TypeError, match="extend_seq_lens: got list"):
         sgl_kernel.fill_draft_extend_metadata_fused_simple([1], lengths, 3)
     with pytest.raises(TypeError, match="out_nsa_cache_seqlens: got torch.int64"):
@@ -446,7 +446,7 @@ def test_a_known_launch_that_is_declined_without_reason_is_counted(device, has_e
     launches.declined.clear()
     b = static_buffers(device, 5, 40, 2)
     given = [tensor(a, device) for a in inputs(5, pool_cols=40)]
-    lists = [[getattr(b, field)] for field in b.arrays()]
+    lists = [[getattr(b, field)] for field in vars(b)]
 
     def broadcast():
         sgl_kernel.fused_metadata_precompute_and_broadcast_cuda(*given, *lists, 40, 8, 2)

@@ -175,7 +175,7 @@ def step(make, name):
         given["next_n"] = make.any(1, 2, 5)
         rows = bs * given["next_n"]
         if make.any(True, False):
-            given["paged_mqa_ctx_lens_2d"] = make.out(bs, given["next_n"])[:bs, : given["next_n"]]
+            given["paged_mqa_ctx_lens_2d"] = make.out(rows)[:rows].view(bs, -1)
     elif "extend" in name:
         static = make.any(True, False)
         extend = np.full(bs, 3) if static else make.rng.integers(0, 5, bs)
@@ -409,6 +409,7 @@ def test_wrong_arguments_are_refused_before_anything_is_written(device):
                 ({"max_seqlen_k": 9}, "max_seqlen_k: got 9"),
                 ({"seqlens_expanded": shared[:3]}, r"seqlens_expanded: got shape \(3,\)"),
                 ({"paged_mqa_ctx_lens_2d": make.out(2, 2)[:2, :1]}, "_ctx_lens_2d: got shape"),
+                ({"paged_mqa_ctx_lens_2d": make.out(2, 2)[:2, :2]}, "_ctx_lens_2d: got strides"),
                 (
                     {"paged_mqa_ctx_lens_2d": shared[:4].view(2, 2), "cache_seqlens": shared},
                     "got memory that .* uses too",

@@ -93,11 +93,6 @@ def test_a_topk_above_the_length_is_dense_attention(problem):
     assert_starts(drafted, oracle(problem, None))
 
 
-def test_main_prints_a_table(capsys):
-    worked.main()
-    assert "| tokens a request |" in capsys.readouterr().out
-
-
 def test_pytorch_generates_the_same_tokens(problem):
     torch = pytest.importorskip("torch", reason="runs where PyTorch is, as .ci/run installs it")
     from benchmarks import sparse_attention_torch

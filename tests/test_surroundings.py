@@ -179,3 +179,33 @@ def test_exported_functions_are_serialised_for_fixed_sizes():
     }.items():
         with pytest.raises(ValueError, match=rf"{name}: got shape \(b,\), expected numbers"):
             export.export(jax.jit(function))(symbolic)
+
+
+@pytest.mark.parametrize("configuration", CONFIGURATIONS)
+def test_ragged_paged_attention_however_jax_is_configured(configuration):
+    lengths = np.array([3, 2**32 + 5, -(2**62)])
+    with CONFIGURATIONS[configuration]():
+        metadata = jaxnsa.ragged_paged_attention_metadata(
+            lengths, lengths, ARGUMENTS[1], ARGUMENTS[2], page_size=16, num_seqs=2, max_num_seqs=4
+        )
+    assert metadata == metadata  # as itself only: its arrays have no one truth value
+    assert metadata.kv_lens.tolist() == [3, 2**31 - 1, 0, 0]
+    assert metadata.cu_q_lens.tolist() == [0, 3, -(2**31) + 2, -(2**31) + 2, -(2**31) + 2]
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"num_seqs": -1}, r"num_seqs: got -1, expected an int in \[0, 3\]"),
+        ({"num_seqs": 4}, r"num_seqs: got 4, expected an int in \[0, 3\]"),
+        ({"num_seqs": "two"}, "num_seqs: got dtype <U3, expected int32 or int64"),
+        ({"num_seqs": np.zeros(2, np.int32)}, r"num_seqs: got shape \(2,\), expected 0 dim"),
+        ({"max_num_seqs": 2**30 + 1}, "max_num_seqs: got 1073741825, expected an int in"),
+    ],
+)
+def test_ragged_paged_attention_refuses(changes, message):
+    seq_lens, indices, pool = ARGUMENTS
+    with pytest.raises((TypeError, ValueError), match=message):
+        jaxnsa.ragged_paged_attention_metadata(
+            seq_lens, None, indices, pool, page_size=16, **changes
+        )

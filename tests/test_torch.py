@@ -3,6 +3,8 @@
 import concurrent.futures
 import dataclasses
 import re
+import subprocess
+import sys
 import types
 
 import jax
@@ -135,11 +137,12 @@ class Engine:
                     np.testing.assert_array_equal(backend[field].cpu().numpy(), array, field)
 
 
-def registered(engine, path, page, **options):
+def registered(engine, path, page, backend_offsets=None, **options):
     return BackendBuffers(
         engine.backends,
         nsa_index_topk=64,
         real_page_size=page,
+        backend_offsets=backend_offsets,
         path=path,
         dlpack=DlpackOptions(engine.pool, tuple(MODES), num_draft_tokens=3, **options),
     )
@@ -678,6 +681,63 @@ def test_threads_that_update_the_same_tensors_do_so_one_after_the_other(path, de
     assert engine.backends[0]["cache_seqlens"].tolist() in lengths
 
 
+def test_threads_with_tensors_of_their_own(path, device):
+    engines = [Engine.of(device, count=1) for _ in range(4)]
+    options = DlpackOptions(engines[0].pool)
+
+    def run(engine):
+        buffers = BackendBuffers(
+            engine.backends,
+            nsa_index_topk=64,
+            real_page_size=16,
+            path=path,
+            dlpack=dataclasses.replace(options, req_to_token=engine.pool),
+        )
+        for bs in (1, 5, 3, 8) * 4:
+            lengths = np.arange(bs, dtype=np.int32) * 9
+            buffers.update(engine.tensor(lengths), engine.tensor(lengths % 8), engine.pool)
+            engine.expect(lengths, lengths % 8, page=16)
+        engine.check()
+
+    with concurrent.futures.ThreadPoolExecutor(len(engines)) as threads:
+        list(threads.map(run, engines))
+
+
+FORKED = """
+import os
+import torch
+from jaxnsa.interop.torch import BackendBuffers
+
+def vector(size):
+    return torch.zeros(size, dtype=torch.int32)
+
+names = ("cache_seqlens", "seqlens_expanded", "nsa_cache_seqlens")
+backend = {name: vector(2) for name in names}
+backend |= {"cu_seqlens_k": vector(3), "nsa_cu_seqlens_k": vector(3)}
+backend["page_indices"] = torch.zeros((2, 8), dtype=torch.int32)
+buffers = BackendBuffers([backend], nsa_index_topk=4, real_page_size=1, path="direct")
+pool = torch.arange(16, dtype=torch.int32).view(2, 8)
+lengths = torch.tensor([3, 5], dtype=torch.int32)
+child = os.fork()
+buffers.update(lengths + (child == 0), torch.tensor([1, 0]), pool)
+sums = [0, 4, 10] if child == 0 else [0, 3, 8]
+right = backend["cu_seqlens_k"].tolist() == sums
+if child == 0:
+    os._exit(0 if right else 1)
+assert right and os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+"""
+
+
+@pytest.mark.skipif(ON_GPU, reason="runs on a machine without a GPU: CUDA does not outlive a fork")
+def test_a_forked_child_updates_by_the_direct_path():
+    if reason := native_library.unavailable("cpu"):
+        pytest.skip(f"runs where the native library was built: {reason}")
+    ended = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", FORKED], capture_output=True, text=True, timeout=300
+    )
+    assert ended.returncode == 0, ended.stderr
+
+
 def test_what_the_library_declines_without_reason_is_counted_and_logged_once(
     device, monkeypatch, caplog
 ):
@@ -895,3 +955,63 @@ def test_devices_other_than_the_first_and_than_the_current(number, current):
         assert torch.cuda.current_device() == current
     engine.expect(lengths, indices, page=16)
     engine.check()
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("page, offsets", ((16, None), (1, (0, 1, 2))))
+def test_update_leaves_written_columns_alone(mode, page, offsets, path, device):
+    engine = Engine.of(device, page=page)
+    buffers = registered(engine, path, page, backend_offsets=offsets)
+    for bs, max_new_tokens in ((8, None), (3, 1), (0, 0), (5, 400)):
+        seq_lens, indices, _ = inputs(bs, pool_cols=300, pool_rows=10, seed=bs)
+        options = dict(MODES[mode])
+        arguments = dict(options)
+        if mode is ForwardMode.DRAFT_EXTEND:
+            options["extend_seq_lens"] = mode_options(mode, bs, seed=bs)["extend_seq_lens"]
+            arguments["extend_seq_lens"] = engine.tensor(options["extend_seq_lens"])
+        written = seq_lens.astype(np.int64) - np.arange(bs) % 4 * 20
+        written[:1] = 2**40
+        buffers.update(
+            *(engine.tensor(seq_lens), engine.tensor(indices), engine.pool),
+            forward_mode=mode,
+            written_lens=engine.tensor(written),
+            max_new_tokens=max_new_tokens,
+            **arguments,
+        )
+        options |= {"written_lens": written, "backend_offsets": offsets}
+        engine.expect(seq_lens, indices, page=page, mode=mode, capacity=24, **options)
+        engine.check()
+    buffers.update(*(engine.tensor(a) for a in (seq_lens, indices)), engine.pool)  # all of them
+    engine.expect(seq_lens, indices, page=page, backend_offsets=offsets)
+    engine.check()
+
+
+def test_written_lens_that_are_wrong(path, device):
+    engine = Engine.of(device)
+    buffers = registered(engine, path, 16)
+    lengths = engine.tensor(inputs(4, pool_cols=300)[0])
+    given = (lengths, lengths, engine.pool)
+    for error, message, options in (
+        (
+            ValueError,
+            r"written_lens: got shape \(3,\), expected \(4,\)",
+            {"written_lens": lengths[:3]},
+        ),
+        (TypeError, "written_lens: got torch.float32", {"written_lens": lengths.float()}),
+        (ValueError, "max_new_tokens: got 3, expected None", {"max_new_tokens": 3}),
+        (
+            ValueError,
+            "max_new_tokens: got -1, expected an int",
+            {"written_lens": lengths, "max_new_tokens": -1},
+        ),
+        (
+            ValueError,
+            "written_lens: got memory within that of",
+            {"written_lens": engine.backends[0]["seqlens_expanded"][:4]},
+        ),
+    ):
+        with pytest.raises(error, match=message):
+            buffers.update(*given, **options)
+    engine.check()
+    with pytest.raises(ValueError, match="backend_offsets: got 2 of them, expected a tuple of 3"):
+        registered(engine, path, 16, backend_offsets=(0, 1))

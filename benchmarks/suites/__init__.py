@@ -20,6 +20,7 @@ SUITES = {
         prefix_sum.SUITE,
         prefill.SUITE,
         roofline.SUITE,
+        roofline.PAGES_SUITE,
         functions.SUITE,
         dispatch.SUITE,
         torch_handoff.SUITE,

@@ -39,7 +39,7 @@ def _measure(function: Callable, n: int) -> dict[str, float]:
     vectors = [jnp.array(x) for _ in range(rotations(8 * n, 8 * n))]
     if not np.array_equal(function(vectors[0]), reference.prefix_sum(x)):
         raise AssertionError(f"wrong prefix sum of {n}")
-    return timing([functools.partial(function, v) for v in vectors])
+    return timing([functools.partial(function, v) for v in vectors], count=300)
 
 
 def jobs(quick: bool) -> list[Job]:

@@ -29,6 +29,18 @@ TARGETS = {
     Problem(VERIFY, 64, 65_536, 3, 65_536): None,
     Problem(EXTEND, 64, 65_536, 3, 65_536): None,
 }
+PAGES = tuple(
+    Problem(mode, bs, max_len, n, live, wide_table=False)
+    for mode, bs, max_len, n, live in (
+        (DECODE, 32, 131_072, 3, 131_072),
+        (DECODE, 256, 131_072, 1, 131_072),
+        (DECODE, 1024, 32_768, 3, 4096),
+        (VERIFY, 64, 65_536, 3, 65_536),
+        (EXTEND, 64, 65_536, 3, 65_536),
+        (EXTEND, 8, 131_072, 1, 8192),
+        (ForwardMode.EXTEND, 8, 65_536, 1, 65_536),
+    )
+)
 SWEEP_MAX_LEN = tuple(2**k for k in range(11, 18))
 SWEEP_BS = (1, 4, 16, 64, 256)
 GRID = tuple(
@@ -127,6 +139,24 @@ def jobs(quick: bool) -> list[Job]:
         if name != ROW_COPIES or (problem.mode is DECODE and not on_gpu())
     ]
 
+
+def pages_jobs(quick: bool) -> list[Job]:
+    """Every mode without the wide table."""
+    problems = [Problem(EXTEND, 3, 2048, 2, 1024, wide_table=False)] if quick else list(PAGES)
+    return [
+        Job(problem.case, name, functools.partial(_measure, problem, name))
+        for problem in problems
+        for name in runnable()
+    ]
+
+
+PAGES_SUITE = Suite(
+    name="pages",
+    title="Tables of pages alone against their roof",
+    note="As `roofline`, with `wide_table=False`. The roof counts the 4 bytes of a page that are "
+    "read; memory hands out 32 at least.",
+    jobs=pages_jobs,
+)
 
 SUITE = Suite(
     name="roofline",

@@ -189,7 +189,7 @@ void FusedMetadata(Stream, const FusedMetadataArguments& args) {
       }
     }
     const auto table_kv_len = [&](int b, int64_t j) {
-      return rows.prefill || args.request_columns ? cache_seqlens[b] : kv_len(b, j);
+      return rows.prefill || args.requests_are_items ? cache_seqlens[b] : kv_len(b, j);
     };
     const int32_t* const pool_row = args.pool.row(args.req_pool_indices[i]);
     const int32_t written = args.written_lens.data != nullptr ? args.written_lens[i] : 0;

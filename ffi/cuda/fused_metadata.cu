@@ -133,7 +133,7 @@ void LaunchFusedMetadata(Stream stream, const FusedMetadataArguments& args) {
   parameters.page_size = Divisor::Of(
       wanted.real_page_table != nullptr ? args.tables[kRealPageTable].tokens_per_column : 1);
   parameters.num_backends = args.num_backends;
-  parameters.request_columns = args.request_columns;
+  parameters.requests_are_items = args.requests_are_items;
   parameters.rows = rows;
   parameters.row_rules = args.row_rules();
   parameters.clears_padding = args.tail != Tail::kKeep;

@@ -89,7 +89,7 @@ struct Parameters {
   Divisor page_size;
 
   int32_t num_backends;
-  bool request_columns;
+  bool requests_are_items;
   Tables tables[kCapacity];
 
   Rows rows;

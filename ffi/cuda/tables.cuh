@@ -45,7 +45,7 @@ struct RequestContent {
   int32_t q;
   int32_t max_len;
   RowContent least;
-  bool request_columns;
+  bool requests_are_items;
 
   __device__ RowContent of_kv_len(int32_t kv_len) const {
     const int32_t live = Max(Min(kv_len, max_len), least.live);
@@ -55,7 +55,7 @@ struct RequestContent {
   // Row j of a backend that is computed for `offset` tokens more.
   __device__ RowContent row(int32_t j, int32_t offset) const {
     const int32_t cache_seqlen = Rows::cache_seqlen_of(seq_len, offset, added_tokens);
-    return of_kv_len(request_columns ? cache_seqlen : Rows::kv_len(cache_seqlen, q, j));
+    return of_kv_len(requests_are_items ? cache_seqlen : Rows::kv_len(cache_seqlen, q, j));
   }
 
   // Of its last row, which sees the most tokens.
@@ -178,7 +178,7 @@ __device__ void WriteTables(const Parameters<kCapacity, kSchedules>& args, int32
   const int32_t written = is_written ? args.written_lens[i] : 0;
   const int32_t q = !kRagged ? args.rows_per_request : exists ? args.rows.q(i) : 0;
   const RequestContent request{seq_len,      args.added_tokens, q,
-                               args.max_len, args.least,        args.request_columns};
+                               args.max_len, args.least,        args.requests_are_items};
   const int32_t first = Min(Max(written, 0), args.max_len);
   const int32_t* const source = args.pool.row(index);
 

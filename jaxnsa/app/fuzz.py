@@ -43,7 +43,7 @@ Options = dict[str, Any]
 
 _CALLS_PER_SEARCH = 40  # kinds of calls, each compiled once
 _STEPS = 25  # of a program
-_MORE = (0, 10, 50)  # calls of a step, but for the one whose lengths can be made smaller
+_MORE = (0, 20, 200)  # calls of a step, but for the one whose lengths can be made smaller
 _CHILD_SECONDS = 300.0  # a child's kinds of calls are its own
 _PATIENCE_SECONDS = 300.0  # for a child that makes a program smaller
 _CRASH_TRIES = 40

@@ -49,7 +49,7 @@ class FillCache(LaunchCache[tuple[PreparedLaunch, NativeRows]]):
         read: CheckedInputs,
         backends: Sequence[Mapping[str, Checked]],
         *,
-        request_columns: bool = False,
+        requests_are_items: bool = False,
     ) -> None:
         """Launches what `try_launch` did not, and remembers it.
 
@@ -58,7 +58,8 @@ class FillCache(LaunchCache[tuple[PreparedLaunch, NativeRows]]):
           spec: what is computed for each backend.
           read: the inputs.
           backends: the tensors of each by field name; fields without one are left out.
-          request_columns: whether all rows of a request have the live columns of its last.
+          requests_are_items: whether consumers read a request's rows as one: all have the live
+            columns, and the context length, of the last.
 
         Raises:
           ValueError: tensors that are written share memory, with each other or with an input.
@@ -69,7 +70,7 @@ class FillCache(LaunchCache[tuple[PreparedLaunch, NativeRows]]):
         rows = native_rows(native, spec.rows)
         groups = _groups(backends, native.max_backends)
         for group in groups:
-            launch = prepared(native, spec, group, request_columns=request_columns)
+            launch = prepared(native, spec, group, requests_are_items=requests_are_items)
             launch_checked(launch, rows, *read)
         if key is None or len(groups) != 1:
             return

@@ -22,13 +22,7 @@ from jaxnsa.interop.copies import CopyCache
 from jaxnsa.interop.fills import CheckedInputs, FillCache, Inputs
 from jaxnsa.interop.launch_cache import key_of
 from jaxnsa.interop.replacement import Replacement
-from jaxnsa.interop.tensor_checks import (
-    Checked,
-    WrittenMemory,
-    checked,
-    checked_pool,
-    checked_vector,
-)
+from jaxnsa.interop.tensor_checks import Checked, checked, checked_pool, checked_vector
 from jaxnsa.metadata import ForwardMode
 from jaxnsa.spec import MAX_LEN, Rows, Spec
 
@@ -117,7 +111,8 @@ def fused_dsa_target_verify_metadata(
       real_page_table: int32, at least [rows, ceil(max_seqlen_k / physical_page_size)].
       max_seqlen_k: columns of page_table_1, in tokens; at most pool_cols.
       next_n: tokens to verify for each request, which seq_lens do not count.
-      paged_mqa_ctx_lens_2d: int32 [bs, next_n], filled with the lengths of cache_seqlens; or None.
+      paged_mqa_ctx_lens_2d: int32 [bs, next_n], contiguous, filled with the lengths of
+        cache_seqlens; or None.
     """
     step = _Step(
         ForwardMode.TARGET_VERIFY,
@@ -136,9 +131,9 @@ def fused_dsa_target_verify_metadata(
         "nsa_cache_seqlens": dsa_cache_seqlens,
         "nsa_cu_seqlens_k": dsa_cu_seqlens_k,
     }
-    _fill(step, inputs, outputs, page_table_1, real_page_table, paged_mqa_ctx_lens_2d)
     if paged_mqa_ctx_lens_2d is not None:
-        paged_mqa_ctx_lens_2d.copy_(cache_seqlens[:bs, None])
+        outputs["paged_mqa_ctx_lens"] = paged_mqa_ctx_lens_2d
+    _fill(step, inputs, outputs, page_table_1, real_page_table)
 
 
 def fused_dsa_draft_extend_metadata(
@@ -426,15 +421,13 @@ def _fill(
     outputs: dict[str, Any],
     page_table_1: torch.Tensor | None,
     real_page_table: torch.Tensor | None,
-    paged_mqa_ctx_lens_2d: torch.Tensor | None = None,
 ) -> None:
     """Fills the outputs of a step, those of `outputs` by field and the others as they came."""
     if page_table_1 is not None:
         outputs["page_indices"] = page_table_1
     if step.physical_page_size != 1:
         outputs["real_page_table"] = real_page_table
-    ctx_lens = () if paged_mqa_ctx_lens_2d is None else (paged_mqa_ctx_lens_2d,)
-    key = key_of(inputs[0], [*outputs.values(), *ctx_lens], (step, *outputs))
+    key = key_of(inputs[0], outputs.values(), (step, *outputs))
     if _FILLS.try_launch(key, inputs):
         return
     rows = step.rows()
@@ -480,11 +473,14 @@ def _fill(
         for field, array in spec.shapes().items()
         if field in outputs
     }
-    for tensor in ctx_lens:
+    if (ctx_lens := outputs.get("paged_mqa_ctx_lens")) is not None:
         name, shape = "paged_mqa_ctx_lens_2d", (bs, rows.added_tokens)
-        more = checked(name, tensor, device=device, dimensions=2, shape=shape)
-        WrittenMemory([*written.values(), more]).check_apart([r for r in read if r is not None])
-    _FILLS.launch(key, spec, read, [written], request_columns=True)
+        written["paged_mqa_ctx_lens"] = checked(
+            name, ctx_lens, device=device, dimensions=2, shape=shape
+        )
+        if not ctx_lens.is_contiguous():
+            raise ValueError(f"{name}: got strides {ctx_lens.stride()}, expected contiguous rows")
+    _FILLS.launch(key, spec, read, [written], requests_are_items=True)
 
 
 def _first(value: Any, bs: int) -> Any:
