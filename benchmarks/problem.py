@@ -127,7 +127,7 @@ class Problem:
     def check(self, backends: Any) -> None:
         """AssertionError where a backend is not what the reference says."""
         for k, backend in enumerate(backends):
-            for field, array in vars(self.expected).items():
+            for field, array in self.expected.arrays().items():
                 if not np.array_equal(getattr(backend, field), array):
                     raise AssertionError(f"{field} of backend {k} is wrong for {self.case}")
 

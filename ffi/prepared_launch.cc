@@ -31,7 +31,8 @@ void PreparedLaunch::Watch(nb::handle exchange_api, nb::list tensors, bool uncha
 }
 
 bool PreparedLaunch::TryLaunch(const Rows& rows, nb::handle seq_lens, nb::handle req_pool_indices,
-                               nb::handle req_to_token, nb::handle extend_seq_lens) {
+                               nb::handle req_to_token, nb::handle extend_seq_lens,
+                               nb::handle written_lens, int32_t max_new_tokens) {
   if (api_ == nullptr) return false;
   if (!IsCurrentDevice(expected_[0].device_id)) return Decline("another device is current");
   for (size_t k = 0; k < unchanged_.size(); ++k) {
@@ -52,6 +53,12 @@ bool PreparedLaunch::TryLaunch(const Rows& rows, nb::handle seq_lens, nb::handle
                                     &args_.rows.extend_seq_lens))) {
     return false;
   }
+  args_.max_new_tokens = max_new_tokens;
+  args_.written_lens = {};
+  if (!written_lens.is_none() &&
+      !TakeVector(written_lens, "written_lens", rows.requests, &args_.written_lens)) {
+    return false;
+  }
   Stream stream;
   if (!CurrentStream(*api_, expected_[0], &stream)) return Decline("there is no current stream");
   FusedMetadata(stream, args_);
@@ -60,13 +67,16 @@ bool PreparedLaunch::TryLaunch(const Rows& rows, nb::handle seq_lens, nb::handle
 
 void PreparedLaunch::Launch(Stream stream, const Rows& rows, Vector seq_lens,
                             Vector req_pool_indices, const CheckedPool& pool,
-                            std::optional<Vector> extend_seq_lens) {
+                            std::optional<Vector> extend_seq_lens,
+                            std::optional<Vector> written_lens, int32_t max_new_tokens) {
   args_.rows = rows;
   args_.rows.seq_lens = seq_lens;
   args_.req_pool_indices = req_pool_indices;
   args_.pool = Pool::Of(reinterpret_cast<const int32_t*>(pool.address), pool.rows, pool.stride);
   args_.max_len = static_cast<int32_t>(std::min<int64_t>(max_len_, pool.columns));
   if (extend_seq_lens) args_.rows.extend_seq_lens = *extend_seq_lens;
+  args_.written_lens = written_lens.value_or(Vector{});
+  args_.max_new_tokens = max_new_tokens;
   FusedMetadata(stream, args_);
 }
 

@@ -44,11 +44,13 @@ class PreparedLaunch {
   // Takes a step's tensors as they are and launches on their framework's current stream. Returns
   // false, having launched nothing, where anything is not as it should be: why is in `declined`.
   bool TryLaunch(const Rows& rows, nanobind::handle seq_lens, nanobind::handle req_pool_indices,
-                 nanobind::handle req_to_token, nanobind::handle extend_seq_lens);
+                 nanobind::handle req_to_token, nanobind::handle extend_seq_lens,
+                 nanobind::handle written_lens, int32_t max_new_tokens);
 
   // Launches on a stream with a step's inputs, which the caller has checked.
   void Launch(Stream stream, const Rows& rows, Vector seq_lens, Vector req_pool_indices,
-              const CheckedPool& pool, std::optional<Vector> extend_seq_lens);
+              const CheckedPool& pool, std::optional<Vector> extend_seq_lens,
+              std::optional<Vector> written_lens, int32_t max_new_tokens);
 
   // Why TryLaunch last declined.
   const std::string& declined() const { return declined_; }

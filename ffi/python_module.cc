@@ -7,6 +7,7 @@
 #include <nanobind/stl/tuple.h>
 #include <nanobind/stl/vector.h>
 
+#include <algorithm>
 #include <cstdint>
 #include <memory>
 #include <optional>
@@ -83,7 +84,8 @@ void Prepare(PreparedLaunch* self, nb::list backends, nb::dict strides, nb::dict
              nb::dict slots_per_page, int32_t max_len, int32_t max_total_keys,
              int32_t nsa_index_topk, int32_t index_kpool, const Numbers& paged_mqa,
              const Numbers& topk_plan, const Numbers& flash_mla,
-             const std::string& tail, bool requests_are_items) {
+             const std::string& tail, bool requests_are_items,
+             const std::vector<int32_t>& backend_offsets) {
   const auto args = std::make_unique<FusedMetadataArguments>();
   if (backends.size() < 1 || backends.size() > kMaxBackends) {
     throw std::invalid_argument("backends: got " + std::to_string(backends.size()));
@@ -108,17 +110,23 @@ void Prepare(PreparedLaunch* self, nb::list backends, nb::dict strides, nb::dict
   args->max_total_keys = max_total_keys;
   args->tail = FromName<Tail>("tail", tail, kTailNames);
   args->requests_are_items = requests_are_items;
+  if (backend_offsets.size() != backends.size()) {
+    throw std::invalid_argument("backend_offsets: got " + std::to_string(backend_offsets.size()));
+  }
+  std::copy(backend_offsets.begin(), backend_offsets.end(), args->backend_offsets);
   new (self) PreparedLaunch(*args);
 }
 
 void LaunchPrepared(PreparedLaunch& self, uint64_t stream, const Rows& rows,
                     const VectorTuple& seq_lens, const VectorTuple& req_pool_indices,
-                    const PoolTuple& pool, const std::optional<VectorTuple>& extend_seq_lens) {
+                    const PoolTuple& pool, const std::optional<VectorTuple>& extend_seq_lens,
+                    const std::optional<VectorTuple>& written_lens, int32_t max_new_tokens) {
   const auto [address, pool_rows, stride, columns] = pool;
-  std::optional<Vector> extend;
+  std::optional<Vector> extend, written;
   if (extend_seq_lens) extend = VectorOf(*extend_seq_lens);
+  if (written_lens) written = VectorOf(*written_lens);
   self.Launch(StreamOf(stream), rows, VectorOf(seq_lens), VectorOf(req_pool_indices),
-              {address, pool_rows, stride, columns}, extend);
+              {address, pool_rows, stride, columns}, extend, written, max_new_tokens);
 }
 
 nb::object DescribeTensors(nb::handle exchange_api, nb::list tensors) {
@@ -196,14 +204,16 @@ NB_MODULE(jaxnsa_native, module) {
            nb::arg("tokens_per_column"), nb::arg("slots_per_page"), nb::arg("max_len"),
            nb::arg("max_total_keys"), nb::arg("nsa_index_topk"), nb::arg("index_kpool"),
            nb::arg("paged_mqa"), nb::arg("topk_plan"), nb::arg("flash_mla"), nb::arg("tail"),
-           nb::arg("requests_are_items"))
+           nb::arg("requests_are_items"), nb::arg("backend_offsets"))
       .def("watch", &PreparedLaunch::Watch, nb::arg("exchange_api"), nb::arg("tensors"),
            nb::kw_only(), nb::arg("unchanged"), nb::arg("written"), nb::arg("min_columns"))
       .def("try_launch", &PreparedLaunch::TryLaunch, nb::arg("rows"), nb::arg("seq_lens").none(),
            nb::arg("req_pool_indices").none(), nb::arg("req_to_token").none(),
-           nb::arg("extend_seq_lens").none())
+           nb::arg("extend_seq_lens").none(), nb::arg("written_lens") = nb::none(),
+           nb::arg("max_new_tokens") = int32_t{kMaxLen})
       .def("launch", &LaunchPrepared, nb::arg("stream"), nb::arg("rows"), nb::arg("seq_lens"),
-           nb::arg("req_pool_indices"), nb::arg("pool"), nb::arg("extend_seq_lens").none())
+           nb::arg("req_pool_indices"), nb::arg("pool"), nb::arg("extend_seq_lens").none(),
+           nb::arg("written_lens") = nb::none(), nb::arg("max_new_tokens") = int32_t{kMaxLen})
       .def_prop_ro("declined", &PreparedLaunch::declined);
 }
 

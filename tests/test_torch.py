@@ -137,11 +137,12 @@ class Engine:
                     np.testing.assert_array_equal(backend[field].cpu().numpy(), array, field)
 
 
-def registered(engine, path, page, **options):
+def registered(engine, path, page, backend_offsets=None, **options):
     return BackendBuffers(
         engine.backends,
         nsa_index_topk=64,
         real_page_size=page,
+        backend_offsets=backend_offsets,
         path=path,
         dlpack=DlpackOptions(engine.pool, tuple(MODES), num_draft_tokens=3, **options),
     )
@@ -954,3 +955,63 @@ def test_devices_other_than_the_first_and_than_the_current(number, current):
         assert torch.cuda.current_device() == current
     engine.expect(lengths, indices, page=16)
     engine.check()
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("page, offsets", ((16, None), (1, (0, 1, 2))))
+def test_update_leaves_written_columns_alone(mode, page, offsets, path, device):
+    engine = Engine.of(device, page=page)
+    buffers = registered(engine, path, page, backend_offsets=offsets)
+    for bs, max_new_tokens in ((8, None), (3, 1), (0, 0), (5, 400)):
+        seq_lens, indices, _ = inputs(bs, pool_cols=300, pool_rows=10, seed=bs)
+        options = dict(MODES[mode])
+        arguments = dict(options)
+        if mode is ForwardMode.DRAFT_EXTEND:
+            options["extend_seq_lens"] = mode_options(mode, bs, seed=bs)["extend_seq_lens"]
+            arguments["extend_seq_lens"] = engine.tensor(options["extend_seq_lens"])
+        written = seq_lens.astype(np.int64) - np.arange(bs) % 4 * 20
+        written[:1] = 2**40
+        buffers.update(
+            *(engine.tensor(seq_lens), engine.tensor(indices), engine.pool),
+            forward_mode=mode,
+            written_lens=engine.tensor(written),
+            max_new_tokens=max_new_tokens,
+            **arguments,
+        )
+        options |= {"written_lens": written, "backend_offsets": offsets}
+        engine.expect(seq_lens, indices, page=page, mode=mode, capacity=24, **options)
+        engine.check()
+    buffers.update(*(engine.tensor(a) for a in (seq_lens, indices)), engine.pool)  # all of them
+    engine.expect(seq_lens, indices, page=page, backend_offsets=offsets)
+    engine.check()
+
+
+def test_written_lens_that_are_wrong(path, device):
+    engine = Engine.of(device)
+    buffers = registered(engine, path, 16)
+    lengths = engine.tensor(inputs(4, pool_cols=300)[0])
+    given = (lengths, lengths, engine.pool)
+    for error, message, options in (
+        (
+            ValueError,
+            r"written_lens: got shape \(3,\), expected \(4,\)",
+            {"written_lens": lengths[:3]},
+        ),
+        (TypeError, "written_lens: got torch.float32", {"written_lens": lengths.float()}),
+        (ValueError, "max_new_tokens: got 3, expected None", {"max_new_tokens": 3}),
+        (
+            ValueError,
+            "max_new_tokens: got -1, expected an int",
+            {"written_lens": lengths, "max_new_tokens": -1},
+        ),
+        (
+            ValueError,
+            "written_lens: got memory within that of",
+            {"written_lens": engine.backends[0]["seqlens_expanded"][:4]},
+        ),
+    ):
+        with pytest.raises(error, match=message):
+            buffers.update(*given, **options)
+    engine.check()
+    with pytest.raises(ValueError, match="backend_offsets: got 2 of them, expected a tuple of 3"):
+        registered(engine, path, 16, backend_offsets=(0, 1))

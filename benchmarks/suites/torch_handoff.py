@@ -34,7 +34,7 @@ def _tensors(problem: Problem) -> tuple[Any, ...]:
     backends = [
         {
             field: torch.zeros(array.shape, dtype=torch.int32, device=device)
-            for field, array in vars(problem.expected).items()
+            for field, array in problem.expected.arrays().items()
         }
         for _ in range(problem.num_backends)
     ]
@@ -121,7 +121,7 @@ def _measure(make: Callable, problem: Problem) -> dict[str, float]:
     call()
     lengths = problem.arguments[0]
     for backend in tensors[-1]:
-        for field, array in vars(problem.expected).items():
+        for field, array in problem.expected.arrays().items():
             got = backend[field].cpu().numpy()
             if field in ("page_indices", "real_page_table"):  # compared as far as they are live
                 tokens = 1 if field == "page_indices" else PAGE_SIZE

@@ -18,6 +18,7 @@ import jax
 
 from jaxnsa.metadata import FIELDS
 from jaxnsa.schedules import FlashMlaLayout, FlashMlaLengths, PagedMqaLayout, Schedules
+from jaxnsa.spec import MAX_LEN
 
 LIBRARIES = {"cpu": "jaxnsa_cpu", "gpu": "jaxnsa_cuda"}
 """By platform, the name of its library."""
@@ -74,6 +75,8 @@ class PreparedLaunch(Protocol):
         req_pool_indices: Any,
         req_to_token: Any,
         extend_seq_lens: Any,
+        written_lens: Any = None,
+        max_new_tokens: int = MAX_LEN,
     ) -> bool:
         """Launches with a step's tensors on their framework's current stream, if all is well.
 
@@ -89,6 +92,8 @@ class PreparedLaunch(Protocol):
         req_pool_indices: Vector,
         pool: Pool,
         extend_seq_lens: Vector | None,
+        written_lens: Vector | None = None,
+        max_new_tokens: int = MAX_LEN,
     ) -> None:
         """Launches with inputs that were checked."""
 
@@ -178,6 +183,7 @@ class NativeLibrary(Protocol):
         flash_mla: Sequence[int],
         tail: str,
         requests_are_items: bool,
+        backend_offsets: Sequence[int],
     ) -> PreparedLaunch:
         """Prepares a launch.
 
@@ -193,6 +199,7 @@ class NativeLibrary(Protocol):
           tail: what tables hold past a row's live columns.
           requests_are_items: whether consumers read a request's rows as one: all have the live
             columns, and the context length, of the last.
+          backend_offsets: of each backend, the tokens by which its `seq_lens` are longer.
         """
 
 

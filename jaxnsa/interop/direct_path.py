@@ -18,7 +18,7 @@ from jaxnsa.interop.launches import (
 from jaxnsa.interop.registration import Registered
 from jaxnsa.interop.tensor_checks import Checked, exchange_api
 from jaxnsa.metadata import ForwardMode
-from jaxnsa.spec import Rows
+from jaxnsa.spec import MAX_LEN, Rows
 
 _REMEMBERED = frozenset((int, types.NoneType))
 """Types of arguments whose values cannot change from step to step."""
@@ -66,6 +66,8 @@ class DirectPath:
         mode: ForwardMode,
         num_draft_tokens: int | None,
         max_total_tokens: int | None,
+        written_lens: torch.Tensor | None,
+        max_new_tokens: int | None,
     ) -> bool:
         """Queues the kernel if the library itself finds a step's arguments as they should be.
 
@@ -79,12 +81,17 @@ class DirectPath:
             or seq_lens.dim() != 1
         ):
             return False
+        most = MAX_LEN
+        if max_new_tokens is not None:
+            if type(max_new_tokens) is not int or max_new_tokens < 0 or written_lens is None:
+                return False
+            most = min(max_new_tokens, MAX_LEN)
         rows_of = self._remembered_rows
         if type(num_draft_tokens) not in _REMEMBERED or type(max_total_tokens) not in _REMEMBERED:
             rows_of = self._rows_of
         rows = rows_of(seq_lens.shape[0], mode, num_draft_tokens, max_total_tokens)
         return self._launch.try_launch(
-            rows, seq_lens, req_pool_indices, req_to_token, extend_seq_lens
+            rows, seq_lens, req_pool_indices, req_to_token, extend_seq_lens, written_lens, most
         )
 
     def run(
@@ -94,9 +101,11 @@ class DirectPath:
         req_pool_indices: Checked,
         req_to_token: Checked,
         extend_seq_lens: Checked | None,
+        written_lens: Checked | None,
+        max_new_tokens: int,
     ) -> None:
         """Queues the kernel with a step's arguments, which were checked."""
-        given = (seq_lens, req_pool_indices, req_to_token, extend_seq_lens)
-        launch_checked(self._launch, self._native_rows(rows), *given)
+        given = (seq_lens, req_pool_indices, req_to_token, extend_seq_lens, written_lens)
+        launch_checked(self._launch, self._native_rows(rows), *given, max_new_tokens)
         if self._looks_at_tensors:
             report_declined(self._launch.declined)

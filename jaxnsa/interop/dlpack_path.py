@@ -65,7 +65,7 @@ class DlpackPath:
         self._device = device
         self._lock = threading.Lock()  # on the batch and what JAX holds
         # The batch, padded, in memory of this object's own.
-        self._lengths = torch.zeros((3, requests), dtype=torch.int32, device=device)
+        self._lengths = torch.zeros((4, requests), dtype=torch.int32, device=device)
         self._wide = torch.zeros_like(self._lengths, dtype=torch.int64)
         self._done = torch.cuda.Event() if platform == "gpu" else None
         plans = [_Plan(registered, options, mode, implementation) for mode in modes]
@@ -81,8 +81,11 @@ class DlpackPath:
         req_pool_indices: Checked,
         req_to_token: Checked,
         extend_seq_lens: Checked | None,
+        written_lens: Checked | None,
+        max_new_tokens: int,
     ) -> None:
         """Queues the computation between what is on PyTorch's current stream and what follows."""
+        del max_new_tokens  # each number would be compiled for
         if req_to_token[2:] != self._pool[2:]:
             raise ValueError(
                 f"req_to_token: got shape {tuple(req_to_token.tensor.shape)} at "
@@ -105,7 +108,7 @@ class DlpackPath:
                 f'registered rows, as path is "dlpack"'
             )
         with self._lock:
-            self._run(plan, rows, (seq_lens, req_pool_indices, extend_seq_lens))
+            self._run(plan, rows, (seq_lens, req_pool_indices, extend_seq_lens, written_lens))
 
     def _run(self, plan: "_Plan", rows: Rows, given: Sequence[Checked | None]) -> None:
         if self._done is not None:
@@ -121,7 +124,8 @@ class DlpackPath:
         if self._pool_array.unsafe_buffer_pointer() != self._pool.start:
             # JAX copies what is not aligned as it likes, on a CPU.
             self._pool_array = jax.dlpack.from_dlpack(self._pool.tensor)
-        plan.run(self._batch(), self._pool_array, rows.requests, rows.count)
+        is_written = given[-1] is not None
+        plan.run(self._batch(), self._pool_array, rows.requests, rows.count, is_written)
         if self._done is not None:
             self._done.record(torch.cuda.current_stream(self._device))
 
@@ -187,7 +191,9 @@ class _Plan:
         ]
         self._held: list[Array] | None = None
 
-    def run(self, batch: Array, pool: Array, requests: int, count: int) -> None:
+    def run(
+        self, batch: Array, pool: Array, requests: int, count: int, is_written: bool = False
+    ) -> None:
         """Fills the tensors for so many requests and rows; -1 requests change nothing."""
         held = self._held or [jax.dlpack.from_dlpack(tensor) for tensor in self._tensors]
         out = _refresh(
@@ -195,6 +201,7 @@ class _Plan:
             pool,
             np.array([requests, count], np.int32),
             jax.tree.unflatten(self._structure, held),
+            is_written=is_written,
             spec=self._spec,
             implementation=self._implementation,
         )
@@ -213,7 +220,7 @@ class _Plan:
 
 @functools.partial(
     compiled,
-    static_argnames=("spec", "implementation"),
+    static_argnames=("is_written", "spec", "implementation"),
     donate_argnames=("out",),
     keep_unused=True,
 )
@@ -223,18 +230,20 @@ def _refresh(
     sizes: Array,
     out: tuple[NSAMetadata, ...],
     *,
+    is_written: bool,
     spec: Spec,
     implementation: str,
 ) -> tuple[NSAMetadata, ...]:
     requests, count = sizes
     exists = jnp.arange(spec.rows.requests) < requests
-    seq_lens, indices, extend = batch[:, : spec.rows.requests]
+    seq_lens, indices, extend, written = batch[:, : spec.rows.requests]
     ragged = spec.rows.rows_per_request is None
     inputs = Inputs(
         jnp.where(exists, seq_lens, 0),
         indices,
         pool,
         jnp.where(exists, extend, 0) if ragged else None,
+        written if is_written else None,
     )
     filled = IMPLEMENTATIONS[implementation].fused_metadata(inputs, out, spec)
     return tuple(
@@ -262,8 +271,9 @@ def _without_padding(
         is_padding = jnp.arange(len(new_array)) >= ends[field.extent]
         if field.extent is not Extent.TABLE:
             return jnp.where(is_padding, old_array, new_array)
-        # Nothing is live in a padded row but the tokens that target verify adds to every request.
-        columns = -(-spec.rows.added_tokens // spec.tokens_per_column(field))
+        # Nothing is live in a padded row but the tokens that are added to every request.
+        tokens = spec.rows.added_tokens + max(0, *spec.offsets)
+        columns = -(-min(tokens, spec.max_len) // spec.tokens_per_column(field))
         if not columns:
             return new_array
         first = jnp.where(is_padding[:, None], old_array[:, :columns], new_array[:, :columns])

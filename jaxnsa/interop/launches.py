@@ -15,7 +15,7 @@ from jaxnsa.implementations.native_library import (
 )
 from jaxnsa.interop.tensor_checks import Checked, platform_of
 from jaxnsa.metadata import FIELDS, Extent
-from jaxnsa.spec import Rows, Spec
+from jaxnsa.spec import MAX_LEN, Rows, Spec
 
 declined: collections.Counter[str] = collections.Counter()
 """How often the library declined to launch for tensors that Python finds nothing wrong with: each
@@ -73,6 +73,7 @@ def prepared(
         **schedule_arguments(spec.schedules),
         tail=spec.tail,
         requests_are_items=requests_are_items,
+        backend_offsets=spec.offsets[: len(backends)],
     )
 
 
@@ -83,6 +84,8 @@ def launch_checked(
     req_pool_indices: Checked,
     req_to_token: Checked,
     extend_seq_lens: Checked | None,
+    written_lens: Checked | None = None,
+    max_new_tokens: int = MAX_LEN,
 ) -> None:
     """Launches with inputs that were checked, on PyTorch's current stream."""
     device = seq_lens.tensor.device
@@ -95,6 +98,8 @@ def launch_checked(
             req_pool_indices.vector,
             req_to_token.pool,
             None if extend_seq_lens is None else extend_seq_lens.vector,
+            None if written_lens is None else written_lens.vector,
+            max_new_tokens,
         ),
     )
 

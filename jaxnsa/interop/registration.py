@@ -1,5 +1,6 @@
 """The static tensors of N backends, checked when they are registered and lightly ever after."""
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -21,13 +22,20 @@ class Registered:
       memory: theirs.
     """
 
-    def __init__(self, buffers: Sequence[Any], nsa_index_topk: int, real_page_size: int):
+    def __init__(
+        self,
+        buffers: Sequence[Any],
+        nsa_index_topk: int,
+        real_page_size: int,
+        backend_offsets: Sequence[int] | None = None,
+    ):
         """Checks everything.
 
         Args:
           buffers: mappings or objects with NSAMetadata's field names.
           nsa_index_topk: the indexer's top-k, in tokens.
           real_page_size: tokens in a physical page.
+          backend_offsets: of each backend, the tokens by which its `seq_lens` are longer.
 
         Raises:
           ValueError, TypeError: what is wrong with which tensor.
@@ -42,7 +50,15 @@ class Registered:
         self.backends = [{name: c.tensor for name, c in backend.items()} for backend in found]
         first = self.backends[0]
         self.device = first["cache_seqlens"].device
-        self.spec = _largest_spec(first, len(found), nsa_index_topk, real_page_size)
+        offsets = argument_checks.backend_offsets(backend_offsets, len(found))
+        self.spec = dataclasses.replace(
+            _largest_spec(first, len(found), nsa_index_topk, real_page_size),
+            backend_offsets=offsets,
+        )
+        if offsets is not None and self.spec.rows.prefill:
+            raise ValueError(
+                f"backend_offsets: got {offsets}, expected None with tensors of prefill"
+            )
         for k, backend in enumerate(self.backends):
             self._check_backend(f"buffers[{k}]", backend)
         tensors = [checked for backend in found for checked in backend.values()]

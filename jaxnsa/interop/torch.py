@@ -117,6 +117,7 @@ class BackendBuffers:
         *,
         nsa_index_topk: int,
         real_page_size: int,
+        backend_offsets: Sequence[int] | None = None,
         path: Literal["direct", "dlpack"] | None = None,
         dlpack: DlpackOptions | None = None,
     ):
@@ -131,6 +132,8 @@ class BackendBuffers:
             `ForwardMode.EXTEND` and no other mode, `flat_page_indices` among them or not.
           nsa_index_topk: the indexer's top-k, in tokens.
           real_page_size: tokens in a physical page.
+          backend_offsets: an int for each backend, which is computed for `seq_lens` of so many
+            tokens more; None: all 0.
           path: None takes "direct" where the native library can run, otherwise "dlpack".
           dlpack: what the path "dlpack" is compiled for, and required by it.
 
@@ -141,7 +144,7 @@ class BackendBuffers:
         """
         topk = argument_checks.integer("nsa_index_topk", nsa_index_topk, 1)
         page = argument_checks.integer("real_page_size", real_page_size, 1)
-        self._registered = Registered(buffers, topk, page)
+        self._registered = Registered(buffers, topk, page, backend_offsets)
         if path is None:
             missing = native_library.unavailable(platform_of(self._registered.device))
             path = "dlpack" if missing else "direct"
@@ -170,6 +173,8 @@ class BackendBuffers:
         num_draft_tokens: int | None = None,
         extend_seq_lens: torch.Tensor | None = None,
         max_total_tokens: int | None = None,
+        written_lens: torch.Tensor | None = None,
+        max_new_tokens: int | None = None,
     ) -> None:
         """Refreshes the metadata of all backends.
 
@@ -184,6 +189,11 @@ class BackendBuffers:
           extend_seq_lens: int32 or int64 [bs], in draft extend and prefill, rows of each request.
           max_total_tokens: in draft extend and prefill, the rows that are written: padding rows
             get lengths of 0. None: all registered rows.
+          written_lens: int32 or int64 [bs], leading tokens of request i that the tables of each of
+            its rows hold already, at most those that are live: their columns are neither read nor
+            written. `jaxnsa.precompute_decode_metadata` says when that is safe.
+          max_new_tokens: with `written_lens`, live tokens of any row that are not written, at most,
+            which the path "direct" launches blocks for; more are written all the same.
 
         Raises:
           ValueError, TypeError: an argument is wrong, or a registered tensor has been freed or
@@ -192,9 +202,10 @@ class BackendBuffers:
         """
         given = (seq_lens, req_pool_indices, req_to_token, extend_seq_lens)
         mode = (forward_mode, num_draft_tokens, max_total_tokens)
+        new = (written_lens, max_new_tokens)
         validate = settings().validate if overridden() else self._validate
         path = self._path
-        if not validate and isinstance(path, DirectPath) and path.try_run(*given, *mode):
+        if not validate and isinstance(path, DirectPath) and path.try_run(*given, *mode, *new):
             return
         registered = self._registered
         registered.check_unchanged()
@@ -211,10 +222,15 @@ class BackendBuffers:
             extend = checked_vector("extend_seq_lens", extend_seq_lens, device, bs)
         elif extend_seq_lens is not None:
             raise ValueError(f"extend_seq_lens: got a tensor, expected None in {forward_mode}")
-        registered.memory.check_apart([lengths, indices, pool, *([extend] if extend else [])])
+        most = argument_checks.max_new_tokens(max_new_tokens, written_lens)
+        written = None
+        if written_lens is not None:
+            written = checked_vector("written_lens", written_lens, device, bs)
+        read = [lengths, indices, pool, extend, written]
+        registered.memory.check_apart([checked for checked in read if checked is not None])
         if validate:
             self._check_values(rows, lengths, indices, pool, extend)
-        self._path.run(rows, lengths, indices, pool, extend)
+        self._path.run(rows, lengths, indices, pool, extend, written, most)
 
     def _check_values(
         self, rows: Rows, lengths: Checked, indices: Checked, pool: Checked, extend: Checked | None
