@@ -79,6 +79,33 @@ def test_destinations_pass_a_barrier(kernels, function):
     assert len(re.findall(r"tensor<[0-9x]+xi32>", barrier)) == len(jax.tree.leaves(out))
 
 
+@pytest.mark.parametrize(
+    "mode", (jaxnsa.ForwardMode.TARGET_VERIFY, jaxnsa.ForwardMode.DRAFT_EXTEND)
+)
+def test_schedules_belong_to_the_same_custom_call(name, mode):
+    schedules = jaxnsa.Schedules(
+        jaxnsa.PagedMqaSchedule(132, "sm90"),
+        jaxnsa.TopkPlan.h200(),
+        jaxnsa.FlashMlaSchedule(132, "nsa_cache_seqlens"),
+    )
+    options = mode_options(mode, 7)
+    extend = options.pop("extend_seq_lens", None)
+    compute = functools.partial(
+        jaxnsa.fused_metadata_precompute_and_broadcast,
+        num_backends=2,
+        backend_offsets=(0, 1),
+        forward_mode=mode,
+        schedules=schedules,
+        index_kpool=3,
+        implementation=name,
+        **options,
+    )
+    operations = lowered_operations(
+        lambda extend, *a: compute(*a, extend_seq_lens=extend), extend, *inputs(7, pool_cols=256)
+    )
+    assert operations == ["custom_call"]
+
+
 def test_every_function_is_one_custom_call(name):
     lengths, indices, pool = inputs(7, pool_cols=256)
     implementation = {"implementation": name}

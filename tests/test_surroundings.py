@@ -27,13 +27,14 @@ CONFIGURATIONS = {"strict": strict, "disable_jit": jax.disable_jit, "x64": jax.e
 
 
 @pytest.mark.large
-@pytest.mark.parametrize("configuration", CONFIGURATIONS)
 @pytest.mark.parametrize(
-    "mode, tail, stacked, strategy",
+    "configuration, mode, tail, stacked, strategy",
     [
-        (ForwardMode.DECODE, "keep", True, "ultra_fast"),
-        (ForwardMode.TARGET_VERIFY, "zero", False, "fast"),
-        (ForwardMode.DRAFT_EXTEND, "keep", False, "fallback"),
+        ("x64", ForwardMode.DECODE, "keep", True, "ultra_fast"),
+        ("x64", ForwardMode.DRAFT_EXTEND, "keep", True, "fallback"),
+        ("strict", ForwardMode.TARGET_VERIFY, "zero", False, "fast"),
+        ("strict", ForwardMode.DRAFT_EXTEND, "keep", False, "ultra_fast"),
+        ("disable_jit", ForwardMode.DRAFT_EXTEND, "keep", False, "fallback"),
     ],
 )
 def test_in_place_however_jax_is_configured(

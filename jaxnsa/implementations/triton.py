@@ -8,7 +8,6 @@ import jax
 
 from jaxnsa.implementations.gpu import reason_to_refuse, unbatched
 from jaxnsa.metadata import DraftExtendSeqlens, NSAMetadata
-from jaxnsa.schedules import NO_SCHEDULES
 from jaxnsa.spec import Inputs, Spec
 
 
@@ -25,8 +24,6 @@ def unavailable(platform: str | None) -> str | None:
 
 def unsupported(spec: Spec) -> str | None:
     """Why this cannot compute `spec`; None where it can."""
-    if spec.schedules != NO_SCHEDULES or spec.pooled:
-        return "it computes neither schedules nor a pooled index; use implementation 'xla'"
     return None
 
 

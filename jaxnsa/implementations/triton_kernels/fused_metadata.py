@@ -1,8 +1,9 @@
 """The whole computation in one launch: lengths, prefix sums and page tables, for every destination.
 
 Purpose: `NSAMetadata` of all backends of a step.
-Grid: for each request the programs that share its lengths, for each offset of backends; in prefill
-those that share its keys; then those that share its tables.
+Grid: for each offset of backends a program for each schedule; then for each request the programs
+that share its lengths, for each offset; in prefill those that share its keys; then those that share
+its tables.
 Program: independent of all others; sums over earlier requests it takes by itself. Those of the
 tables take tiles of the request's pool row with a grid stride, as far as columns are written.
 Inputs: seq_lens, req_pool_indices, req_to_token, extend_seq_lens where rows are ragged, and
@@ -39,6 +40,11 @@ from jaxnsa.implementations.triton_kernels.rows import (
     sums_before,
     write_rows,
 )
+from jaxnsa.implementations.triton_kernels.schedules import (
+    ScheduleArrays,
+    ScheduleConstants,
+    write_schedules,
+)
 from jaxnsa.implementations.triton_kernels.tables import (
     load_columns,
     load_pages,
@@ -70,6 +76,7 @@ class Tables(NamedTuple):
 
     page_indices: Any
     real_page_table: Any
+    pooled_page_table: Any
 
 
 class Keys(NamedTuple):
@@ -87,13 +94,14 @@ class Results(NamedTuple):
     rows_plus_1: RowSums
     tables: Tables
     keys: Keys
+    schedules: ScheduleArrays
 
     @classmethod
     def of(cls, spec: Spec, destinations: Sequence[Mapping[str, Any]]) -> "Results":
         """The arrays of all destinations."""
 
-        def of_extent(group: type[Group], extent: Extent) -> Group:
-            return grouped(group, [field.name for field in spec.fields(extent)], destinations)
+        def of_extent(group: type[Group], *extents: Extent) -> Group:
+            return grouped(group, [field.name for field in spec.fields(*extents)], destinations)
 
         return cls(
             of_extent(RequestValues, Extent.REQUESTS),
@@ -102,6 +110,14 @@ class Results(NamedTuple):
             of_extent(RowSums, Extent.ROWS_PLUS_1),
             of_extent(Tables, Extent.TABLE),
             of_extent(Keys, Extent.KEYS),
+            of_extent(
+                ScheduleArrays,
+                Extent.PAGED_MQA_ITEMS,
+                Extent.MULTIPROCESSORS_PLUS_1,
+                Extent.PLANNED_ROWS,
+                Extent.PARTS,
+                Extent.FLASH_MLA_ITEMS_PLUS_1,
+            ),
         )
 
 
@@ -114,6 +130,7 @@ class Sizes(NamedTuple):
       max_total_keys: keys of all requests, padding keys included.
       max_len: tokens that a table row has columns for.
       pages: columns of the real page table.
+      pooled_pages: columns of the pooled page table.
       pool_rows: rows of req_to_token.
       pool_stride: of req_to_token, in units of `TableConstants.pool_unit` elements.
       wide_stride: of page_indices, in units of `TableConstants.wide_unit` elements.
@@ -127,6 +144,7 @@ class Sizes(NamedTuple):
     max_total_keys: Any
     max_len: Any
     pages: Any
+    pooled_pages: Any
     pool_rows: Any
     pool_stride: Any
     wide_stride: Any
@@ -161,7 +179,12 @@ class OffsetConstants:
             backends = tuple(
                 place for place, other in zip(places, spec.offsets, strict=True) if other == offset
             )
-            return cls(RowConstants.of(rows), RowConstants.of(rows.tables), backends, len(backends))
+            return cls(
+                RowConstants.of(rows, spec.index_kpool),
+                RowConstants.of(rows.tables),
+                backends,
+                len(backends),
+            )
 
         return tuple(map(of_offset, sorted(set(spec.offsets))))
 
@@ -178,6 +201,8 @@ class TableConstants:
       wide_unit: the same of page_indices.
       tile: tokens of a tile.
       pages: pages that start in a tile, at most, as a power of two.
+      pooled_tokens: tokens in a page of pooled keys.
+      pooled_pages: such pages that start in a tile, likewise.
     """
 
     page_size: int
@@ -187,6 +212,8 @@ class TableConstants:
     wide_unit: int
     tile: int
     pages: int
+    pooled_tokens: int
+    pooled_pages: int
 
     @classmethod
     def of(cls, spec: Spec, pool_cols: int, config: BlockConfig) -> "TableConstants":
@@ -208,6 +235,8 @@ class TableConstants:
             math.gcd(4, spec.max_len),
             tile,
             pages,
+            spec.pooled_page_tokens,
+            triton.next_power_of_2(tile // spec.pooled_page_tokens + 1),
         )
 
 
@@ -253,12 +282,13 @@ def fused_metadata(
     key_programs = shares(spec.max_total_keys or 0, _KEY_TILE.value)
     table_programs = min(tiles, max(1, config.programs // rows.requests))
     programs = len(offsets) * length_programs + key_programs + table_programs
+    schedules = ScheduleConstants.of(spec, fresh=out is None)
     results = launch(
         _fused_metadata,
         inputs,
         None if out is None else Results.of(spec, [o.arrays() for o in out]),
         Results.of(spec, [spec.shapes()] * spec.destinations),
-        programs=rows.requests * programs,
+        programs=len(offsets) * schedules.programs + rows.requests * programs,
         warps=config.warps,
         sizes=Sizes(
             RowSizes.of(rows, spec.nsa_index_topk),
@@ -266,6 +296,7 @@ def fused_metadata(
             spec.max_total_keys or 0,
             max_len,
             pages,
+            -(-max_len // spec.pooled_page_tokens),
             pool_rows,
             pool_cols // constants.pool_unit,
             max_len // constants.wide_unit,
@@ -273,17 +304,39 @@ def fused_metadata(
             length_programs,
             key_programs,
         ),
-        constants={"OFFSETS": offsets, "TABLES": constants},
+        constants={"OFFSETS": offsets, "TABLES": constants, "SCHEDULES": schedules},
     )
     return tuple(spec.metadata(arrays) for arrays in by_name(results))
 
 
 @triton.jit
-def _fused_metadata(inputs, results, sizes, OFFSETS: tl.constexpr, TABLES: tl.constexpr):
-    # Neighbouring programs write neighbouring memory.
-    i = tl.program_id(0) // sizes.programs
-    program = tl.program_id(0) % sizes.programs
+def _fused_metadata(
+    inputs,
+    results,
+    sizes,
+    OFFSETS: tl.constexpr,
+    TABLES: tl.constexpr,
+    SCHEDULES: tl.constexpr,
+):
     lengths = Lengths(inputs.seq_lens, inputs.extend_seq_lens)
+    index = tl.program_id(0)
+    NUM_OFFSETS: tl.constexpr = TABLES.offsets
+    for k in tl.static_range(NUM_OFFSETS):
+        if (index >= 0) & (index < SCHEDULES.programs):
+            write_schedules(results.schedules, index, lengths, sizes.rows, OFFSETS, k, SCHEDULES)
+        index -= SCHEDULES.programs
+    if index >= 0:
+        _write_of_request(inputs, results, index, lengths, sizes, OFFSETS, TABLES)
+
+
+@triton.jit
+def _write_of_request(
+    inputs, results, index, lengths, sizes, OFFSETS: tl.constexpr, TABLES: tl.constexpr
+):
+    """What one of a request's programs writes."""
+    # Neighbouring programs write neighbouring memory.
+    i = index // sizes.programs
+    program = index % sizes.programs
     NUM_OFFSETS: tl.constexpr = TABLES.offsets
     for k in tl.static_range(NUM_OFFSETS):
         share = program - k * sizes.length_programs
@@ -431,12 +484,14 @@ class Tile(NamedTuple):
       first: the first one of them that tables are written for.
       slots: the KV slots of its tokens; () where there is no table of them.
       pages: `tables.Pages` that start in it; () where there is no table of them.
+      pooled_pages: likewise, of pooled keys.
     """
 
     start: Any
     first: Any
     slots: Any
     pages: Any
+    pooled_pages: Any
 
 
 @triton.jit
@@ -444,13 +499,25 @@ def _load_tile(tables, source, start, first, longest, TABLES: tl.constexpr):
     """What the tables hold for tokens [start, start + TABLES.tile), as far as any row is live."""
     slots = ()
     pages = ()
+    pooled_pages = ()
     if len(tables.page_indices) > 0:
         slots = load_columns(source, start, first, longest, TABLES.tile)
     if len(tables.real_page_table) > 0:
-        pages = load_pages(
-            source, start, first, longest, TABLES.tile, TABLES.pages, TABLES.page_size
+        SIZE: tl.constexpr = TABLES.page_size
+        COUNT: tl.constexpr = TABLES.pages
+        pages = load_pages(source, start, first, longest, TABLES.tile, COUNT, SIZE, SIZE)
+    if len(tables.pooled_page_table) > 0:
+        pooled_pages = load_pages(
+            source,
+            start,
+            first,
+            longest,
+            TABLES.tile,
+            TABLES.pooled_pages,
+            TABLES.pooled_tokens,
+            TABLES.page_size,
         )
-    return Tile(start, first, slots, pages)
+    return Tile(start, first, slots, pages, pooled_pages)
 
 
 @triton.jit
@@ -478,3 +545,7 @@ def _store_tile(
     if len(tables.real_page_table) > 0:
         (real,) = of_backends((tables.real_page_table,), rows * sizes.pages, BACKENDS, COUNT)
         store_pages(real, row * sizes.pages, tile.pages, live, end)
+    if len(tables.pooled_page_table) > 0:
+        size = rows * sizes.pooled_pages
+        (pooled,) = of_backends((tables.pooled_page_table,), size, BACKENDS, COUNT)
+        store_pages(pooled, row * sizes.pooled_pages, tile.pooled_pages, live, end)

@@ -56,6 +56,7 @@ class RowConstants:
       least_seq_len, greatest_seq_len: where `seq_lens` saturate.
       rows_at_once: rows of a request whose lengths are one vector.
       requests_at_once: requests that are added up as one vector.
+      index_kpool: tokens that are one key of the indexer.
     """
 
     rows_per_request: int | None
@@ -65,9 +66,10 @@ class RowConstants:
     greatest_seq_len: int
     rows_at_once: int
     requests_at_once: int
+    index_kpool: int
 
     @classmethod
-    def of(cls, rows: Rows) -> "RowConstants":
+    def of(cls, rows: Rows, index_kpool: int = 1) -> "RowConstants":
         """What a kernel for these rows is compiled for."""
         q = rows.rows_per_request
         return cls(
@@ -77,6 +79,7 @@ class RowConstants:
             *rows.seq_len_range,
             128 if rows.prefill else min(32, triton.next_power_of_2(q or 32)),
             min(1024, triton.next_power_of_2(rows.requests)),
+            index_kpool,
         )
 
 
@@ -131,22 +134,34 @@ class RowValues(NamedTuple):
     indexer_ks: Any
     indexer_ke: Any
     topk_indices_offset: Any
+    pooled_cache_seqlens: Any
 
 
 @triton.jit
-def row_values(kv_len, request, first_key, sizes):
+def row_values(kv_len, request, first_key, sizes, ROWS: tl.constexpr):
     """What the arrays of [rows] hold for rows of a request that see `kv_len` tokens.
 
     The first of these tokens is the key `first_key`.
     """
     return RowValues(
         seqlens_expanded=kv_len,
-        nsa_cache_seqlens=tl.minimum(kv_len, sizes.topk),
+        nsa_cache_seqlens=selected(kv_len, sizes.topk, ROWS),
         token_to_request=request,
         indexer_ks=first_key,
         indexer_ke=first_key + kv_len,
         topk_indices_offset=first_key,
+        pooled_cache_seqlens=kv_len // ROWS.index_kpool,
     )
+
+
+@triton.jit
+def selected(kv_len, topk, ROWS: tl.constexpr):
+    """Tokens that the indexer selects of a row that sees `kv_len`.
+
+    Those of its full keys are limited, and the rest is selected.
+    """
+    rest = kv_len % ROWS.index_kpool
+    return tl.minimum(kv_len - rest, topk) + rest
 
 
 class RowSums(NamedTuple):
@@ -248,7 +263,7 @@ def write_rows(
         exists = j < location.rows
         row = location.first_row + j
         seen = kv_len(request, j)
-        values = row_values(seen, request.i, sums.cache_seqlens, sizes)
+        values = row_values(seen, request.i, sums.cache_seqlens, sizes, ROWS)
         store_values(row_arrays, row, values, exists)
         nsa_sums = sums.nsa_cache_seqlens + _nsa_sum(request, seen, sizes.topk, ROWS)
         store_values(row_sums, row + 1, RowSums(nsa_sums), exists)
@@ -260,7 +275,7 @@ def write_rows(
         ):
             row = first + tl.arange(0, AT_ONCE)
             exists = row < sizes.rows
-            store_values(row_arrays, row, row_values(0, 0, 0, sizes), exists)
+            store_values(row_arrays, row, row_values(0, 0, 0, sizes, ROWS), exists)
             store_values(row_sums, row + 1, RowSums(sums.nsa_total), exists)
 
 
@@ -268,15 +283,32 @@ def write_rows(
 def _nsa_sum(request, kv_len, topk, ROWS: tl.constexpr):
     """The sum of nsa_cache_seqlens over a request's rows up to the one that sees `kv_len`."""
     if ROWS.rows_per_request == 1:
-        return tl.minimum(kv_len, topk)
+        return selected(kv_len, topk, ROWS)
     before = tl.maximum(request.cache_seqlen - request.q, 0)
-    return _clamped_series(kv_len, topk) - _clamped_series(before, topk)
+    return _selected_series(kv_len, topk, ROWS) - _selected_series(before, topk, ROWS)
 
 
 @triton.jit
-def _clamped_series(n, topk):
-    """min(1, topk) + min(2, topk) + ... + min(n, topk), for n >= 0; wraps as int32 does."""
-    low = tl.minimum(n, topk)
-    half = low >> 1
-    triangle = tl.where((low & 1) == 0, half * (low + 1), low * (half + 1))
-    return triangle + (n - low) * topk
+def _selected_series(n, topk, ROWS: tl.constexpr):
+    """`selected` of 1, 2, ... and n, added up, for n >= 0; wraps as int32 does."""
+    POOL: tl.constexpr = ROWS.index_kpool
+    # Up to the first key past the limit all tokens are selected.
+    last = (tl.cast(topk, tl.int64) // POOL + 1) * POOL - 1
+    low = tl.minimum(n, last).to(tl.int32)
+    past = n - low
+    keys = past // POOL
+    rests = keys * _wrapped(POOL * (POOL - 1) // 2) + _triangle(past % POOL - 1)
+    return _triangle(low) + past * topk + rests
+
+
+@triton.jit
+def _triangle(n):
+    """1 + 2 + ... + n, for n >= -1; wraps as int32 does."""
+    half = n >> 1
+    return tl.where((n & 1) == 0, half * (n + 1), n * (half + 1))
+
+
+@triton.constexpr_function
+def _wrapped(n):
+    """As int32 holds it."""
+    return (n + 2**31) % 2**32 - 2**31

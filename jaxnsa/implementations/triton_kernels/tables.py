@@ -16,7 +16,7 @@ class Pages(NamedTuple):
     """The pages that start in a tile.
 
     Attributes:
-      column: of the real page table.
+      column: of the page table.
       token: the first one of each page.
       in_tile: whether the page starts in the tile and is wanted; the last of the vector may not.
       physical: their numbers in the cache; unspecified where they are not live.
@@ -79,16 +79,23 @@ def store_columns(
 
 @triton.jit
 def load_pages(
-    source, start, first, live, TILE: tl.constexpr, PAGES: tl.constexpr, PAGE_SIZE: tl.constexpr
+    source,
+    start,
+    first,
+    live,
+    TILE: tl.constexpr,
+    PAGES: tl.constexpr,
+    TOKENS: tl.constexpr,
+    PAGE_SIZE: tl.constexpr,
 ):
     """The pages that start in tokens [start, start + TILE) of a pool row, from token `first` on.
 
-    They are PAGES at most.
+    They are PAGES at most, one for each TOKENS; PAGE_SIZE is what slots are divided by.
     """
     # A page may be as long as int32 reaches: its tokens are counted in 64 bits.
     start = tl.cast(start, tl.int64)
-    column = tl.cdiv(start, PAGE_SIZE) + tl.arange(0, PAGES)
-    token = column * PAGE_SIZE
+    column = tl.cdiv(start, TOKENS) + tl.arange(0, PAGES)
+    token = column * TOKENS
     in_tile = (token >= first) & (token < start + TILE)
     slots = tl.load(source + token, in_tile & (token < live), 0)
     return Pages(column, token, in_tile, _floor_div(slots, PAGE_SIZE))
@@ -96,7 +103,7 @@ def load_pages(
 
 @triton.jit
 def store_pages(pointers, base, pages, live, end):
-    """Stores the pages of a tile in a row of the real page table: live ones, then 0 up to `end`."""
+    """Stores the pages of a tile in a row of a page table: live ones, then 0 up to `end`."""
     values = tl.where(pages.token < live, pages.physical, 0)
     store(pointers, base + pages.column, values, pages.in_tile & (pages.token < end))
 
