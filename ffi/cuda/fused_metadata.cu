@@ -186,14 +186,21 @@ void LaunchFusedMetadata(Stream stream, const FusedMetadataArguments& args) {
   Launch(kName, stream, kernel, grid, kThreads, parameters);
 }
 
+// Each kernel costs seconds of compilation: a full refresh has one of its own only where columns
+// move four at once, to few backends.
 template <int kCapacity, bool kSchedules>
 void LaunchForBackends(Stream stream, const FusedMetadataArguments& args) {
-  const bool vectors = AllowsVectors(args), whole = IsWhole(args);
-  const auto launch = vectors ? whole ? LaunchFusedMetadata<4, true, kCapacity, kSchedules>
-                                      : LaunchFusedMetadata<4, false, kCapacity, kSchedules>
-                      : whole ? LaunchFusedMetadata<1, true, kCapacity, kSchedules>
-                              : LaunchFusedMetadata<1, false, kCapacity, kSchedules>;
-  launch(stream, args);
+  if (!AllowsVectors(args)) {
+    LaunchFusedMetadata<1, false, kCapacity, kSchedules>(stream, args);
+    return;
+  }
+  if constexpr (kCapacity == kFewBackends) {
+    if (IsWhole(args)) {
+      LaunchFusedMetadata<4, true, kCapacity, kSchedules>(stream, args);
+      return;
+    }
+  }
+  LaunchFusedMetadata<4, false, kCapacity, kSchedules>(stream, args);
 }
 
 template <int kWidth, bool kWhole, int kCapacity, bool kSchedules>
@@ -205,9 +212,8 @@ void LoadForRows() {
 
 template <int kCapacity, bool kSchedules>
 void LoadForBackends() {
-  LoadForRows<4, true, kCapacity, kSchedules>();
+  if constexpr (kCapacity == kFewBackends) LoadForRows<4, true, kCapacity, kSchedules>();
   LoadForRows<4, false, kCapacity, kSchedules>();
-  LoadForRows<1, true, kCapacity, kSchedules>();
   LoadForRows<1, false, kCapacity, kSchedules>();
 }
 

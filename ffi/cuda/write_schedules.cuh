@@ -11,10 +11,11 @@
 
 namespace jaxnsa {
 
-// Writes one schedule to the backends of a block.
+// Writes one schedule to the backends of a block. Not inlined: many kernels share its code.
 template <bool kRagged, int kCapacity>
-__device__ void WriteSchedule(const ScheduleParameters<kCapacity>& args, const Rows& rows,
-                              const RowRules& rules, int32_t num_backends, int32_t block) {
+__device__ __attribute__((noinline)) void WriteSchedule(const ScheduleParameters<kCapacity>& args,
+                                                        const Rows& rows, const RowRules& rules,
+                                                        int32_t num_backends, int32_t block) {
   __shared__ SumsMemory sums, row_sums;
   const ScheduleKind kind = args.kinds[block % args.num_kinds];
   const int32_t first = block / args.num_kinds * args.backends_per_block;
