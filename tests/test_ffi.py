@@ -302,12 +302,6 @@ def test_exported_function_runs():
     arguments = inputs(5)
     function = jax.jit(functools.partial(jaxnsa.precompute_decode_metadata, implementation="ffi"))
     exported = export.export(function, disabled_checks=ffi.EXPORT_CHECKS)(*arguments)
-    export.register_pytree_node_serialization(
-        jaxnsa.NSAMetadata,
-        serialized_name="jaxnsa.NSAMetadata",
-        serialize_auxdata=lambda _: b"",
-        deserialize_auxdata=lambda _: ((), ()),
-    )
     restored = export.deserialize(exported.serialize())
     expected = reference.precompute_decode_metadata(*arguments)
     for actual, wanted in zip(

@@ -73,7 +73,7 @@ def prepared(
         **schedule_arguments(spec.schedules),
         tail=spec.tail,
         requests_are_items=requests_are_items,
-        backend_offsets=spec.offsets[: len(backends)],
+        backend_offsets=spec.backend_offsets or (0,) * len(backends),
     )
 
 
