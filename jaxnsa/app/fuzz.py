@@ -580,7 +580,9 @@ def _with_plain_lengths(steps: list[Step], failure: tuple[str, str]) -> list[Ste
 def _failure(steps: list[Step]) -> tuple[str, str] | None:
     """How a program fails: the error and what its message begins with; None where it does not."""
     error = _error_of(steps)
-    return error and (type(error).__name__, re.split(r"[:\d]", str(error))[0])
+    if error is None:
+        return None
+    return type(error).__name__, re.split(r"[:\d]", str(error))[0]
 
 
 def _error_of(steps: list[Step]) -> Exception | None:
