@@ -273,15 +273,9 @@ def ragged_paged_attention_metadata(
     kv_lens = _lengths(seq_lens)[:count] + padding
     q_lens = _lengths(extend_seq_lens)[:count] + padding
     indices = list(np.asarray(req_pool_indices)[:count]) + padding
-    table = fused_metadata_precompute_and_broadcast(
-        kv_lens,
-        indices,
-        req_to_token,
-        num_backends=1,
-        max_len=max_len,
-        real_page_size=page_size,
-        tail="zero",
-    )[0]
+    table = precompute_decode_metadata(
+        kv_lens, indices, req_to_token, max_len=max_len, real_page_size=page_size, tail="zero"
+    )
     page_indices = np.asarray(table.page_indices if page_size == 1 else table.real_page_table)
     pages = [-(-n // page_size) for n in kv_lens]
     capacity = page_indices.size if max_total_pages is None else max_total_pages

@@ -1006,6 +1006,11 @@ def test_written_lens_that_are_wrong(path, device):
         ),
         (
             ValueError,
+            "max_new_tokens: got 2147483648, expected an int",
+            {"written_lens": lengths, "max_new_tokens": 2**31},
+        ),
+        (
+            ValueError,
             "written_lens: got memory within that of",
             {"written_lens": engine.backends[0]["seqlens_expanded"][:4]},
         ),

@@ -262,7 +262,7 @@ def _buffers(rng: random.Random, path: str, implementation: str | None) -> Any:
         prefill=prefill,
         max_total_keys=rng.choice([None, 1, 150]) if prefill else None,
         index_kpool=rng.choice([1, 1, 2, 5]) if page < INT32_MAX else 1,
-        schedules=_schedules(rng) if direct and rng.random() < 0.3 else None,
+        schedules=_schedules(rng) if rng.random() < 0.3 else None,
         backend_offsets=offsets if not prefill and rng.random() < 0.3 else None,
     )
 

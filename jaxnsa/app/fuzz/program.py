@@ -15,6 +15,10 @@ Step = tuple[str, dict[str, Any]]
 """The name of a step, a function of one of the modules, and its keyword arguments."""
 
 
+CPU_DEVICES = 2
+"""What `shard_map` shares a call between."""
+
+
 def modules() -> list[ModuleType]:
     """Those whose functions are steps here."""
     if not importlib.util.find_spec("torch"):
@@ -49,15 +53,16 @@ def error_of(steps: Iterable[Step]) -> tuple[Exception, Session] | None:
 
 def source_of(lines: Iterable[str]) -> str:
     """The lines of a program as one that runs by itself."""
-    header = (
-        "import jax",
+    lines = list(lines)
+    header = [
         "from jaxnsa import *",
         *(f"from {module.__name__} import *" for module in modules()),
         "",
-        'jax.config.update("jax_num_cpu_devices", 2)',
         "session = Session()",
-    )
-    return "\n".join((*header, *lines)) + "\n"
+    ]
+    if any("shard_map" in line for line in lines):
+        header.insert(-1, f'jax.config.update("jax_num_cpu_devices", {CPU_DEVICES})')
+    return "\n".join(header + lines) + "\n"
 
 
 def line_of(step: Step) -> str:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from jaxnsa.app.fuzz import kinds
-from jaxnsa.app.fuzz.program import Step, error_of, line_of, run_step, source_of
+from jaxnsa.app.fuzz.program import CPU_DEVICES, Step, error_of, line_of, run_step, source_of
 from jaxnsa.app.fuzz.smaller import plainer, without_steps
 from jaxnsa.app.fuzz.steps import Refused, Session
 
@@ -148,12 +148,12 @@ class _Running:
         return Session()
 
     def do(self, session: Session, step: Step) -> None:
-        """Runs a step, after the end only where a program that failed is made smaller.
+        """Runs a step, after the end only the first, or to make a program that failed smaller.
 
         Raises:
           _OutOfTime: it is past the end.
         """
-        if time.monotonic() > self._end and self.failed is None:
+        if time.monotonic() > self._end and self.failed is None and self._report.counts:
             raise _OutOfTime
         self.steps.append(step)
         self._log.write(line_of(step) + "\n")
@@ -259,7 +259,7 @@ def child(seconds: str, seed: str, log: str, *implementations: str) -> None:
     """What a child process runs: a search whose report it prints as JSON."""
     import jax
 
-    jax.config.update("jax_num_cpu_devices", 2)  # for shard_map
+    jax.config.update("jax_num_cpu_devices", CPU_DEVICES)
     with open(log, "w") as file:
         report = search(float(seconds), seed, implementations, file)
     finding = report.finding and dataclasses.astuple(report.finding)

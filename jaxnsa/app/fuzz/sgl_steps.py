@@ -147,7 +147,7 @@ def _engine(session: Session, of: Buffers, name: str) -> Engine:
         of,
         path="direct",
         implementation=None,
-        count=3 if name == "sglang_copy" else of.count,
+        count={"sglang_fill": 1, "sglang_copy": 3}.get(name, of.count),
         wide=of.wide or name != "sglang_fill",
         prefill=False,
         max_total_keys=None,
@@ -212,7 +212,7 @@ def _copy(engine: Engine, rng: np.random.Generator, slots: np.ndarray) -> _Call:
     return _Call(sgl_kernel.fused_metadata_copy_cuda, keywords, expect)
 
 
-_SGLANG = {
+_SGLANG: Mapping[ForwardMode, Callable[..., None]] = {
     ForwardMode.DECODE: sglang.fused_dsa_decode_metadata,
     ForwardMode.TARGET_VERIFY: sglang.fused_dsa_target_verify_metadata,
     ForwardMode.DRAFT_EXTEND: sglang.fused_dsa_draft_extend_metadata,
@@ -231,15 +231,13 @@ _NAMES = {
 
 
 def _sglang_fill(engine: Engine, rng: np.random.Generator, slots: np.ndarray) -> _Call:
-    """SGLang's step of any mode, for the first backend."""
-    of = engine.of
+    """SGLang's step of any mode."""
+    (of, (backend,), (twin,)) = engine.of, engine.backends, engine.twins
     values = drawn(rng, of)
     while not len(values["seq_lens"]) or values.get("max_total_tokens") == 0:
         values = drawn(rng, of)
-    mode, arrays = values["forward_mode"], {}
-    for name in ("seq_lens", "req_pool_indices", "extend_seq_lens"):
-        if name in values:
-            arrays[name] = values[name]
+    names = {"seq_lens", "req_pool_indices", "extend_seq_lens"} & values.keys()
+    mode, arrays = values["forward_mode"], {name: values[name] for name in names}
     bs, tokens = len(arrays["seq_lens"]), values.get("num_draft_tokens")
     total = values.get("max_total_tokens", of.rows) if "extend_seq_lens" in arrays else None
     spec = of.spec(Rows.of(mode, bs, tokens, total))
@@ -249,26 +247,24 @@ def _sglang_fill(engine: Engine, rng: np.random.Generator, slots: np.ndarray) ->
         "physical_page_size": of.page,
         "max_len" if mode is ForwardMode.DECODE else "max_seqlen_k": spec.max_len,
     }
-    outputs = {name: engine.backends[0].get(name) for name in ("page_indices", "real_page_table")}
-    outputs |= engine.backends[0]
-    context = None
+    outputs = {name: backend.get(name) for name in ("page_indices", "real_page_table")} | backend
+    context: torch.Tensor | None = None
     if mode is ForwardMode.DECODE:
         del outputs["seqlens_expanded"]
     elif tokens is not None:
         numbers["next_n"] = tokens
-        context = torch.full((bs, tokens), HELD, dtype=torch.int32, device=DEVICE)
-        outputs["paged_mqa_ctx_lens_2d"] = context if rng.random() < 0.5 else None
+        if rng.random() < 0.5:
+            context = torch.full((bs, tokens), HELD, dtype=torch.int32, device=DEVICE)
+            outputs["paged_mqa_ctx_lens_2d"] = context
     else:
         numbers |= {"total_len": total, "max_extend_len": 99, "max_total_len": of.rows}
 
     def expect() -> None:
-        twin = engine.twins[0]
-        others = [{name: a.copy() for name, a in t.items()} for t in engine.twins]
+        held = twin["seqlens_expanded"].copy()
         options = {"forward_mode": mode, "num_draft_tokens": tokens, "max_total_tokens": total}
-        engine.expect(spec, arrays | options | {"req_to_token": slots})
+        engine.expect(spec, {**arrays, **options, "req_to_token": slots})
         if mode is ForwardMode.DECODE:
-            twin["seqlens_expanded"][:] = others[0]["seqlens_expanded"]
-        engine.twins[1:] = others[1:]
+            twin["seqlens_expanded"][:] = held
         # All rows of a request have the live columns of its last one.
         kv_lens = twin["cache_seqlens"]
         owners = [i for i in range(bs) for _ in range(tokens or 1)]
@@ -283,8 +279,8 @@ def _sglang_fill(engine: Engine, rng: np.random.Generator, slots: np.ndarray) ->
             if of.page > 1:
                 pages = live[:: of.page] // of.page
                 twin["real_page_table"][row, : len(pages)] = pages
-        if outputs.get("paged_mqa_ctx_lens_2d") is not None:
-            tiled = np.tile(kv_lens[:bs, None], tokens)
+        if context is not None:
+            tiled = np.tile(kv_lens[:bs, None], context.shape[1])
             assert_equal("paged_mqa_ctx_lens_2d", context.cpu().numpy(), tiled)
 
     given = {_NAMES.get(name, name): tensor for name, tensor in outputs.items()}

@@ -202,9 +202,9 @@ def validate(session: Session, call: Call, *, seed: int = 0) -> None:
     call = dataclasses.replace(call, function=BROADCAST, written=False)
     arguments, options = arguments_of(call, seed, values)
     session.calls += 1
-    taken = inspect.signature(validate_inputs).parameters
+    taken = {n: v for n, v in options.items() if n in parameters(validate_inputs)}
     try:
-        validate_inputs(**arguments, **{n: v for n, v in options.items() if n in taken})
+        validate_inputs(**arguments, **taken)
     except ValueError as error:
         assert EXPLANATION.match(str(error)), error
 
@@ -221,6 +221,9 @@ def track(session: Session, call: Call, *, seed: int = 0, more: int = 0) -> None
     (_, options), mode = arguments_of(call, seed, {}), dict(call.options)
     rows = Rows.of(call.mode, call.bs, mode["num_draft_tokens"], mode["max_total_tokens"])
     tracker = BatchTracker.empty(rows.tables.count + seed % 3)
+    static = {n: v for n, v in mode.items() if n in parameters(BatchTracker.step)}
+    step = functools.partial(BatchTracker.step, **static | {"forward_mode": call.mode})
+    advance: Callable[..., Any] = jax.jit(step) if call.transform == "jit" else step
     out, twin = _destinations(session, call)
     session.held.pop(call)
     for _ in range(1 + more):
@@ -228,9 +231,8 @@ def track(session: Session, call: Call, *, seed: int = 0, more: int = 0) -> None
         if len(moved := batch.step(call.bs)):
             tracker = tracker.invalidate(moved)
         arguments = batch.arguments(is_ragged(call.mode))
-        taken = inspect.signature(BatchTracker.step).parameters
-        step = {n: v for n, v in (mode | arguments).items() if n in taken}
-        written, tracker = tracker.step(batch.ids, **step | {"forward_mode": call.mode})
+        values = {n: v for n, v in arguments.items() if n in parameters(BatchTracker.step)}
+        written, tracker = advance(tracker, batch.ids, **values)
         out = _computed(call, arguments | {"written_lens": np.asarray(written)}, options, out)
         plain = {n: v for n, v in options.items() if n not in ("strategy", "max_new_tokens")}
         assert_same(out, getattr(reference, call.function)(**arguments, **plain, out=twin))
@@ -278,6 +280,12 @@ def vectors(
     return [{name: values[k] for name, values in drawn.items()} for k in range(count)]
 
 
+@functools.cache
+def parameters(function: Callable) -> frozenset[str]:
+    """The names of a function's arguments."""
+    return frozenset(inspect.signature(function).parameters)
+
+
 def deleted(tree: Any) -> Any:
     """Deleted arrays like the given ones."""
     copies = jax.tree.map(jnp.array, tree)
@@ -311,7 +319,7 @@ def arguments_of(call: Call, seed: int, values: Values) -> tuple[dict, dict]:
     if call.function == RAGGED:
         arguments.setdefault("extend_seq_lens", None)
         arguments["num_seqs"] = np.asarray(seed % (call.bs + 3) - 1, np.int32)
-    taken = inspect.signature(getattr(jaxnsa, call.function)).parameters
+    taken = parameters(getattr(jaxnsa, call.function))
     return arguments, {name: value for name, value in options.items() if name in taken}
 
 
@@ -358,7 +366,7 @@ def _on_device(call: Call, arguments: dict) -> dict:
 
 def _implementation(call: Call) -> dict[str, str]:
     """The argument of those functions that have it."""
-    taken = inspect.signature(getattr(jaxnsa, call.function)).parameters
+    taken = parameters(getattr(jaxnsa, call.function))
     return {"implementation": call.implementation} if "implementation" in taken else {}
 
 
@@ -418,10 +426,10 @@ def _compiled(call: Call, options: tuple) -> Callable:
 
 def assert_same(actual: Any, expected: Any) -> None:
     """Raises AssertionError where a result is not the reference's."""
-    structures = [jax.tree.structure(tree) for tree in (actual, expected)]
-    assert structures[0] == structures[1], f"got {structures[0]}, not {structures[1]}"
-    found = jax.tree.leaves_with_path(jax.device_get(actual))
-    for (path, a), e in zip(found, jax.tree.leaves(expected), strict=True):
+    found, wanted = (jax.tree.leaves_with_path(jax.device_get(t)) for t in (actual, expected))
+    names, expected_names = ([path for path, _ in leaves] for leaves in (found, wanted))
+    assert names == expected_names, f"got {names}, not {expected_names}"
+    for (path, a), (_, e) in zip(found, wanted, strict=True):
         assert_equal(jax.tree_util.keystr(path), a, e)
 
 

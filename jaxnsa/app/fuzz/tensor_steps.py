@@ -312,10 +312,8 @@ class Engine:
             max_total_tokens = self.of.rows
         options = {"num_draft_tokens": num_draft_tokens, "max_total_tokens": max_total_tokens}
         rows = Rows.of(forward_mode, len(arrays["seq_lens"]), **options)
-        self.expect(
-            self.of.spec(rows),
-            arrays | {"req_to_token": slots, "forward_mode": forward_mode} | options,
-        )
+        mode = {"forward_mode": forward_mode, **options}
+        self.expect(self.of.spec(rows), {**arrays, **mode, "req_to_token": slots})
 
     def expect(self, spec: Spec, given: Mapping[str, Any]) -> None:
         """What a computation writes to the twins."""
