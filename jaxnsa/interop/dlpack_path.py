@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import threading
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -13,14 +13,19 @@ import torch
 from jax import Array
 
 from jaxnsa import argument_checks
+from jaxnsa.batch_tracker import BatchTracker
 from jaxnsa.compilation import compiled
 from jaxnsa.config import settings
 from jaxnsa.implementations import IMPLEMENTATIONS
 from jaxnsa.implementations.choice import choose
+from jaxnsa.interop.held_rows import HeldRows
 from jaxnsa.interop.registration import Registered
 from jaxnsa.interop.tensor_checks import Checked, check_for_jax, checked_pool, platform_of
 from jaxnsa.metadata import Extent, Field, ForwardMode, NSAMetadata
 from jaxnsa.spec import INT32_MAX, INT32_MIN, Inputs, Rows, Spec
+
+_Known = Literal["written_lens", "request_ids"] | None
+"""What says which columns are written."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,7 +52,7 @@ class DlpackPath:
     compilation serves every batch.
     """
 
-    def __init__(self, registered: Registered, options: DlpackOptions):
+    def __init__(self, registered: Registered, held_rows: HeldRows, options: DlpackOptions):
         device = registered.device
         modes = _checked_modes(options)
         self._pool = checked_pool(options.req_to_token, device)
@@ -65,14 +70,14 @@ class DlpackPath:
         self._device = device
         self._lock = threading.Lock()  # on the batch and what JAX holds
         # The batch, padded, in memory of this object's own.
-        self._lengths = torch.zeros((4, requests), dtype=torch.int32, device=device)
-        self._wide = torch.zeros_like(self._lengths, dtype=torch.int64)
+        self._batch = torch.zeros((6, requests), dtype=torch.int32, device=device)
+        self._wide = torch.zeros((5, requests), dtype=torch.int64, device=device)
         self._done = torch.cuda.Event() if platform == "gpu" else None
-        plans = [_Plan(registered, options, mode, implementation) for mode in modes]
+        plans = [_Plan(registered, held_rows, options, mode, implementation) for mode in modes]
         self._plans = {(p.rows.rows_per_request, p.rows.added_tokens): p for p in plans}
         self._pool_array = jax.dlpack.from_dlpack(self._pool.tensor)
         for plan in plans:
-            plan.run(self._batch(), self._pool_array, -1, 0)
+            plan.run(self._batch_array(), self._pool_array, -1, 0)
 
     def run(
         self,
@@ -83,6 +88,7 @@ class DlpackPath:
         extend_seq_lens: Checked | None,
         written_lens: Checked | None,
         max_new_tokens: int,
+        request_ids: Checked | None,
     ) -> None:
         """Queues the computation between what is on PyTorch's current stream and what follows."""
         del max_new_tokens  # each number would be compiled for
@@ -108,30 +114,45 @@ class DlpackPath:
                 f'registered rows, as path is "dlpack"'
             )
         with self._lock:
-            self._run(plan, rows, (seq_lens, req_pool_indices, extend_seq_lens, written_lens))
+            lengths = (seq_lens, req_pool_indices, extend_seq_lens, written_lens)
+            self._run(plan, rows, lengths, request_ids)
 
-    def _run(self, plan: "_Plan", rows: Rows, given: Sequence[Checked | None]) -> None:
+    def _run(
+        self,
+        plan: "_Plan",
+        rows: Rows,
+        lengths: Sequence[Checked | None],
+        request_ids: Checked | None,
+    ) -> None:
         if self._done is not None:
             # The computation before this one has read the batch that is overwritten here.
             torch.cuda.current_stream(self._device).wait_event(self._done)
-        for held, wide, values in zip(self._lengths, self._wide, given, strict=True):
+        batch, wide = self._batch[:, : rows.requests], self._wide[:, : rows.requests]
+        for k, values in enumerate(lengths):
             if values is None:
                 continue
             source = values.tensor
             if source.dtype == torch.int64:
-                source = torch.clamp(source, INT32_MIN, INT32_MAX, out=wide[: rows.requests])
-            held[: rows.requests].copy_(source)
+                source = torch.clamp(source, INT32_MIN, INT32_MAX, out=wide[k])
+            batch[k].copy_(source)
+        if request_ids is not None:
+            wide[4].copy_(request_ids.tensor)
+            batch[4:].copy_(wide[4].view(torch.int32).view(-1, 2).T)
         if self._pool_array.unsafe_buffer_pointer() != self._pool.start:
             # JAX copies what is not aligned as it likes, on a CPU.
             self._pool_array = jax.dlpack.from_dlpack(self._pool.tensor)
-        is_written = given[-1] is not None
-        plan.run(self._batch(), self._pool_array, rows.requests, rows.count, is_written)
+        known: _Known = None
+        if request_ids is not None:
+            known = "request_ids"
+        elif lengths[-1] is not None:
+            known = "written_lens"
+        plan.run(self._batch_array(), self._pool_array, rows.requests, rows.count, known)
         if self._done is not None:
             self._done.record(torch.cuda.current_stream(self._device))
 
-    def _batch(self) -> Array:
+    def _batch_array(self) -> Array:
         """The padded batch. What JAX computes from it waits for all that PyTorch has queued."""
-        return jax.dlpack.from_dlpack(self._lengths)
+        return jax.dlpack.from_dlpack(self._batch)
 
 
 def _checked_modes(options: Any) -> tuple[ForwardMode, ...]:
@@ -154,6 +175,7 @@ class _Plan:
     def __init__(
         self,
         registered: Registered,
+        held_rows: HeldRows,
         options: DlpackOptions,
         mode: ForwardMode,
         implementation: str,
@@ -178,7 +200,7 @@ class _Plan:
         )
         shapes: Mapping[str, Any] = self._spec.shapes()
         destinations = (self._spec.metadata(shapes),) * len(registered.backends)
-        sizes, self._structure = jax.tree.flatten(destinations)
+        sizes = jax.tree.leaves(destinations)
         for (name, tensor), size in zip(registered.named(), sizes, strict=True):
             if tensor.shape[1:] != size.shape[1:]:
                 raise ValueError(
@@ -189,10 +211,12 @@ class _Plan:
             tensor[: size.shape[0]]
             for (_, tensor), size in zip(registered.named(), sizes, strict=True)
         ]
+        self._tensors.append(held_rows.rows.view(torch.int32))
+        self._structure = jax.tree.structure((destinations, 0))
         self._held: list[Array] | None = None
 
     def run(
-        self, batch: Array, pool: Array, requests: int, count: int, is_written: bool = False
+        self, batch: Array, pool: Array, requests: int, count: int, known: _Known = None
     ) -> None:
         """Fills the tensors for so many requests and rows; -1 requests change nothing."""
         held = self._held or [jax.dlpack.from_dlpack(tensor) for tensor in self._tensors]
@@ -200,8 +224,8 @@ class _Plan:
             batch,
             pool,
             np.array([requests, count], np.int32),
-            jax.tree.unflatten(self._structure, held),
-            is_written=is_written,
+            *jax.tree.unflatten(self._structure, held),
+            known=known,
             spec=self._spec,
             implementation=self._implementation,
         )
@@ -220,8 +244,8 @@ class _Plan:
 
 @functools.partial(
     compiled,
-    static_argnames=("is_written", "spec", "implementation"),
-    donate_argnames=("out",),
+    static_argnames=("known", "spec", "implementation"),
+    donate_argnames=("out", "held_rows"),
     keep_unused=True,
 )
 def _refresh(
@@ -229,27 +253,33 @@ def _refresh(
     pool: Array,
     sizes: Array,
     out: tuple[NSAMetadata, ...],
+    held_rows: Array,
     *,
-    is_written: bool,
+    known: _Known,
     spec: Spec,
     implementation: str,
-) -> tuple[NSAMetadata, ...]:
+) -> tuple[tuple[NSAMetadata, ...], Array]:
     requests, count = sizes
     exists = jnp.arange(spec.rows.requests) < requests
-    seq_lens, indices, extend, written = batch[:, : spec.rows.requests]
+    seq_lens, indices, extend, written, *id_words = batch[:, : spec.rows.requests]
+    seq_lens = jnp.where(exists, seq_lens, 0)
     ragged = spec.rows.rows_per_request is None
-    inputs = Inputs(
-        jnp.where(exists, seq_lens, 0),
-        indices,
-        pool,
-        jnp.where(exists, extend, 0) if ragged else None,
-        written if is_written else None,
-    )
+    extend_seq_lens = jnp.where(exists, extend, 0) if ragged else None
+    tracker = BatchTracker(held_rows[:, :2], held_rows[:, 2])
+    if known == "request_ids":
+        shortest = spec.rows_of(min(spec.offsets))
+        ids = jnp.stack(id_words, axis=1)
+        written, tracker = tracker.advanced(ids, seq_lens, extend_seq_lens, shortest)
+    else:
+        tracker = tracker.invalidate()
+    inputs = Inputs(seq_lens, indices, pool, extend_seq_lens, None if known is None else written)
     filled = IMPLEMENTATIONS[implementation].fused_metadata(inputs, out, spec)
-    return tuple(
+    filled = tuple(
         _without_padding(new, old, requests, jnp.where(requests < 0, -1, count), spec)
         for new, old in zip(filled, out, strict=True)
     )
+    held = jnp.pad(tracker.held[:, None], ((0, 0), (0, 1)))
+    return filled, jnp.concatenate([tracker.request_ids, held], axis=1)
 
 
 def _without_padding(
