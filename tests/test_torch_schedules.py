@@ -1,4 +1,4 @@
-"""Schedules and pooled arrays in an engine's static tensors, by the path "direct"."""
+"""Schedules and pooled arrays in an engine's static tensors, by both paths."""
 
 import numpy as np
 import pytest
@@ -9,7 +9,8 @@ from jaxnsa import ForwardMode, reference
 from jaxnsa.implementations import native_library
 
 torch = pytest.importorskip("torch")
-BackendBuffers = pytest.importorskip("jaxnsa.interop.torch").BackendBuffers
+interop = pytest.importorskip("jaxnsa.interop.torch")
+BackendBuffers = interop.BackendBuffers
 
 REQUESTS, ROWS, MAX_LEN, PAGE, TOPK, HELD = 9, 36, 64, 4, 600, -7
 
@@ -43,24 +44,26 @@ def buffers_for(schedules, kpool, device, count=2):
     ]
 
 
+@pytest.mark.parametrize("path", ("direct", "dlpack"))
 @pytest.mark.parametrize("kpool", (1, 3))
 @pytest.mark.parametrize("k", range(4))
-def test_update(k, kpool, device):
+def test_update(k, kpool, path, device):
     schedules = schedules_of(k)
     backends = buffers_for(schedules, kpool, device)
+    rng = np.random.default_rng(k)
+    pool = rng.integers(0, 999, (3, MAX_LEN), dtype=np.int32)
+    pool_tensor = torch.from_numpy(pool).to(device)
+    modes = (ForwardMode.DECODE, ForwardMode.TARGET_VERIFY, ForwardMode.DRAFT_EXTEND)
     buffers = BackendBuffers(
         backends,
         nsa_index_topk=TOPK,
         real_page_size=PAGE,
         index_kpool=kpool,
         schedules=schedules,
-        path="direct",
+        path=path,
+        dlpack=interop.DlpackOptions(pool_tensor, modes, num_draft_tokens=3),
     )
-    rng = np.random.default_rng(k)
-    pool = rng.integers(0, 999, (3, MAX_LEN), dtype=np.int32)
-    for step, mode in enumerate((*ForwardMode, *ForwardMode)):
-        if mode is ForwardMode.EXTEND:
-            continue
+    for step, mode in enumerate(modes * 2):
         bs = (9, 0, 5, 2)[step % 4]
         lengths, indices = lengths_of(KINDS[step % 6], bs), rng.integers(0, 3, bs, dtype=np.int32)
         options = {}
@@ -85,7 +88,8 @@ def test_update(k, kpool, device):
             tail="zero",
             **options,
         )
-        arguments = [torch.from_numpy(a).to(device) for a in (lengths, indices, pool)]
+        arguments = [torch.from_numpy(a).to(device) for a in (lengths, indices)]
+        arguments.append(pool_tensor)
         if "extend_seq_lens" in options:
             extend = torch.from_numpy(options["extend_seq_lens"]).to(device)
             options["extend_seq_lens"] = extend

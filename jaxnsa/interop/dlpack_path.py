@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 import threading
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
@@ -21,7 +22,8 @@ from jaxnsa.implementations.choice import choose
 from jaxnsa.interop.held_rows import HeldRows
 from jaxnsa.interop.registration import Registered
 from jaxnsa.interop.tensor_checks import Checked, check_for_jax, checked_pool, platform_of
-from jaxnsa.metadata import Extent, Field, ForwardMode, NSAMetadata
+from jaxnsa.metadata import FIELDS, Extent, Field, ForwardMode, NSAMetadata
+from jaxnsa.schedules import NO_SCHEDULES
 from jaxnsa.spec import INT32_MAX, INT32_MIN, Inputs, Rows, Spec
 
 _Known = Literal["written_lens", "request_ids"] | None
@@ -49,7 +51,8 @@ class DlpackPath:
     """Fills registered tensors by a jitted function of fixed shapes.
 
     The batch is padded to the registered number of requests with requests of length 0, so that one
-    compilation serves every batch.
+    compilation serves every batch. Schedules are those of the batch itself: with them there is a
+    compilation for each size of a batch, when it first comes.
     """
 
     def __init__(self, registered: Registered, held_rows: HeldRows, options: DlpackOptions):
@@ -73,11 +76,18 @@ class DlpackPath:
         self._batch = torch.zeros((6, requests), dtype=torch.int32, device=device)
         self._wide = torch.zeros((5, requests), dtype=torch.int64, device=device)
         self._done = torch.cuda.Event() if platform == "gpu" else None
-        plans = [_Plan(registered, held_rows, options, mode, implementation) for mode in modes]
-        self._plans = {(p.rows.rows_per_request, p.rows.added_tokens): p for p in plans}
         self._pool_array = jax.dlpack.from_dlpack(self._pool.tensor)
-        for plan in plans:
-            plan.run(self._batch_array(), self._pool_array, -1, 0)
+        self._pads = registered.spec.schedules == NO_SCHEDULES
+        self._plan_for = functools.cache(
+            functools.partial(
+                _Plan, registered, held_rows, options.req_to_token.shape[1], implementation
+            )
+        )
+        largest = [_largest_rows(registered, mode, options.num_draft_tokens) for mode in modes]
+        self._largest = {(rows.rows_per_request, rows.added_tokens): rows for rows in largest}
+        for plan in map(self._plan_for, largest):
+            if self._pads:
+                plan.run(self._batch_array(), self._pool_array, -1, 0)
 
     def run(
         self,
@@ -98,22 +108,23 @@ class DlpackPath:
                 f"{req_to_token.start:#x}, expected the pool of DlpackOptions, "
                 f"{tuple(self._pool.tensor.shape)} at {self._pool.start:#x}"
             )
-        plan = self._plans.get((rows.rows_per_request, rows.added_tokens))
-        if plan is None:
+        largest = self._largest.get((rows.rows_per_request, rows.added_tokens))
+        if largest is None:
             raise ValueError(
                 "forward_mode: got one, or a number of draft tokens, that DlpackOptions did not "
                 "name"
             )
-        if rows.requests > plan.rows.requests:
+        if rows.requests > largest.requests:
             raise ValueError(
-                f"seq_lens: got {rows.requests} requests, expected at most {plan.rows.requests}"
+                f"seq_lens: got {rows.requests} requests, expected at most {largest.requests}"
             )
-        if rows.rows_per_request is None and rows.count < plan.rows.count:
+        if self._pads and rows.rows_per_request is None and rows.count < largest.count:
             raise ValueError(
-                f"max_total_tokens: got {rows.count}, expected None or {plan.rows.count}, all "
+                f"max_total_tokens: got {rows.count}, expected None or {largest.count}, all "
                 f'registered rows, as path is "dlpack"'
             )
         with self._lock:
+            plan = self._plan_for(largest if self._pads else rows)
             lengths = (seq_lens, req_pool_indices, extend_seq_lens, written_lens)
             self._run(plan, rows, lengths, request_ids)
 
@@ -169,48 +180,49 @@ def _checked_modes(options: Any) -> tuple[ForwardMode, ...]:
     return tuple(modes)
 
 
+def _largest_rows(registered: Registered, mode: ForwardMode, num_draft_tokens: Any) -> Rows:
+    """The most rows of a forward mode that the tensors have room for."""
+    registered.check_mode(mode)
+    tokens = None
+    if mode is ForwardMode.TARGET_VERIFY:
+        tokens = argument_checks.integer("num_draft_tokens", num_draft_tokens, 1)
+    most = registered.spec.rows
+    requests = most.requests
+    if mode not in (ForwardMode.DRAFT_EXTEND, ForwardMode.EXTEND):
+        requests = min(requests, most.count // (tokens or 1))
+    return Rows.of(mode, requests, tokens, most.count)
+
+
 class _Plan:
-    """One forward mode: the tensors that it fills, as JAX sees them."""
+    """Rows of a forward mode: the tensors that they fill, as JAX sees them."""
 
     def __init__(
         self,
         registered: Registered,
         held_rows: HeldRows,
-        options: DlpackOptions,
-        mode: ForwardMode,
+        pool_columns: int,
         implementation: str,
+        rows: Rows,
     ):
-        registered.check_mode(mode)
-        verify = mode is ForwardMode.TARGET_VERIFY
-        tokens = (
-            argument_checks.integer("num_draft_tokens", options.num_draft_tokens, 1)
-            if verify
-            else None
-        )
         largest = registered.spec
-        requests = largest.rows.requests
-        if mode not in (ForwardMode.DRAFT_EXTEND, ForwardMode.EXTEND):
-            requests = min(requests, largest.rows.count // (tokens or 1))
-        self.rows = Rows.of(mode, requests, tokens, largest.rows.count)
-        self._implementation = implementation
         self._spec = dataclasses.replace(
-            largest,
-            rows=self.rows,
-            max_len=min(largest.max_len, options.req_to_token.shape[1]),
+            largest, rows=rows, max_len=min(largest.max_len, pool_columns)
         )
+        # A kernel is never launched for nothing.
+        self._implementation = "xla" if self._spec.is_empty else implementation
         shapes: Mapping[str, Any] = self._spec.shapes()
         destinations = (self._spec.metadata(shapes),) * len(registered.backends)
         sizes = jax.tree.leaves(destinations)
+        self._tensors = []
         for (name, tensor), size in zip(registered.named(), sizes, strict=True):
+            if FIELDS[name.rpartition(".")[2]].extent is Extent.PAGED_MQA_ITEMS:
+                tensor = tensor.flatten()[: math.prod(size.shape)].view(size.shape)
             if tensor.shape[1:] != size.shape[1:]:
                 raise ValueError(
                     f"req_to_token: got {self._spec.max_len} columns, expected at least those of "
                     f"{name}"
                 )
-        self._tensors = [
-            tensor[: size.shape[0]]
-            for (_, tensor), size in zip(registered.named(), sizes, strict=True)
-        ]
+            self._tensors.append(tensor[: size.shape[0]])
         self._tensors.append(held_rows.rows.view(torch.int32))
         self._structure = jax.tree.structure((destinations, 0))
         self._held: list[Array] | None = None
@@ -265,19 +277,18 @@ def _refresh(
     seq_lens = jnp.where(exists, seq_lens, 0)
     ragged = spec.rows.rows_per_request is None
     extend_seq_lens = jnp.where(exists, extend, 0) if ragged else None
-    tracker = BatchTracker(held_rows[:, :2], held_rows[:, 2])
+    tracker = BatchTracker.empty(len(held_rows))
     if known == "request_ids":
-        shortest = spec.rows_of(min(spec.offsets))
-        ids = jnp.stack(id_words, axis=1)
+        tracker = BatchTracker(held_rows[:, :2], held_rows[:, 2])
+        ids, shortest = jnp.stack(id_words, axis=1), spec.rows_of(min(spec.offsets))
         written, tracker = tracker.advanced(ids, seq_lens, extend_seq_lens, shortest)
-    else:
-        tracker = tracker.invalidate()
-    inputs = Inputs(seq_lens, indices, pool, extend_seq_lens, None if known is None else written)
+    inputs = Inputs(seq_lens, indices, pool, extend_seq_lens, written if known else None)
     filled = IMPLEMENTATIONS[implementation].fused_metadata(inputs, out, spec)
-    filled = tuple(
-        _without_padding(new, old, requests, jnp.where(requests < 0, -1, count), spec)
-        for new, old in zip(filled, out, strict=True)
-    )
+    if spec.schedules == NO_SCHEDULES:  # with them the batch is not padded
+        filled = tuple(
+            _without_padding(new, old, requests, jnp.where(requests < 0, -1, count), spec)
+            for new, old in zip(filled, out, strict=True)
+        )
     held = jnp.pad(tracker.held[:, None], ((0, 0), (0, 1)))
     return filled, jnp.concatenate([tracker.request_ids, held], axis=1)
 

@@ -21,7 +21,7 @@ from jaxnsa.interop.tensor_checks import (
     platform_of,
 )
 from jaxnsa.metadata import ForwardMode
-from jaxnsa.schedules import NO_SCHEDULES, Schedules
+from jaxnsa.schedules import Schedules
 from jaxnsa.spec import INT32_MAX, INT32_MIN, Rows
 from jaxnsa.value_checks import check_values
 
@@ -110,7 +110,8 @@ class BackendBuffers:
     a step, and Python only at those that are not as they should be, or at all of them before
     PyTorch 2.10, at some microseconds more. "dlpack" runs any implementation through JAX on a
     stream of JAX's own, which waits for PyTorch's current one and that one for it. It is compiled
-    for the registered sizes, pads smaller batches, and cannot be captured.
+    for the registered sizes, pads smaller batches, and cannot be captured. A schedule is that of
+    the batch itself: with schedules it pads none, and compiles for each size when it first comes.
 
     With the setting `validate`, of `jaxnsa.override` at an update or of the environment at
     registration, each update reads its inputs on the host and checks their values first.
@@ -143,9 +144,7 @@ class BackendBuffers:
             arrays.
           schedules: asks for the arrays of these, at the sizes of the largest batch: each must be
             there in all backends. `paged_mqa_ctx_lens` may have any shape of as many elements as
-            there are rows; a step of items of several rows writes them one behind the other. The
-            path "direct" alone computes them: the other pads batches, and a schedule is that of
-            the batch itself.
+            there are rows; a step of items of several rows writes them one behind the other.
           backend_offsets: an int for each backend, which is computed for `seq_lens` of so many
             tokens more; None: all 0.
           path: None takes "direct" where the native library can run, otherwise "dlpack".
@@ -173,8 +172,6 @@ class BackendBuffers:
             self._path = DirectPath(self._registered, self._held_rows)
         elif dlpack is None:
             raise ValueError('dlpack: got None, expected DlpackOptions as path is "dlpack"')
-        elif wanted != NO_SCHEDULES:
-            raise ValueError('schedules: got some, expected None as path is "dlpack"')
         else:
             self._path = DlpackPath(self._registered, self._held_rows, dlpack)
 
