@@ -152,6 +152,7 @@ WRONG_TENSORS: Mapping[str, Sequence[str]] = {
     "max_total_tokens": _NO_NUMBERS,
     "extend_seq_lens": ("3", "torch.ones(99)"),
     "written_lens": _NO_VECTORS,
+    "request_ids": _NO_VECTORS,
     "max_new_tokens": _NO_NUMBERS,
 }
 """Illegal values of the arguments of `BackendBuffers.update`, as expressions of `given` and of the

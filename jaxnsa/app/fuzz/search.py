@@ -182,7 +182,7 @@ def _counted(step: Step) -> tuple[str, str]:
         return "native library", keywords["name"] + refused
     if of is not None:
         path = of.path if of.implementation is None else f"{of.path} {of.implementation}"
-        return path, "BackendBuffers" + refused
+        return path, name.removeprefix("wrong_") + refused
     return "native library", keywords.get("function", name)
 
 
@@ -237,6 +237,7 @@ def _steps(rng: random.Random, implementations: Sequence[str]) -> list[Any]:
         steps += [
             step("update", of=of, **several),
             step("update", of=of, **several),
+            step("track_updates", of=of, **several),
             step("wrong_update", of=of, wrong=st.sampled_from(wrong), **seed),
             step("spoil", of=of, how=st.sampled_from(sorted(SPOILS)), field=st.integers(0, 19)),
             step("round_trip", **seed),

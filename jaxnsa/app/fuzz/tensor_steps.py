@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from jaxnsa import reference
+from jaxnsa.app.fuzz.batch import Batch
 from jaxnsa.app.fuzz.steps import (
     HELD,
     Session,
@@ -128,9 +129,7 @@ def update(
         keywords = dict(session.values)
         layout, dtype = LAYOUTS[keywords.pop("layout")], keywords.pop("dtype")
         tensors = {
-            name: layout(tensor_of(keywords.pop(name), dtype))
-            for name in tuple(keywords)
-            if name.endswith(("lens", "indices"))
+            name: layout(tensor_of(keywords.pop(name), dtype)) for name in _vectors(keywords)
         }
         given = tensors | keywords | {"req_to_token": engine.pool}
         if all(tensor.is_contiguous() for tensor in tensors.values()):
@@ -140,6 +139,42 @@ def update(
         else:
             assert_refused("vectors that are not contiguous", engine.buffers.update, given)
         engine.check()
+
+
+def track_updates(session: Session, of: Buffers, *, seed: int = 0, more: int = 0) -> None:
+    """Updates registered tensors for a batch that changes, whose requests have ids.
+
+    Args:
+      session, seed, more: as of `update`.
+      of: which, but for the pool, which has twice as many rows as requests.
+    """
+    batch, rng = Batch(seed, of.requests, of.pool[1]), np.random.default_rng(seed)
+    of = dataclasses.replace(of, pool=batch.pool.shape)
+    engine = engine_of(session, of)
+    engine.buffers.invalidate()
+    for _ in range(1 + more):
+        session.calls += 1
+        keywords = drawn(rng, of)
+        del keywords["layout"]
+        keywords.pop("written_lens", None)
+        dtype = keywords.pop("dtype")
+        moved = batch.step(len(keywords["seq_lens"]))
+        keywords |= {"seq_lens": batch.lengths, "req_pool_indices": batch.rows}
+        arrays = {name: np.asarray(keywords.pop(name), dtype) for name in _vectors(keywords)}
+        if len(moved):
+            engine.buffers.invalidate(tensor_of(moved, dtype))
+        engine.pool.copy_(torch.from_numpy(batch.pool))
+        tensors = {name: tensor_of(array, dtype) for name, array in arrays.items()}
+        tensors["request_ids"] = tensor_of(batch.ids, dtype)
+        engine.buffers.update(**tensors, **keywords, req_to_token=engine.pool)
+        keywords.pop("max_new_tokens", None)
+        engine.expect_step(arrays, batch.pool, **keywords)
+        engine.check()
+
+
+def _vectors(keywords: Mapping[str, Any]) -> list[str]:
+    """The names of those arguments of an update that are vectors."""
+    return [name for name in keywords if name.endswith(("lens", "indices"))]
 
 
 def wrong_update(session: Session, of: Buffers, *, wrong: tuple[str, str], seed: int = 0) -> None:
@@ -158,6 +193,8 @@ def wrong_update(session: Session, of: Buffers, *, wrong: tuple[str, str], seed:
         name: tensor_of([1, 1], "int64")
         for name in ("seq_lens", "req_pool_indices", "extend_seq_lens", "written_lens")
     }
+    if argument == "request_ids":
+        keywords["request_ids"] = keywords.pop("written_lens")
     keywords |= {"forward_mode": of.modes[seed % len(of.modes)], "req_to_token": engine.pool}
     keywords["num_draft_tokens"] = 3
     for name, mode in (("extend_seq_lens", is_ragged), ("num_draft_tokens", _is_verify)):
