@@ -89,7 +89,7 @@ def test_what_is_planted_is_found_and_made_small(broken, monkeypatch):
 
 
 def test_a_tracker_that_claims_too_much_is_found(monkeypatch):
-    call = Call(BROADCAST, "xla", 2, (1, 30), DECODE, True, "jit", written=True)
+    call = Call(BROADCAST, "xla", 2, (4, 30), DECODE, True, "jit", written=True)
     steps.track(Session(), call, seed=1, more=9)
     monkeypatch.setattr(BatchTracker, "invalidate", lambda tracker, ids: tracker)
     with pytest.raises(AssertionError, match="page_indices"):

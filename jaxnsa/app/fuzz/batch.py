@@ -9,15 +9,16 @@ class Batch:
     """The requests of a step.
 
     Attributes:
-      pool: int32 [2 * most, columns], the slots of all requests' tokens.
+      pool: int32 [rows, columns], the slots of all requests' tokens; as many rows as requests or
+        more.
       ids: int64 [bs], a number for each request that no other ever has.
       rows: int64 [bs], rows of the pool.
       lengths: int64 [bs], tokens.
     """
 
-    def __init__(self, seed: int, most: int, columns: int):
+    def __init__(self, seed: int, pool: tuple[int, int]):
         self._rng = np.random.default_rng(seed)
-        self.pool = self._rng.integers(0, 2**30, (2 * most, columns), dtype=np.int32)
+        self.pool = self._rng.integers(0, 2**30, pool, dtype=np.int32)
         self.ids, self.rows, self.lengths = np.zeros((3, 0), np.int64)
         self._next_id = 0
 
@@ -28,7 +29,7 @@ class Batch:
         stay = np.sort(stay[:bs]) if rng.random() < 0.5 else stay[:bs]
         stay = stay[rng.random(len(stay)) > rng.choice([0, 0, 0.3])]
         new = bs - len(stay)
-        free = rng.permutation(np.setdiff1d(np.arange(len(self.pool)), self.rows))[:new]
+        free = rng.permutation(np.setdiff1d(np.arange(len(self.pool)), self.rows[stay]))[:new]
         moved = self.ids[stay][rng.random(len(stay)) < 0.05]
         self.ids = np.append(self.ids[stay], self._next_id + np.arange(new))
         self._next_id += new

@@ -160,7 +160,7 @@ WRONG_TENSORS: Mapping[str, Sequence[str]] = {
 
 
 def calls(rng: random.Random, implementations: Sequence[str], count: int) -> list[Call]:
-    """So many kinds of calls, two of which a batch's tracker can serve."""
+    """So many kinds of calls or more, of which a batch's tracker can serve one or more."""
     drawn = [call(rng, rng.choice(implementations)) for _ in range(count)]
     while not any(is_tracked(drawn_call) for drawn_call in drawn):
         drawn.append(call(rng, rng.choice(implementations)))
@@ -169,15 +169,16 @@ def calls(rng: random.Random, implementations: Sequence[str], count: int) -> lis
 
 def is_tracked(call: Call) -> bool:
     """Whether the steps of a batch that changes can be such calls."""
-    return call.written and call.function in (BROADCAST, *SINGLE) and call.bs > 0
+    return call.written and call.bs > 0
 
 
 def call(rng: random.Random, implementation: str) -> Call:
     """A kind of call."""
     function = rng.choice([BROADCAST] * 6 + list(SINGLE) + [COPY] * 2 + [FILL, SUM, RAGGED])
     bs = rng.choice([0, 1, 2, 3, 5, 5, 8, 33])
-    pool = (rng.randint(1, bs + 3), rng.choice([1, 7, 63, 64, 70, 200]))
     in_place = function not in (FILL, SUM, RAGGED) and rng.random() < 0.5
+    written = in_place and function != COPY and rng.random() < 0.4
+    pool = (rng.randint(bs if written else 1, bs + 3), rng.choice([1, 7, 63, 64, 70, 200]))
     transforms = ["eager"] * 4 + ["jit"] * 2
     if bs and not in_place and function != COPY:
         transforms += ["vmap", "shard_map"]
@@ -191,7 +192,7 @@ def call(rng: random.Random, implementation: str) -> Call:
         rng.choice(transforms),
         rng.choice(["numpy", "jax"]),
         surroundings=rng.choice(["plain"] * 6 + list(SURROUNDINGS)),
-        written=in_place and function != COPY and rng.random() < 0.4,
+        written=written,
     )
     if kind.surroundings == "x64" or (kind.transform, kind.arrays) == ("eager", "numpy"):
         kind = dataclasses.replace(kind, dtype=rng.choice(["int32", "int64"]))
@@ -247,14 +248,14 @@ def _buffers(rng: random.Random, path: str, implementation: str | None) -> Any:
     max_len = rng.choice([7, 64, 130])
     pages_fit = direct and page < INT32_MAX
     columns = max_len + (rng.choice([-5, 0, 9]) if pages_fit else rng.choice([0, 9]))
-    count, prefill = rng.choice([1, 2, 3]), rng.random() < 0.3
+    requests, count, prefill = rng.choice([2, 5, 8]), rng.choice([1, 2, 3]), rng.random() < 0.3
     offsets = tuple(rng.randint(-3, 3) for _ in range(count))
     return Buffers(
         path=path,
         implementation=implementation,
-        requests=rng.choice([2, 5, 8]),
+        requests=requests,
         rows=rng.choice([9, 24]),
-        pool=(rng.randint(2, 9), columns),
+        pool=(rng.randint(requests, 9), columns),
         max_len=max_len,
         page=page,
         count=count,

@@ -155,7 +155,9 @@ def _engine(session: Session, of: Buffers, name: str) -> Engine:
         schedules=None,
         backend_offsets=None,
     )
-    return session.held.setdefault((name, of), Engine(of, register=False))
+    if (name, of) not in session.held:
+        session.held[name, of] = Engine(of, register=False)
+    return session.held[name, of]
 
 
 def _inputs(engine: Engine, rng: np.random.Generator, bs: int) -> dict[str, np.ndarray]:

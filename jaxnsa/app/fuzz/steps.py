@@ -83,6 +83,12 @@ class Call:
         return options.get("schedules") is None and not rows_are_counted
 
     @property
+    def slow(self) -> bool:
+        """Whether JAX dispatches its operations one by one."""
+        eager = self.function == RAGGED and self.transform == "eager"
+        return eager or self.surroundings == "disable_jit"
+
+    @property
     def title(self) -> str:
         """The function and, of the broadcast, its forward mode."""
         return f"{self.function} {self.mode.value}" if self.function == BROADCAST else self.function
@@ -133,14 +139,14 @@ def call(
       session: holds the destinations.
       call: which.
       seed: of the pool's slots, and of the values where none are given.
-      more: calls that follow with other values; fewer where each is compiled anew.
+      more: calls that follow with other values; fewer of slow ones.
       values: `seq_lens`, `req_pool_indices`, `extend_seq_lens` and `written_lens`.
 
     Raises:
       AssertionError: something is not as it should be. Any other error: likewise.
       Refused: the implementation does not compute this.
     """
-    count = 1 + (min(more, 2) if call.surroundings == "disable_jit" else more)
+    count = 1 + (min(more, 2) if call.slow else more)
     drawn = vectors(seed, call.bs, call.pool, call.dtype, call.far, count)
     for each in drawn if values is None else [values]:
         session.values = each
@@ -213,11 +219,11 @@ def track(session: Session, call: Call, *, seed: int = 0, more: int = 0) -> None
     """Fills destinations for a batch that changes, where a `BatchTracker` says what they hold.
 
     Args:
-      session, seed, more: as of `call`.
+      session, seed: as of `call`.
+      more: steps that follow; fewer where the tracker is called outside `jit`.
       call: in place, with `written_lens`, eager or jitted.
     """
-    batch = Batch(seed, call.bs, call.pool[1])
-    call = dataclasses.replace(call, pool=batch.pool.shape)
+    batch = Batch(seed, call.pool)
     (_, options), mode = arguments_of(call, seed, {}), dict(call.options)
     rows = Rows.of(call.mode, call.bs, mode["num_draft_tokens"], mode["max_total_tokens"])
     tracker = BatchTracker.empty(rows.tables.count + seed % 3)
@@ -226,7 +232,7 @@ def track(session: Session, call: Call, *, seed: int = 0, more: int = 0) -> None
     advance: Callable[..., Any] = jax.jit(step) if call.transform == "jit" else step
     out, twin = _destinations(session, call)
     session.held.pop(call)
-    for _ in range(1 + more):
+    for _ in range(1 + (more if call.transform == "jit" else min(more, 3))):
         session.calls += 1
         if len(moved := batch.step(call.bs)):
             tracker = tracker.invalidate(moved)

@@ -145,11 +145,9 @@ def track_updates(session: Session, of: Buffers, *, seed: int = 0, more: int = 0
     """Updates registered tensors for a batch that changes, whose requests have ids.
 
     Args:
-      session, seed, more: as of `update`.
-      of: which, but for the pool, which has twice as many rows as requests.
+      session, of, seed, more: as of `update`.
     """
-    batch, rng = Batch(seed, of.requests, of.pool[1]), np.random.default_rng(seed)
-    of = dataclasses.replace(of, pool=batch.pool.shape)
+    batch, rng = Batch(seed, of.pool), np.random.default_rng(seed)
     engine = engine_of(session, of)
     engine.buffers.invalidate()
     for _ in range(1 + more):
@@ -164,9 +162,9 @@ def track_updates(session: Session, of: Buffers, *, seed: int = 0, more: int = 0
         if len(moved):
             engine.buffers.invalidate(tensor_of(moved, dtype))
         engine.pool.copy_(torch.from_numpy(batch.pool))
-        tensors = {name: tensor_of(array, dtype) for name, array in arrays.items()}
-        tensors["request_ids"] = tensor_of(batch.ids, dtype)
-        engine.buffers.update(**tensors, **keywords, req_to_token=engine.pool)
+        given = {name: tensor_of(array, dtype) for name, array in arrays.items()} | keywords
+        given |= {"request_ids": tensor_of(batch.ids, dtype), "req_to_token": engine.pool}
+        engine.buffers.update(**given)
         keywords.pop("max_new_tokens", None)
         engine.expect_step(arrays, batch.pool, **keywords)
         engine.check()
