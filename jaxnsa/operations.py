@@ -525,7 +525,7 @@ def _fused_metadata(
     if here.validate:
         check_inputs(inputs, spec, debug=True)
     inputs = checks.held_inputs(inputs)
-    name = choose(implementation, here, _platform(inputs), requests=rows.requests, spec=spec)
+    name = choose(implementation, here, _platform(inputs), requests=rows.requests)
     _log_path(name, strategy, spec.num_backends)
     name = _computing(name, implementation, not spec.is_empty)
     computation = _computation(spec, strategy, name)

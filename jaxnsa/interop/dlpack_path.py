@@ -60,7 +60,6 @@ class DlpackPath:
             settings(),
             platform,
             requests=requests,
-            spec=registered.spec,
         )
         self._device = device
         self._lock = threading.Lock()  # on the batch and what JAX holds
