@@ -166,7 +166,7 @@ class _Plan:
         )
         largest = registered.spec
         requests = largest.rows.requests
-        if mode not in (ForwardMode.DRAFT_EXTEND, ForwardMode.EXTEND):
+        if not mode.ragged:
             requests = min(requests, largest.rows.count // (tokens or 1))
         self.rows = Rows.of(mode, requests, tokens, largest.rows.count)
         self._implementation = implementation
