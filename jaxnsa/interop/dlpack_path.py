@@ -16,6 +16,7 @@ from jax import Array
 from jaxnsa import argument_checks
 from jaxnsa.compilation import compiled
 from jaxnsa.config import settings
+from jaxnsa.constant_schedules import with_constants
 from jaxnsa.implementations import IMPLEMENTATIONS
 from jaxnsa.implementations.choice import choose
 from jaxnsa.interop.registration import Registered
@@ -249,6 +250,7 @@ def _refresh(
         jnp.where(exists, extend, 0) if ragged else None,
         written if is_written else None,
     )
+    inputs = jax.tree.map(jnp.asarray, with_constants(inputs, spec))
     filled = IMPLEMENTATIONS[implementation].fused_metadata(inputs, out, spec)
     if spec.schedules != NO_SCHEDULES:
         return filled  # of a batch that is not padded
