@@ -48,16 +48,25 @@ class PreparedLaunch {
   void Watch(nanobind::handle exchange_api, nanobind::list tensors, bool unchanged,
              std::vector<Span> written, int64_t min_columns);
 
+  // Lets launches keep track of what table rows hold, in memory of theirs: `rows` elements, and one for
+  // each request,
+  // zeros at first, which stays where it is.
+  void Track(HeldRow* held, int32_t rows, uint32_t* readers) {
+    args_.tracker = {held, rows, readers, {}, true};
+  }
+
   // Takes a step's tensors as they are and launches on their framework's current stream. Returns
   // false, having launched nothing, where anything is not as it should be: why is in `declined`.
   bool TryLaunch(const Rows& rows, nanobind::handle seq_lens, nanobind::handle req_pool_indices,
                  nanobind::handle req_to_token, nanobind::handle extend_seq_lens,
-                 nanobind::handle written_lens, int32_t max_new_tokens);
+                 nanobind::handle written_lens, int32_t max_new_tokens,
+                 nanobind::handle request_ids);
 
   // Launches on a stream with a step's inputs, which the caller has checked.
   void Launch(Stream stream, const Rows& rows, Vector seq_lens, Vector req_pool_indices,
               const CheckedPool& pool, std::optional<Vector> extend_seq_lens,
-              std::optional<Vector> written_lens, int32_t max_new_tokens);
+              std::optional<Vector> written_lens, int32_t max_new_tokens,
+              std::optional<Vector> request_ids);
 
   // Why TryLaunch last declined.
   const std::string& declined() const { return declined_; }

@@ -104,6 +104,7 @@ struct Parameters {
 
   // Only read where not all is written everywhere: see FusedMetadataKernel.
   Vector written_lens;  // data is null: none
+  BatchTracker tracker;
   int32_t least_offset;
   int32_t greatest_offset;
   int32_t backend_offsets[kCapacity];

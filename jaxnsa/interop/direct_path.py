@@ -9,6 +9,7 @@ import torch
 
 from jaxnsa.constant_schedules import flash_mla_constants
 from jaxnsa.implementations.native_library import NativeRows
+from jaxnsa.interop.held_rows import HeldRows
 from jaxnsa.interop.launches import (
     launch_checked,
     library_for,
@@ -29,7 +30,7 @@ _REMEMBERED = frozenset((int, types.NoneType))
 class DirectPath:
     """Fills registered tensors; everything but the step's own arguments is prepared once."""
 
-    def __init__(self, registered: Registered):
+    def __init__(self, registered: Registered, held: HeldRows):
         native = library_for(registered.device)
         if len(registered.backends) > native.max_backends:
             raise ValueError(
@@ -42,6 +43,7 @@ class DirectPath:
         self._launch = prepared(native, registered.spec, registered.backends)
         self._constants: dict[int, torch.Tensor] = {}
         self._hold_constants(registered.spec.rows)
+        self._launch.track(held.rows.data_ptr(), len(held.rows), held.readers.data_ptr())
         self._looks_at_tensors = False
         if api := exchange_api():
             self._looks_at_tensors = True
@@ -100,6 +102,7 @@ class DirectPath:
         max_total_tokens: int | None,
         written_lens: torch.Tensor | None,
         max_new_tokens: int | None,
+        request_ids: torch.Tensor | None,
     ) -> bool:
         """Queues the kernel if the library itself finds a step's arguments as they should be.
 
@@ -111,20 +114,22 @@ class DirectPath:
             or not isinstance(seq_lens, torch.Tensor)
             or not isinstance(mode, ForwardMode)
             or seq_lens.dim() != 1
+            or (request_ids is not None and written_lens is not None)
         ):
             return False
         most = MAX_LEN
         if max_new_tokens is not None:
-            if type(max_new_tokens) is not int or max_new_tokens < 0 or written_lens is None:
+            if type(max_new_tokens) is not int or max_new_tokens < 0:
+                return False
+            if written_lens is None and request_ids is None:
                 return False
             most = min(max_new_tokens, MAX_LEN)
         rows_of = self._remembered_rows
         if type(num_draft_tokens) not in _REMEMBERED or type(max_total_tokens) not in _REMEMBERED:
             rows_of = self._rows_of
         rows = rows_of(seq_lens.shape[0], mode, num_draft_tokens, max_total_tokens)
-        return self._launch.try_launch(
-            rows, seq_lens, req_pool_indices, req_to_token, extend_seq_lens, written_lens, most
-        )
+        inputs = (seq_lens, req_pool_indices, req_to_token, extend_seq_lens)
+        return self._launch.try_launch(rows, *inputs, written_lens, most, request_ids)
 
     def run(
         self,
@@ -135,9 +140,17 @@ class DirectPath:
         extend_seq_lens: Checked | None,
         written_lens: Checked | None,
         max_new_tokens: int,
+        request_ids: Checked | None,
     ) -> None:
         """Queues the kernel with a step's arguments, which were checked."""
-        given = (seq_lens, req_pool_indices, req_to_token, extend_seq_lens, written_lens)
-        launch_checked(self._launch, self._native_rows(rows), *given, max_new_tokens)
+        inputs = (seq_lens, req_pool_indices, req_to_token, extend_seq_lens)
+        launch_checked(
+            self._launch,
+            self._native_rows(rows),
+            *inputs,
+            written_lens,
+            max_new_tokens,
+            request_ids,
+        )
         if self._looks_at_tensors:
             report_declined(self._launch.declined)
