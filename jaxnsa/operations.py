@@ -20,7 +20,16 @@ from jaxnsa.implementations.choice import choose
 from jaxnsa.implementations.lowering import computed_by
 from jaxnsa.metadata import Array, DraftExtendSeqlens, ForwardMode, NSAMetadata
 from jaxnsa.schedules import Schedules
-from jaxnsa.spec import INT32_MAX, MAX_BACKENDS, MAX_ROWS, Inputs, Rows, Spec, Tail, saturated
+from jaxnsa.spec import (
+    INT32_MAX,
+    MAX_BACKENDS,
+    MAX_ROWS,
+    Inputs,
+    Rows,
+    Spec,
+    Tail,
+    saturated,
+)
 from jaxnsa.value_checks import check_inputs, check_values
 
 _logger = logging.getLogger("jaxnsa")

@@ -87,7 +87,7 @@ def pytest_collection_modifyitems(config, items):
         interpreted = item.get_closest_marker("interpreted") is not None
         if interpreted and item.get_closest_marker("large"):
             dropped.add(item)
-        elif parameters:
+        elif parameters and item not in dropped:
             key = (item.function, parameters.get("implementation"), 1 if interpreted else 2)
             groups.setdefault(key, []).append(item)
     for (*_, together), group in groups.items():

@@ -1,15 +1,19 @@
-"""Schedules and pooled arrays in an engine's static tensors, by the path "direct"."""
+"""Schedules and pooled arrays in an engine's static tensors, by both paths."""
 
 import numpy as np
 import pytest
 from test_schedules import KINDS, lengths_of, schedules_of
 
 import jaxnsa
-from jaxnsa import ForwardMode, reference
+from jaxnsa import FlashMlaSchedule, ForwardMode, Schedules, reference
+from jaxnsa.constant_schedules import flash_mla_constants
 from jaxnsa.implementations import native_library
+from jaxnsa.reference_schedules import flash_mla_schedule
 
 torch = pytest.importorskip("torch")
-BackendBuffers = pytest.importorskip("jaxnsa.interop.torch").BackendBuffers
+interop = pytest.importorskip("jaxnsa.interop.torch")
+direct_path = pytest.importorskip("jaxnsa.interop.direct_path")
+BackendBuffers = interop.BackendBuffers
 
 REQUESTS, ROWS, MAX_LEN, PAGE, TOPK, HELD = 9, 36, 64, 4, 600, -7
 
@@ -43,24 +47,26 @@ def buffers_for(schedules, kpool, device, count=2):
     ]
 
 
+@pytest.mark.parametrize("path", ("direct", "dlpack"))
 @pytest.mark.parametrize("kpool", (1, 3))
 @pytest.mark.parametrize("k", range(4))
-def test_update(k, kpool, device):
+def test_update(k, kpool, path, device):
     schedules = schedules_of(k)
     backends = buffers_for(schedules, kpool, device)
+    rng = np.random.default_rng(k)
+    pool = rng.integers(0, 999, (3, MAX_LEN), dtype=np.int32)
+    pool_tensor = torch.from_numpy(pool).to(device)
+    modes = (ForwardMode.DECODE, ForwardMode.TARGET_VERIFY, ForwardMode.DRAFT_EXTEND)
     buffers = BackendBuffers(
         backends,
         nsa_index_topk=TOPK,
         real_page_size=PAGE,
         index_kpool=kpool,
         schedules=schedules,
-        path="direct",
+        path=path,
+        dlpack=interop.DlpackOptions(pool_tensor, modes, num_draft_tokens=3),
     )
-    rng = np.random.default_rng(k)
-    pool = rng.integers(0, 999, (3, MAX_LEN), dtype=np.int32)
-    for step, mode in enumerate((*ForwardMode, *ForwardMode)):
-        if mode is ForwardMode.EXTEND:
-            continue
+    for step, mode in enumerate(modes * 2):
         bs = (9, 0, 5, 2)[step % 4]
         lengths, indices = lengths_of(KINDS[step % 6], bs), rng.integers(0, 3, bs, dtype=np.int32)
         options = {}
@@ -85,7 +91,8 @@ def test_update(k, kpool, device):
             tail="zero",
             **options,
         )
-        arguments = [torch.from_numpy(a).to(device) for a in (lengths, indices, pool)]
+        arguments = [torch.from_numpy(a).to(device) for a in (lengths, indices)]
+        arguments.append(pool_tensor)
         if "extend_seq_lens" in options:
             extend = torch.from_numpy(options["extend_seq_lens"]).to(device)
             options["extend_seq_lens"] = extend
@@ -140,3 +147,30 @@ def test_schedules_that_were_not_asked_for_are_refused(device):
         )
     with pytest.raises(TypeError, match="schedules: got"):
         BackendBuffers([], nsa_index_topk=1, real_page_size=1, schedules=jaxnsa.TopkPlan.h200())
+
+
+def test_constants_are_computed_once_for_each_size(device, monkeypatch):
+    computed = []
+
+    def constants(spec):
+        computed.append(spec.rows.count)
+        return flash_mla_constants(spec)
+
+    monkeypatch.setattr(direct_path, "flash_mla_constants", constants)
+    schedules = Schedules(flash_mla=FlashMlaSchedule(66, "topk"))
+    backends = buffers_for(schedules, 1, device)
+    buffers = BackendBuffers(
+        backends, nsa_index_topk=TOPK, real_page_size=PAGE, schedules=schedules, path="direct"
+    )
+    assert computed == [ROWS]
+    pool = torch.zeros((1, MAX_LEN), dtype=torch.int32, device=device)
+    for bs in (REQUESTS, 4, REQUESTS, 4):
+        lengths = torch.full((bs,), 7, dtype=torch.int32, device=device)
+        for backend in backends:
+            backend["flash_mla_schedule"].fill_(HELD)
+        buffers.update(lengths, torch.zeros_like(lengths), pool)
+        schedule, splits = flash_mla_schedule([TOPK] * bs, schedules.flash_mla)
+        for backend in backends:
+            np.testing.assert_array_equal(backend["flash_mla_schedule"].cpu(), schedule)
+            np.testing.assert_array_equal(backend["flash_mla_num_splits"][: bs + 1].cpu(), splits)
+    assert computed == [ROWS, REQUESTS, 4]

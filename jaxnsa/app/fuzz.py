@@ -44,8 +44,8 @@ Options = dict[str, Any]
 _CALLS_PER_SEARCH = 40  # kinds of calls, each compiled once
 _STEPS = 25  # of a program
 _MORE = (0, 20, 200)  # calls of a step, but for the one whose lengths can be made smaller
-_CHILD_SECONDS = 300.0  # a child's kinds of calls are its own
-_PATIENCE_SECONDS = 300.0  # for a child that makes a program smaller
+_PROGRAMS = 100  # of a child, whose kinds of calls are its own
+_PATIENCE_SECONDS = 600.0  # for a child that makes a program smaller
 _CRASH_TRIES = 40
 _TIMED_OUT = 124
 
@@ -212,7 +212,7 @@ def run(seconds: float, seed: int, implementations: Sequence[str]) -> Iterator[R
 
     Args:
       seconds: to search; making a program smaller takes more.
-      seed: the same one draws the same programs, as long as they take the same time.
+      seed: the same one draws the same programs, as many as the time allows.
       implementations: what computes.
 
     Yields:
@@ -222,7 +222,7 @@ def run(seconds: float, seed: int, implementations: Sequence[str]) -> Iterator[R
     end = time.monotonic() + seconds
     number = 0
     while report.finding is None and (left := end - time.monotonic()) > 0:
-        child = _run_child(min(left, _CHILD_SECONDS), f"{seed}.{number}", implementations)
+        child = _run_child(left, f"{seed}.{number}", implementations)
         report.counts.update(child.counts)
         report.refused.update(child.refused)
         report.finding = child.finding
@@ -239,9 +239,9 @@ def search(seconds: float, seed: str, implementations: Sequence[str], log: IO[st
     calls = _calls(rng, implementations)
     buffers = _buffers(rng, implementations) if importlib.util.find_spec("torch") else []
     report = Report()
-    running = _Running(log, report)
+    running = _Running(log, report, time.monotonic() + seconds)
     settings = hypothesis.settings(
-        max_examples=10,
+        max_examples=_PROGRAMS,
         stateful_step_count=_STEPS,
         deadline=None,
         phases=(hypothesis.Phase.generate, hypothesis.Phase.shrink),
@@ -250,16 +250,18 @@ def search(seconds: float, seed: str, implementations: Sequence[str], log: IO[st
         report_multiple_bugs=False,
         suppress_health_check=list(hypothesis.HealthCheck),
     )
-    end = time.monotonic() + seconds
-    while time.monotonic() < end:
-        machine = hypothesis.seed(rng.getrandbits(64))(_machine(calls, buffers, running, end))
-        try:
-            with contextlib.redirect_stdout(sys.stderr):
-                run_state_machine_as_test(machine, settings=settings)
-        except Exception as error:
-            steps = _simpler(running.steps)
-            report.finding = Finding(_program(steps), f"{type(error).__name__}: {error}")
-            break
+    machine = hypothesis.seed(rng.getrandbits(64))(_machine(calls, buffers, running))
+    try:
+        with contextlib.redirect_stdout(sys.stderr):
+            run_state_machine_as_test(machine, settings=settings)
+    except _OutOfTime:
+        pass
+    except Exception as error:
+        # Hypothesis's own where a program fails once and then no more.
+        steps, first = running.failed or (running.steps, error)
+        steps = _simpler(steps)
+        last = _error_of(steps) or first
+        report.finding = Finding(_program(steps), f"{type(last).__name__}: {last}")
     return report
 
 
@@ -267,13 +269,17 @@ Step = tuple[str, Options]
 """The name of a step and its keyword arguments."""
 
 
-class _Running:
-    """The program that is running, and what was counted."""
+class _OutOfTime(BaseException):
+    """Ends a search: Hypothesis takes an Exception for a failure, and a shorter program amiss."""
 
-    def __init__(self, log: IO[str], report: Report):
+
+class _Running:
+    """The program that is running, the latest one that failed, and what was counted."""
+
+    def __init__(self, log: IO[str], report: Report, end: float):
         self.steps: list[Step] = []
-        self.failing = False  # from then on programs are made smaller, whatever the time
-        self._log, self._report = log, report
+        self.failed: tuple[list[Step], Exception] | None = None
+        self._log, self._report, self._end = log, report, end
 
     def begin(self) -> Any:
         """A new program; returns its session."""
@@ -283,7 +289,13 @@ class _Running:
         return _session()
 
     def do(self, session: Any, step: Step) -> None:
-        """Runs a step."""
+        """Runs a step, after the end only where a program that failed is made smaller.
+
+        Raises:
+          _OutOfTime: it is past the end.
+        """
+        if time.monotonic() > self._end and self.failed is None:
+            raise _OutOfTime
         self.steps.append(step)
         self._log.write(_line(step) + "\n")
         self._log.flush()
@@ -292,8 +304,8 @@ class _Running:
             _run_step(session, step)
         except Refused:
             self._report.refused[key] += 1  # the first of them
-        except Exception:
-            self.failing = True
+        except Exception as error:
+            self.failed = self.steps, error
             raise
         else:
             self._report.counts[key] += 1 + step[1].get("more", 0)
@@ -422,8 +434,8 @@ def _buffers(rng: random.Random, implementations: Sequence[str]) -> list[Any]:
     return [drawn(*kind) for kind in kinds]
 
 
-def _machine(calls: list[Call], buffers: list[Any], running: _Running, end: float) -> Any:
-    """A class of Hypothesis that draws programs of steps, which are empty after the end."""
+def _machine(calls: list[Call], buffers: list[Any], running: _Running) -> Any:
+    """A class of Hypothesis that draws programs of steps."""
     from hypothesis import strategies as st
     from hypothesis.stateful import RuleBasedStateMachine, rule
 
@@ -509,8 +521,6 @@ def _machine(calls: list[Call], buffers: list[Any], running: _Running, end: floa
 
         @rule(data=st.data())
         def step(self, data: Any) -> None:
-            if time.monotonic() > end and not running.failing:
-                return
             kind = data.draw(st.sampled_from(kinds))
             draw = call_step if "call" in kind or kind == "validate" else other_step
             if "update" in kind:
@@ -521,12 +531,16 @@ def _machine(calls: list[Call], buffers: list[Any], running: _Running, end: floa
 
 
 def _simpler(steps: list[Step]) -> list[Step]:
-    """The same program with plainer calls and lengths, as long as it fails alike."""
+    """The program with fewer steps, plainer calls and lengths, as long as it fails alike."""
     failure = _failure(steps)
     if failure is None:
         return steps
     steps = _with_plain_lengths(steps, failure)
-    for call in {keywords["call"] for _, keywords in steps if "call" in keywords}:
+    for step in steps[:-1]:
+        fewer = [other for other in steps if other is not step]
+        if _failure(fewer) == failure:
+            steps = fewer
+    for call in dict.fromkeys(keywords["call"] for _, keywords in steps if "call" in keywords):
         current = call
         for name, default in _plain_values().items():
             plainer = _with(current, name, default)
@@ -565,13 +579,21 @@ def _with_plain_lengths(steps: list[Step], failure: tuple[str, str]) -> list[Ste
 
 def _failure(steps: list[Step]) -> tuple[str, str] | None:
     """How a program fails: the error and what its message begins with; None where it does not."""
+    error = _error_of(steps)
+    if error is None:
+        return None
+    return type(error).__name__, re.split(r"[:\d]", str(error))[0]
+
+
+def _error_of(steps: list[Step]) -> Exception | None:
+    """What a program ends with."""
     session = _session()
     try:
         for step in steps:
             with contextlib.suppress(Refused):
                 _run_step(session, step)
     except Exception as error:
-        return type(error).__name__, re.split(r"[:\d]", str(error))[0]
+        return error
     return None
 
 
