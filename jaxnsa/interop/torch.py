@@ -144,7 +144,10 @@ class BackendBuffers:
             arrays.
           schedules: asks for the arrays of these, at the sizes of the largest batch: each must be
             there in all backends. `paged_mqa_ctx_lens` may have any shape of as many elements as
-            there are rows; a step of items of several rows writes them one behind the other.
+            there are rows; a step of items of several rows writes them one behind the other. A
+            constant schedule is computed here for the registered rows, and once for any other
+            number of rows that comes, but not while a CUDA graph is captured: the kernel computes
+            it then, at some microseconds more.
           backend_offsets: an int for each backend, which is computed for `seq_lens` of so many
             tokens more; None: all 0.
           path: None takes "direct" where the native library can run, otherwise "dlpack".
