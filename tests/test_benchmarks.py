@@ -86,7 +86,6 @@ def test_a_wrong_result_stops_the_run(monkeypatch, tmp_path):
 
     class Wrong:
         unavailable = staticmethod(lambda platform: None)
-        unsupported = staticmethod(lambda spec: None)
         version = staticmethod(lambda: "1")
 
     Wrong.fused_metadata = staticmethod(fused_metadata)
