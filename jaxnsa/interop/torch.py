@@ -106,12 +106,13 @@ class BackendBuffers:
     rows, for `request_ids`, is in memory of its own, which every update writes.
 
     There are two paths. "direct" launches one kernel of the native library on PyTorch's current
-    stream, without JAX; `torch.cuda.graph` captures it. The library itself looks at the tensors of
-    a step, and Python only at those that are not as they should be, or at all of them before
-    PyTorch 2.10, at some microseconds more. "dlpack" runs any implementation through JAX on a
-    stream of JAX's own, which waits for PyTorch's current one and that one for it. It is compiled
-    for the registered sizes, pads smaller batches, and cannot be captured. A schedule is that of
-    the batch itself: with schedules it pads none, and compiles for each size when it first comes.
+    stream, with schedules one for each 8 backends, without JAX; `torch.cuda.graph` captures it. The
+    library itself looks at the tensors of a step, and Python only at those that are not as they
+    should be, or at all of them before PyTorch 2.10, at some microseconds more. "dlpack" runs any
+    implementation through JAX on a stream of JAX's own, which waits for PyTorch's current one and
+    that one for it. It is compiled for the registered sizes, pads smaller batches, and cannot be
+    captured. A schedule is that of the batch itself: with schedules it pads none, and compiles for
+    each size when it first comes.
 
     With the setting `validate`, of `jaxnsa.override` at an update or of the environment at
     registration, each update reads its inputs on the host and checks their values first.
@@ -144,7 +145,10 @@ class BackendBuffers:
             arrays.
           schedules: asks for the arrays of these, at the sizes of the largest batch: each must be
             there in all backends. `paged_mqa_ctx_lens` may have any shape of as many elements as
-            there are rows; a step of items of several rows writes them one behind the other.
+            there are rows; a step of items of several rows writes them one behind the other. A
+            constant schedule is computed here for the registered rows, and once for any other
+            number of rows that comes, but not while a CUDA graph is captured: the kernel computes
+            it then, at some microseconds more.
           backend_offsets: an int for each backend, which is computed for `seq_lens` of so many
             tokens more; None: all 0.
           path: None takes "direct" where the native library can run, otherwise "dlpack".
