@@ -93,6 +93,15 @@ def test_what_fails_once_is_a_finding_and_time_is_none(monkeypatch):
     assert len(steps) == 21
 
 
+def test_needless_steps_are_dropped(monkeypatch):
+    def run_step(session, step):
+        assert step[0] != "bad", "bad"
+
+    monkeypatch.setattr(fuzz, "_run_step", run_step)
+    steps = [("good", {}), ("good", {"seed": 1}), ("bad", {})]
+    assert fuzz._simpler(steps) == steps[2:]
+
+
 def test_what_is_wrong_and_taken_is_found():
     call = Call(BROADCAST, "xla", 1, (1, 8), tuple(DECODE.items()))
     lengths = {"seq_lens": [1], "req_pool_indices": [0], "extend_seq_lens": [1]}
