@@ -108,12 +108,13 @@ class BackendBuffers:
     rows, for `request_ids`, is in memory of its own, which every update writes.
 
     There are two paths. "direct" launches one kernel of the native library on PyTorch's current
-    stream, without JAX; `torch.cuda.graph` captures it. The library itself looks at the tensors of
-    a step, and Python only at those that are not as they should be, or at all of them before
-    PyTorch 2.10, at some microseconds more. "dlpack" runs any implementation through JAX on a
-    stream of JAX's own, which waits for PyTorch's current one and that one for it. It is compiled
-    for the registered sizes, pads smaller batches, and cannot be captured. A schedule is that of
-    the batch itself: with schedules it pads none, and compiles for each size when it first comes.
+    stream, with schedules one for each 8 backends, without JAX; `torch.cuda.graph` captures it. The
+    library itself looks at the tensors of a step, and Python only at those that are not as they
+    should be, or at all of them before PyTorch 2.10, at some microseconds more. "dlpack" runs any
+    implementation through JAX on a stream of JAX's own, which waits for PyTorch's current one and
+    that one for it. It is compiled for the registered sizes, pads smaller batches, and cannot be
+    captured. A schedule is that of the batch itself: with schedules it pads none, and compiles for
+    each size when it first comes.
 
     With the setting `validate`, of `jaxnsa.override` at an update or of the environment at
     registration, each update reads its inputs on the host and checks their values first.
