@@ -18,8 +18,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from jaxnsa.app import demo as simulation
-from jaxnsa.app import fuzz as fuzzing
 from jaxnsa.app import verify as verification
+from jaxnsa.app.fuzz import search as fuzzing
 from jaxnsa.app.request_traces import read_trace, synthetic_requests
 from jaxnsa.config import settings
 from jaxnsa.implementations import IMPLEMENTATIONS

@@ -111,7 +111,29 @@ def contenders(
     return found
 
 
-class Library:
+class _Jitted:
+    """A jitted step.
+
+    Attributes:
+      held: what the last step computed, by its forward modes.
+    """
+
+    held: list[Any]
+
+    def given(self, inputs: Inputs) -> Inputs:
+        """The inputs as they are."""
+        return inputs
+
+    def wait(self, result: jax.Array) -> None:
+        """Waits for what the step returns."""
+        jax.block_until_ready((self.held, result))
+
+    def metadata(self) -> list[NSAMetadata]:
+        """All that was computed."""
+        return [metadata for backends in self.held for metadata in backends]
+
+
+class Library(_Jitted):
     """This library in a jitted step, in place.
 
     If it is incremental, a `BatchTracker` for each mode tells what the step before has written.
@@ -155,10 +177,10 @@ class Library:
         zeros = jax.tree.map(jnp.zeros_like, expected(inputs, num_backends, None))
         decode, *others = (tuple([one]) for one in zeros)
         copies = tuple(jax.tree.map(jnp.copy, decode[0]) for _ in range(num_backends))
-        self._held: list[Any] = [copies, *others]
+        self.held = [copies, *others]
         self._trackers: list[BatchTracker | None] = [
             BatchTracker.empty(len(out[0].seqlens_expanded)) if incremental else None
-            for out in self._held
+            for out in self.held
         ]
         self._next_trackers = self._trackers
 
@@ -169,23 +191,15 @@ class Library:
 
     def run(self, given: Inputs) -> jax.Array:
         """The step, jitted."""
-        self._held, self._next_trackers, read = self._step(self._held, self._trackers, given)
+        self.held, self._next_trackers, read = self._step(self.held, self._trackers, given)
         return read
-
-    def wait(self, result: jax.Array) -> None:
-        """Waits for what the step returns."""
-        jax.block_until_ready((self._held, result))
-
-    def metadata(self) -> list[NSAMetadata]:
-        """All that was filled."""
-        return [metadata for backends in self._held for metadata in backends]
 
     def launches(self, given: Inputs) -> int:
         """Of the compiled step."""
-        return count_launches(self._step.lower(self._held, self._trackers, given).compile())
+        return count_launches(self._step.lower(self.held, self._trackers, given).compile())
 
 
-class PlainJax:
+class PlainJax(_Jitted):
     """Plain `jax.numpy` under `jax.jit`, each of N backends computed for itself."""
 
     name = "plain jnp x N"
@@ -208,24 +222,12 @@ class PlainJax:
             return results, _read(results)
 
         self._step = jax.jit(step)
-        self._last: list[Any] = []
-
-    def given(self, inputs: Inputs) -> Inputs:
-        """The inputs as they are."""
-        return inputs
+        self.held = []
 
     def run(self, given: Inputs) -> jax.Array:
         """The step, jitted."""
-        self._last, read = self._step(given)
+        self.held, read = self._step(given)
         return read
-
-    def wait(self, result: jax.Array) -> None:
-        """Waits for what the step returns."""
-        jax.block_until_ready((self._last, result))
-
-    def metadata(self) -> list[NSAMetadata]:
-        """All that was computed."""
-        return [metadata for each in self._last for metadata in each]
 
     def launches(self, given: Inputs) -> int:
         """Of the compiled step."""
