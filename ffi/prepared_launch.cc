@@ -43,7 +43,7 @@ bool PreparedLaunch::TryLaunch(const Rows& rows, nb::handle seq_lens, nb::handle
       return Decline("registered tensor " + std::to_string(k) + " has changed");
     }
   }
-  args_.rows = rows;
+  TakeRows(rows);
   if (rows.ragged() == extend_seq_lens.is_none()) {
     return Decline("extend_seq_lens: there, or not, against the forward mode");
   }
@@ -76,7 +76,7 @@ void PreparedLaunch::Launch(Stream stream, const Rows& rows, Vector seq_lens,
                             std::optional<Vector> extend_seq_lens,
                             std::optional<Vector> written_lens, int32_t max_new_tokens,
                             std::optional<Vector> request_ids) {
-  args_.rows = rows;
+  TakeRows(rows);
   args_.rows.seq_lens = seq_lens;
   args_.req_pool_indices = req_pool_indices;
   args_.pool = Pool::Of(reinterpret_cast<const int32_t*>(pool.address), pool.rows, pool.stride);
@@ -86,6 +86,13 @@ void PreparedLaunch::Launch(Stream stream, const Rows& rows, Vector seq_lens,
   args_.max_new_tokens = max_new_tokens;
   args_.tracker.request_ids = request_ids.value_or(Vector{});
   FusedMetadata(stream, args_);
+}
+
+void PreparedLaunch::TakeRows(const Rows& rows) {
+  args_.rows = rows;
+  if (flash_mla_.empty()) return;
+  const auto held = flash_mla_.find(args_.schedules.flash_mla.items(rows));
+  args_.flash_mla = held == flash_mla_.end() ? nullptr : held->second;
 }
 
 bool PreparedLaunch::DescribeInput(nb::handle object, const char* name, int32_t dimensions,

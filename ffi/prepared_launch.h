@@ -7,6 +7,7 @@
 #include <cstdint>
 #include <optional>
 #include <string>
+#include <unordered_map>
 #include <utility>
 #include <vector>
 
@@ -34,6 +35,12 @@ class PreparedLaunch {
   // writes no more columns than its pool has.
   explicit PreparedLaunch(const FusedMetadataArguments& fixed)
       : args_(fixed), max_len_(fixed.max_len) {}
+
+  // Lets launches copy FlashMLA's arrays of a constant schedule of so many items, which lie one
+  // behind the other at an address. They compute those of other numbers of items.
+  void HoldFlashMla(int32_t items, uint64_t address) {
+    flash_mla_[items] = reinterpret_cast<const int32_t*>(address);
+  }
 
   // Lets TryLaunch look at tensors by itself. It declines where one of `tensors` is not what it is
   // now, if `unchanged` says so; where an input is not on their device or touches `written`, memory
@@ -65,6 +72,7 @@ class PreparedLaunch {
   const std::string& declined() const { return declined_; }
 
  private:
+  void TakeRows(const Rows& rows);
   bool Decline(std::string reason) {
     declined_ = std::move(reason);
     return false;
@@ -76,6 +84,7 @@ class PreparedLaunch {
 
   FusedMetadataArguments args_;
   const int32_t max_len_;
+  std::unordered_map<int32_t, const int32_t*> flash_mla_;  // by items
   const ExchangeApi* api_ = nullptr;
   std::vector<nanobind::object> unchanged_;
   std::vector<Tensor> expected_;  // of unchanged_; the first one is on the device of all

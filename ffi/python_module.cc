@@ -207,6 +207,7 @@ NB_MODULE(jaxnsa_native, module) {
            nb::arg("max_total_keys"), nb::arg("nsa_index_topk"), nb::arg("index_kpool"),
            nb::arg("paged_mqa"), nb::arg("topk_plan"), nb::arg("flash_mla"), nb::arg("tail"),
            nb::arg("requests_are_items"), nb::arg("backend_offsets"))
+      .def("hold_flash_mla", &PreparedLaunch::HoldFlashMla, nb::arg("items"), nb::arg("address"))
       .def("watch", &PreparedLaunch::Watch, nb::arg("exchange_api"), nb::arg("tensors"),
            nb::kw_only(), nb::arg("unchanged"), nb::arg("written"), nb::arg("min_columns"))
       .def("track",

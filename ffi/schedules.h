@@ -10,10 +10,11 @@
 
 namespace jaxnsa {
 
-constexpr int kKeysPerSegment = 256;  // of DeepGEMM's paged MQA logits
-constexpr int kKeysPerBlock = 64;     // of FlashMLA
-constexpr int kMaxPairs = 32;         // of a top-k plan
-constexpr int kMostParts = 1 << 16;   // that work is split between
+constexpr int kKeysPerSegment = 256;    // of DeepGEMM's paged MQA logits
+constexpr int kKeysPerBlock = 64;       // of FlashMLA
+constexpr int kMaxPairs = 32;           // of a top-k plan
+constexpr int kMostParts = 1024;        // that work is split between
+constexpr int kMostOverhead = 1 << 16;  // of beginning an item of FlashMLA's, in blocks
 
 // These are in the order of jaxnsa/schedules.py.
 enum class PagedMqaLayout : int32_t { kLegacy, kAtoms, kSm90, kSm100 };
@@ -91,6 +92,14 @@ struct FlashMlaSchedule {
   JAXNSA_HOST_DEVICE int32_t items(const Rows& rows) const {
     return dense() ? rows.requests : rows.count;
   }
+
+  // Elements of both arrays.
+  JAXNSA_HOST_DEVICE int64_t size(const Rows& rows) const {
+    return 8 * int64_t{num_sm_parts} + items(rows) + 1;
+  }
+
+  // Whether it follows from the number of items alone.
+  bool constant() const { return num_sm_parts > 0 && lengths == FlashMlaLengths::kTopk; }
 
   // Keys of an item, a request or a row that sees `kv_len` tokens.
   JAXNSA_HOST_DEVICE int32_t length(int32_t kv_len, const RowRules& rules) const {

@@ -753,7 +753,7 @@ MISTAKES = [
     ),
     Mistake(
         "sglang: a known step of other numbers",
-        "jaxnsa/interop/sglang.py",
+        "jaxnsa/interop/sglang_fills.py",
         "(step, *outputs)",
         "(step.bs, *outputs)",
         "test_sglang.py::test_wrong_arguments_are_refused_before_anything_is_written",
@@ -1377,8 +1377,8 @@ MISTAKES = [
     ),
     Mistake(
         "fuzz: programs keep what they fail without",
-        "jaxnsa/app/fuzz.py",
-        "if _failure(fewer) == failure:",
+        "jaxnsa/app/fuzz/smaller.py",
+        "if fails(fewer):",
         "if False:",
         "test_fuzz.py -k needless",
     ),

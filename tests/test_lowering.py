@@ -76,11 +76,12 @@ def test_destinations_pass_a_barrier(kernels, function):
     assert len(re.findall(r"tensor<[0-9x]+xi32>", barrier)) == len(jax.tree.leaves(out))
 
 
-def test_schedules_belong_to_the_same_custom_call(name):
+@pytest.mark.parametrize("lengths", ("topk", "nsa_cache_seqlens"))
+def test_schedules_belong_to_the_same_custom_call(name, lengths):
     schedules = jaxnsa.Schedules(
         jaxnsa.PagedMqaSchedule(132, "sm90"),
         jaxnsa.TopkPlan.h200(),
-        jaxnsa.FlashMlaSchedule(132, "nsa_cache_seqlens"),
+        jaxnsa.FlashMlaSchedule(132, lengths),
     )
     compute = functools.partial(
         jaxnsa.precompute_target_verify_metadata,

@@ -4,11 +4,13 @@ from benchmarks.suites import (
     dispatch,
     draft_extend,
     functions,
+    incremental,
     modes,
     prefill,
     prefix_sum,
     roofline,
     scale,
+    schedules,
     torch_handoff,
 )
 
@@ -19,11 +21,13 @@ SUITES = {
         draft_extend.SUITE,
         prefix_sum.SUITE,
         prefill.SUITE,
+        schedules.SUITE,
         roofline.SUITE,
         roofline.PAGES_SUITE,
         functions.SUITE,
         dispatch.SUITE,
         torch_handoff.SUITE,
+        incremental.SUITE,
         scale.SUITE,
     )
 }

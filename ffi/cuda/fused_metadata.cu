@@ -107,6 +107,7 @@ void TakeSchedules(const FusedMetadataArguments& args, ScheduleParameters<kCapac
   parameters->backends_per_block = HasEqualOffsets(args) ? args.num_backends : 1;
   parameters->blocks = parameters->num_kinds * (args.num_backends / parameters->backends_per_block);
   parameters->is_fresh = args.is_fresh;
+  parameters->flash_mla = args.flash_mla;
   parameters->schedules = wanted;
   for (int b = 0; b < args.num_backends; ++b) {
     parameters->arrays[b] = args.backends[b].schedules;

@@ -63,6 +63,7 @@ struct ScheduleParameters {
   int32_t backends_per_block;          // that the block of a schedule writes: all equal ones
   int32_t blocks;
   bool is_fresh;
+  const int32_t* flash_mla;
   Schedules schedules;
   int32_t offsets[kCapacity];
   ScheduleArrays arrays[kCapacity];

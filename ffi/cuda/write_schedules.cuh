@@ -24,8 +24,22 @@ __device__ __attribute__((noinline)) void WriteSchedule(const ScheduleParameters
   const auto store = [&](int32_t* ScheduleArrays::* array, int64_t index, int32_t value) {
     for (int b = first; b < end; ++b) (args.arrays[b].*array)[index] = value;
   };
-  const RowLengths<kRagged> row_lengths(row_sums, rows, offset);
   const Schedules& wanted = args.schedules;
+  const FlashMlaSchedule& flash_mla = wanted.flash_mla;
+  if (kind == ScheduleKind::kFlashMla && args.flash_mla != nullptr) {
+    const int64_t rows_size = 8 * int64_t{flash_mla.num_sm_parts}, size = flash_mla.size(rows);
+#pragma unroll 4
+    for (int64_t k = threadIdx.x; k < size; k += kThreads) {
+      const int32_t value = __ldg(args.flash_mla + k);
+      if (k < rows_size) {
+        store(&ScheduleArrays::flash_mla_schedule, k, value);
+      } else {
+        store(&ScheduleArrays::flash_mla_num_splits, k - rows_size, value);
+      }
+    }
+    return;
+  }
+  const RowLengths<kRagged> row_lengths(row_sums, rows, offset);
   if (kind == ScheduleKind::kPagedMqa) {
     const int32_t next_n = wanted.paged_mqa.next_n(rows);
     const auto length = [&](int32_t i) {
@@ -45,7 +59,6 @@ __device__ __attribute__((noinline)) void WriteSchedule(const ScheduleParameters
                   });
     return;
   }
-  const FlashMlaSchedule& flash_mla = wanted.flash_mla;
   const int32_t items = flash_mla.items(rows);
   const auto store_row = [&](int32_t part, const int32_t (&row)[8]) {
 #pragma unroll
@@ -56,10 +69,6 @@ __device__ __attribute__((noinline)) void WriteSchedule(const ScheduleParameters
   const auto store_splits = [&](int32_t i, int32_t splits) {
     store(&ScheduleArrays::flash_mla_num_splits, i, splits);
   };
-  if (flash_mla.lengths == FlashMlaLengths::kTopk) {
-    WriteEqualFlashMla(flash_mla, items, rules.nsa_index_topk, store_row, store_splits);
-    return;
-  }
   const auto length = [&](int32_t i) {
     return flash_mla.length(flash_mla.dense() ? rows.cache_seqlen(i, offset) : row_lengths(i), rules);
   };

@@ -49,6 +49,14 @@ class PreparedLaunch(Protocol):
     declined: str
     """Why `try_launch` last returned False."""
 
+    def hold_flash_mla(self, items: int, address: int) -> None:
+        """Lets launches copy FlashMLA's arrays where its schedule is constant.
+
+        Args:
+          items: of the schedule; that of other numbers of items is computed.
+          address: of the arrays, one behind the other; they must outlive the launches.
+        """
+
     def watch(
         self,
         exchange_api: Any,

@@ -1,11 +1,13 @@
 """Registered tensors filled by one kernel of the native library on PyTorch's current stream."""
 
+import dataclasses
 import functools
 import types
 from collections.abc import Callable
 
 import torch
 
+from jaxnsa.constant_schedules import flash_mla_constants
 from jaxnsa.implementations.native_library import NativeRows
 from jaxnsa.interop.held_rows import HeldRows
 from jaxnsa.interop.launches import (
@@ -19,7 +21,7 @@ from jaxnsa.interop.launches import (
 from jaxnsa.interop.registration import Registered
 from jaxnsa.interop.tensor_checks import Checked, exchange_api
 from jaxnsa.metadata import ForwardMode
-from jaxnsa.spec import MAX_LEN, Rows
+from jaxnsa.spec import INT32_MAX, MAX_LEN, Rows
 
 _REMEMBERED = frozenset((int, types.NoneType))
 """Types of arguments whose values cannot change from step to step."""
@@ -36,8 +38,11 @@ class DirectPath:
                 f'{native.max_backends} as the path is "direct"'
             )
         on_device(registered.device, native.load_kernels)
-        self._native_rows = functools.partial(native_rows, native)
+        self._native = native
+        self._registered = registered
         self._launch = prepared(native, registered.spec, registered.backends)
+        self._constants: dict[int, torch.Tensor] = {}
+        self._hold_constants(registered.spec.rows)
         self._launch.track(held.rows.data_ptr(), len(held.rows), held.readers.data_ptr())
         self._looks_at_tensors = False
         if api := exchange_api():
@@ -50,14 +55,41 @@ class DirectPath:
                 min_columns=1,
             )
 
-        def rows_of(
-            bs: int, mode: ForwardMode, num_draft_tokens: int | None, max_total_tokens: int | None
-        ) -> NativeRows:
-            return self._native_rows(registered.rows(bs, mode, num_draft_tokens, max_total_tokens))
-
-        self._rows_of: Callable[..., NativeRows] = rows_of
         # The same few batches come again and again.
-        self._remembered_rows: Callable[..., NativeRows] = functools.lru_cache(4096)(rows_of)
+        self._remembered_rows: Callable[..., NativeRows] = functools.lru_cache(4096)(self._rows_of)
+
+    def _rows_of(
+        self,
+        bs: int,
+        mode: ForwardMode,
+        num_draft_tokens: int | None,
+        max_total_tokens: int | None,
+    ) -> NativeRows:
+        return self._native_rows(
+            self._registered.rows(bs, mode, num_draft_tokens, max_total_tokens)
+        )
+
+    def _native_rows(self, rows: Rows) -> NativeRows:
+        self._hold_constants(rows)
+        return native_rows(self._native, rows)
+
+    def _hold_constants(self, rows: Rows) -> None:
+        """Lets launches of so many rows copy FlashMLA's arrays, where those are constants.
+
+        Nothing is computed while a CUDA graph is captured, which could not hold it: launches of
+        numbers of rows that come first then compute the arrays by themselves.
+        """
+        if rows.count in self._constants or self._is_capturing():
+            return
+        constants = flash_mla_constants(dataclasses.replace(self._registered.spec, rows=rows))
+        if constants is not None:
+            held = torch.from_numpy(constants).to(self._registered.device)
+            self._constants[rows.count] = held
+            self._launch.hold_flash_mla(rows.count, held.data_ptr())
+
+    def _is_capturing(self) -> bool:
+        on_cuda = self._registered.device.type == "cuda"
+        return on_cuda and torch.cuda.is_current_stream_capturing()
 
     def try_run(
         self,
@@ -87,7 +119,7 @@ class DirectPath:
             return False
         most = MAX_LEN
         if max_new_tokens is not None:
-            if type(max_new_tokens) is not int or max_new_tokens < 0:
+            if type(max_new_tokens) is not int or not 0 <= max_new_tokens <= INT32_MAX:
                 return False
             if written_lens is None and request_ids is None:
                 return False

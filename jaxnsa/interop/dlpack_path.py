@@ -17,6 +17,7 @@ from jaxnsa import argument_checks
 from jaxnsa.batch_tracker import BatchTracker
 from jaxnsa.compilation import compiled
 from jaxnsa.config import settings
+from jaxnsa.constant_schedules import with_constants
 from jaxnsa.implementations import IMPLEMENTATIONS
 from jaxnsa.implementations.choice import choose
 from jaxnsa.interop.held_rows import HeldRows
@@ -68,7 +69,6 @@ class DlpackPath:
             settings(),
             platform,
             requests=requests,
-            spec=registered.spec,
         )
         self._device = device
         self._lock = threading.Lock()  # on the batch and what JAX holds
@@ -188,7 +188,7 @@ def _largest_rows(registered: Registered, mode: ForwardMode, num_draft_tokens: A
         tokens = argument_checks.integer("num_draft_tokens", num_draft_tokens, 1)
     most = registered.spec.rows
     requests = most.requests
-    if mode not in (ForwardMode.DRAFT_EXTEND, ForwardMode.EXTEND):
+    if not mode.ragged:
         requests = min(requests, most.count // (tokens or 1))
     return Rows.of(mode, requests, tokens, most.count)
 
@@ -283,6 +283,7 @@ def _refresh(
         ids, shortest = jnp.stack(id_words, axis=1), spec.rows_of(min(spec.offsets))
         written, tracker = tracker.advanced(ids, seq_lens, extend_seq_lens, shortest)
     inputs = Inputs(seq_lens, indices, pool, extend_seq_lens, written if known else None)
+    inputs = jax.tree.map(jnp.asarray, with_constants(inputs, spec))
     filled = IMPLEMENTATIONS[implementation].fused_metadata(inputs, out, spec)
     if spec.schedules == NO_SCHEDULES:  # with them the batch is not padded
         filled = tuple(
