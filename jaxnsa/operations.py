@@ -316,8 +316,7 @@ def fused_metadata_precompute_and_broadcast(
         `precompute_draft_extend_metadata` and `precompute_extend_metadata`.
       max_total_keys: in prefill, see `precompute_extend_metadata`.
       max_len, nsa_index_topk, real_page_size, wide_table, index_kpool, schedules, tail,
-        written_lens, max_new_tokens,
-        implementation: as in `precompute_decode_metadata`.
+        written_lens, max_new_tokens, implementation: as in `precompute_decode_metadata`.
       out: destinations, donated and filled in place: N NSAMetadata, or one with `stacked`.
       stacked: one NSAMetadata whose arrays lead with [N], which costs fewer arrays to hand over.
       backend_offsets: N ints: backend k is computed for `seq_lens + backend_offsets[k]`, so that

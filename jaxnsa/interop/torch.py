@@ -1,9 +1,11 @@
 """PyTorch tensors: metadata handed over without copies, and an engine's static buffers filled."""
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import jax
+import numpy as np
 import torch
 
 from jaxnsa import argument_checks
@@ -22,8 +24,8 @@ from jaxnsa.interop.tensor_checks import (
 )
 from jaxnsa.metadata import ForwardMode
 from jaxnsa.schedules import Schedules
-from jaxnsa.spec import INT32_MAX, INT32_MIN, Rows
-from jaxnsa.value_checks import check_values
+from jaxnsa.spec import INT32_MAX, INT32_MIN, Inputs, Rows
+from jaxnsa.value_checks import check_inputs
 
 __all__ = ["BackendBuffers", "DlpackOptions", "from_torch", "to_torch"]
 
@@ -289,14 +291,13 @@ class BackendBuffers:
         if on_cuda and torch.cuda.is_current_stream_capturing():
             raise RuntimeError("validate: got True while a CUDA graph is captured, expected False")
         spec = self._registered.spec
+
+        def values(checked: Checked | None) -> Any:
+            return None if checked is None else checked.tensor.cpu().numpy()
+
         pool_rows, pool_columns = pool.shape
-        check_values(
-            rows,
-            lengths.tensor.cpu().numpy(),
-            indices.tensor.cpu().numpy(),
-            None if extend is None else extend.tensor.cpu().numpy(),
-            pool_rows=pool_rows,
-            max_len=min(spec.max_len, pool_columns),
-            nsa_index_topk=spec.nsa_index_topk,
+        check_inputs(
+            Inputs(values(lengths), values(indices), np.empty((pool_rows, 0)), values(extend)),
+            dataclasses.replace(spec, rows=rows, max_len=min(spec.max_len, pool_columns)),
             debug=False,
         )
