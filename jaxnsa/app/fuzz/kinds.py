@@ -179,7 +179,8 @@ def call(rng: random.Random, implementation: str) -> Call:
     in_place = function not in (FILL, SUM, RAGGED) and rng.random() < 0.5
     written = in_place and function != COPY and rng.random() < 0.4
     pool = (rng.randint(bs if written else 1, bs + 3), rng.choice([1, 7, 63, 64, 70, 200]))
-    transforms = ["eager"] * 4 + ["jit"] * 2
+    # Eagerly, these are many operations that are compiled one by one.
+    transforms = ["eager"] * 3 + ["jit"] * (9 if function == RAGGED or written else 3)
     if bs and not in_place and function != COPY:
         transforms += ["vmap", "shard_map"]
     kind = Call(
@@ -191,7 +192,7 @@ def call(rng: random.Random, implementation: str) -> Call:
         in_place,
         rng.choice(transforms),
         rng.choice(["numpy", "jax"]),
-        surroundings=rng.choice(["plain"] * 6 + list(SURROUNDINGS)),
+        surroundings=rng.choice(["plain"] * 9 + list(SURROUNDINGS)),
         written=written,
     )
     if kind.surroundings == "x64" or (kind.transform, kind.arrays) == ("eager", "numpy"):
