@@ -205,13 +205,15 @@ def call(rng: random.Random, implementation: str) -> Call:
     return dataclasses.replace(kind, options=tuple(options.items()))
 
 
-def arguments(call: Call) -> list[str]:
-    """The names of what a call is made with, of which there are illegal values."""
+def wrong(call: Call) -> list[tuple[str, str]]:
+    """The arguments of a call, each with each of its illegal values."""
     given, options = arguments_of(call, 0, dict.fromkeys(highest(call.pool), [0] * call.bs))
     names = {name for name, value in given.items() if value is not None} | options.keys()
     names |= {"out"} if call.in_place else set()
     names |= {"implementation"} if call.function != RAGGED else set()
-    return sorted(names & WRONG.keys())
+    pairs = [(name, value) for name in sorted(names & WRONG.keys()) for value in WRONG[name]]
+    legal = ("extend_seq_lens", "None")  # one token of each request
+    return [pair for pair in pairs if call.function != RAGGED or pair != legal]
 
 
 def plain_values() -> Options:
