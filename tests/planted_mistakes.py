@@ -566,7 +566,28 @@ MISTAKES = [
         "",
         "test_sgl_kernel.py::test_fill_draft_extend",
     ),
+    Mistake(
+        "native: drafts count as written",
+        "ffi/batch_tracker.h",
+        "rows[row] = {request_id, Min(kv_len, Max(seq_len, 0))};",
+        "rows[row] = {request_id, kv_len};",
+        "test_request_ids.py::test_histories",
+    ),
     # CUDA, in the simulator.
+    Mistake(
+        "cuda: what rows hold is written before all blocks have read it",
+        "ffi/cuda/batch_tracker.cuh",
+        "atomicInc(&tracker.readers[i], gridDim.x - 1) == gridDim.x - 1",
+        "atomicInc(&tracker.readers[i], gridDim.x - 1) == 0",
+        "test_request_ids.py::test_histories",
+    ),
+    Mistake(
+        "cuda: rows of no request are remembered",
+        "ffi/cuda/batch_tracker.cuh",
+        "row < tracker.count; row += kThreads",
+        "row < first; row += kThreads",
+        "test_request_ids.py::test_what_is_written_again",
+    ),
     Mistake(
         "cuda: an access ends past the live columns",
         "ffi/cuda/tables.cuh",
