@@ -165,7 +165,7 @@ def test_replays_of_traces(monkeypatch, tmp_path):
     assert 16 * 32 * 31 < full < 32 * 32 * 39  # at least four columns, three of them written
     assert 16 * 32 < moved[name] < full
     lines = readme.SECTIONS["incremental"](found)
-    assert [line.split(" | ")[1] for line in lines[-2:]] == ["stay", "compacted"]
+    assert {line.split(" | ")[1] for line in lines[4:]} == {"stay", "compacted"}
     assert run("incremental", "--trace", str(tmp_path / "none")).exit_code == 2
 
 
