@@ -538,13 +538,6 @@ MISTAKES = [
         "",
         "test_sgl_kernel.py::test_fill_draft_extend",
     ),
-    Mistake(
-        "native: drafts count as written",
-        "ffi/batch_tracker.h",
-        "rows[row] = {request_id, Min(kv_len, Max(seq_len, 0))};",
-        "rows[row] = {request_id, kv_len};",
-        "test_request_ids.py::test_histories",
-    ),
     # CUDA, in the simulator.
     Mistake(
         "cuda: what rows hold is written before all blocks have read it",
@@ -1272,7 +1265,7 @@ MISTAKES = [
         "native: drafts are held",
         "ffi/batch_tracker.h",
         "{request_id, Min(kv_len, Max(seq_len, 0))}",
-        "{request_id, kv_len}",
+        "{request_id, seq_len < 0 ? 0 : kv_len}",
         "test_request_ids.py -k 'not dlpack'",
     ),
     Mistake(
