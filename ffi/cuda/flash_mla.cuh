@@ -11,6 +11,7 @@
 
 #include <cstdint>
 
+#include "item_lengths.cuh"
 #include "schedules.cuh"
 #include "shared_sums.cuh"
 
@@ -252,23 +253,26 @@ __device__ Snap NextSnap(const Sums& costs, const FlashMlaSteps& steps, Snap at,
   }
 }
 
-// Of items of any lengths.
-template <typename Length, typename StoreRow, typename StoreSplits>
+// Of items of any lengths, which `of` makes of KV lengths.
+template <typename Lengths, typename Of, typename StoreRow, typename StoreSplits>
 __device__ void WriteFlashMla(SumsMemory& memory, const FlashMlaSchedule& schedule, int32_t items,
-                              Length length, StoreRow store_row, StoreSplits store_splits) {
+                              const Lengths& lengths, Of of, StoreRow store_row,
+                              StoreSplits store_splits) {
   if (items == 0) {
     WriteNoItems(schedule, store_row, store_splits);
     return;
   }
   constexpr int kSnaps = 256;  // that are listed at a time
   const int32_t overhead = schedule.fixed_overhead_blocks;
-  const auto cost = [&](int32_t i) -> int64_t {
-    return FlashMlaSchedule::blocks(length(i)) + overhead;
+  const auto length = [&](int32_t item) { return of(lengths(item)); };
+  const auto cost_of = [&](int32_t kv_len) -> int64_t {
+    return FlashMlaSchedule::blocks(of(kv_len)) + overhead;
   };
+  using Costs = ItemValues<Lengths, decltype(cost_of)>;
   __shared__ NearSnaps near;
   __shared__ Snap list[kSnaps + 1];
   __shared__ int32_t count;
-  const SharedSums<decltype(cost)> costs(memory, items, cost);
+  const SharedSums<Costs> costs(memory, items, Costs{lengths, cost_of});
   const FlashMlaSteps steps(schedule, items, costs.total());
   const bool knows_near = items <= kMostSums;
   if (knows_near) near.Find(costs, steps);

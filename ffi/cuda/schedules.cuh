@@ -6,7 +6,7 @@
 #include <cub/block/block_scan.cuh>
 
 #include "parameters.cuh"
-#include "row_lengths.cuh"
+#include "item_lengths.cuh"
 #include "shared_sums.cuh"
 
 namespace jaxnsa {
@@ -14,15 +14,18 @@ namespace jaxnsa {
 constexpr int kWarpThreads = 32;
 constexpr uint32_t kWholeWarp = 0xffffffff;
 
-// Writes DeepGEMM's schedule of items of next_n rows; `store(index, value)` stores a number.
-template <typename Length, typename Store>
+// Writes DeepGEMM's schedule of items of next_n rows; `of` makes an item's context length of its KV
+// length, and `store(index, value)` stores a number.
+template <typename Lengths, typename Of, typename Store>
 __device__ void WritePagedMqaSchedule(SumsMemory& memory, const PagedMqaSchedule& schedule,
-                                      int32_t items, int32_t next_n, Length length, Store store) {
+                                      int32_t items, int32_t next_n, const Lengths& lengths, Of of,
+                                      Store store) {
   const int32_t units = schedule.units_per_segment(next_n);
-  const auto units_of = [&](int32_t i) -> int64_t {
-    return int64_t{PagedMqaSchedule::segments(length(i))} * units;
+  const auto units_of = [&](int32_t kv_len) {
+    return int64_t{PagedMqaSchedule::segments(of(kv_len))} * units;
   };
-  const SharedSums<decltype(units_of)> starts(memory, items, units_of);
+  using Units = ItemValues<Lengths, decltype(units_of)>;
+  const SharedSums<Units> starts(memory, items, Units{lengths, units_of});
   const int64_t quotient = Divide(starts.total(), schedule.num_sms);
   const auto remainder = static_cast<int32_t>(starts.total() - quotient * schedule.num_sms);
   for (int32_t first = threadIdx.x; first <= schedule.num_sms; first += 2 * kThreads) {
@@ -35,7 +38,7 @@ __device__ void WritePagedMqaSchedule(SumsMemory& memory, const PagedMqaSchedule
     for (int k = 0; k < 2; ++k) {
       const int32_t s = first + k * kThreads, i = found[k].index;
       if (s > schedule.num_sms) return;
-      const int32_t segments = i < items ? PagedMqaSchedule::segments(length(i)) : 0;
+      const int32_t segments = i < items ? PagedMqaSchedule::segments(of(lengths(i))) : 0;
       const PagedMqaRow row =
           schedule.row(i, static_cast<int32_t>(numbers[k] - found[k].sum), segments, units);
       store(2 * int64_t{s}, row.item);
@@ -44,20 +47,33 @@ __device__ void WritePagedMqaSchedule(SumsMemory& memory, const PagedMqaSchedule
   }
 }
 
-// The threshold of a top-k plan, which every thread receives.
-template <typename Length>
-__device__ int32_t TopkThreshold(const TopkPlan& plan, int32_t rows, Length length) {
+// Writes a top-k plan; `store(index, value)` stores a number.
+template <typename Lengths, typename Store>
+__device__ void WriteTopkPlan(const TopkPlan& plan, int32_t rows, bool is_fresh,
+                              const Lengths& lengths, Store store) {
+  // Neighbouring rows are one thread's, so that all threads go through them in few steps.
+  constexpr int32_t kTile = kItems * kThreads;
+  int32_t kv_lens[kItems];
+  const auto first_of_thread = [](int32_t first) {
+    return first + static_cast<int32_t>(threadIdx.x) * kItems;
+  };
+  const auto longer_than = [&](int32_t threshold) {
+    int32_t longer = 0;
+#pragma unroll
+    for (int k = 0; k < kItems; ++k) longer += kv_lens[k] > threshold;
+    return longer;
+  };
+
   constexpr int kWarps = kThreads / kWarpThreads;
   __shared__ int32_t counts[kWarps][kWarpThreads];
   const auto lane = static_cast<int32_t>(threadIdx.x % kWarpThreads);
   int32_t count = 0;  // of the rows that this warp sees, those longer than this lane's threshold
-#pragma unroll 8
-  for (int32_t first = 0; first < rows; first += kThreads) {
-    const auto row = first + static_cast<int32_t>(threadIdx.x);
-    const int32_t n = row < rows ? length(row) : 0;
-    if (__ballot_sync(kWholeWarp, n > plan.thresholds[0]) == 0) continue;
+  for (int32_t first = 0; first < rows; first += kTile) {
+    lengths.Load(first_of_thread(first), rows, kv_lens);
     for (int k = 0; k < plan.num_pairs; ++k) {
-      const int32_t longer = __popc(__ballot_sync(kWholeWarp, n > plan.thresholds[k]));
+      const auto longer = static_cast<int32_t>(
+          __reduce_add_sync(kWholeWarp, static_cast<uint32_t>(longer_than(plan.thresholds[k]))));
+      if (longer == 0) break;
       if (lane == k) count += longer;
     }
   }
@@ -69,36 +85,24 @@ __device__ int32_t TopkThreshold(const TopkPlan& plan, int32_t rows, Length leng
   const bool is_full = lane < plan.num_pairs && count > plan.capacities[lane];
   const uint32_t full = __ballot_sync(kWholeWarp, is_full);
   const int pair = full == 0 ? 0 : Min(32 - __clz(full), plan.num_pairs - 1);
-  return Max(plan.thresholds[pair], plan.floor);
-}
+  const int32_t threshold = Max(plan.thresholds[pair], plan.floor);
 
-// Writes a top-k plan; `store(index, value)` stores a number.
-template <typename Length, typename Store>
-__device__ void WriteTopkPlan(const TopkPlan& plan, int32_t rows, bool is_fresh, Length length,
-                              Store store) {
-  const int32_t threshold = TopkThreshold(plan, rows, length);
   using Scan = cub::BlockScan<int32_t, kThreads, cub::BLOCK_SCAN_WARP_SCANS>;
   __shared__ typename Scan::TempStorage temp;
-  // Neighbouring rows are one thread's, so that all threads go through them in few steps.
-  constexpr int kRows = 8;
   int64_t planned = 0;
-  for (int32_t first = 0; first < rows; first += kRows * kThreads) {
-    const int32_t here = first + static_cast<int32_t>(threadIdx.x) * kRows;
-    int32_t lengths[kRows], longer = 0;
-#pragma unroll
-    for (int k = 0; k < kRows; ++k) {
-      lengths[k] = here + k < rows ? length(here + k) : 0;
-      longer += lengths[k] > threshold;
-    }
+  for (int32_t first = 0; first < rows; first += kTile) {
+    const int32_t here = first_of_thread(first);
+    if (rows > kTile) lengths.Load(here, rows, kv_lens);
+    const int32_t longer = longer_than(threshold);
     int32_t end, all;
     Scan(temp).InclusiveSum(longer, end, all);
     int64_t place = planned + end - longer;
 #pragma unroll
-    for (int k = 0; k < kRows; ++k) {
-      if (lengths[k] <= threshold) continue;
+    for (int k = 0; k < kItems; ++k) {
+      if (kv_lens[k] <= threshold) continue;
       ++place;
       store(2 * place, here + k);
-      store(2 * place + 1, lengths[k]);
+      store(2 * place + 1, kv_lens[k]);
     }
     planned += all;
     __syncthreads();

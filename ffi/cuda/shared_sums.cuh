@@ -15,32 +15,32 @@ struct Found {
   int64_t sum;
 };
 
-constexpr int kMostSums = 1024;
+// Neighbouring items that a thread looks at together.
+constexpr int kItems = 8;
+
+constexpr int kMostSums = kItems * kThreads;
 
 using SumsMemory = int64_t[kMostSums + 1];
 
-// 0 and the inclusive prefix sums of `value(0)` to `value(count - 1)`, none of them negative. Where
-// there are more than fit, every so many of them; a lookup then adds values up by itself.
+// 0 and the inclusive prefix sums of `value(0)` to `value(count - 1)`, none of them negative, which
+// `value.Load(first, end, values)` loads kItems at a time. Where there are more than fit, every so many
+// of them; a lookup then adds values up by itself.
 template <typename Value>
 class SharedSums {
  public:
   // Called by all threads of the block.
   __device__ SharedSums(SumsMemory& memory, int32_t count, Value value)
       : sums_(memory), count_(count), value_(value) {
-    constexpr int kItems = kMostSums / kThreads;
     group_ = Max(static_cast<int32_t>(CeilDiv(count, kMostSums)), 1);
     groups_ = static_cast<int32_t>(CeilDiv(count, group_));
-    const auto share = static_cast<int32_t>(CeilDiv(groups_, kThreads));  // at most kItems
-    const int32_t first = static_cast<int32_t>(threadIdx.x) * share;
+    const int32_t first = static_cast<int32_t>(threadIdx.x) * kItems;
     int64_t items[kItems], sum = 0;
-#pragma unroll
-    for (int k = 0; k < kItems; ++k) {
-      items[k] = k < share && first + k < groups_ && group_ == 1 ? value(first + k) : 0;
-    }
-    if (group_ > 1) {
+    if (group_ == 1) {
+      value.Load(first, count, items);
+    } else {
 #pragma unroll
       for (int k = 0; k < kItems; ++k) {
-        if (k < share && first + k < groups_) items[k] = GroupSum(first + k);
+        items[k] = first + k < groups_ ? Sum((first + k) * group_, group_) : 0;
       }
     }
 #pragma unroll
@@ -52,7 +52,7 @@ class SharedSums {
     int64_t before = end - sum;
 #pragma unroll
     for (int k = 0; k < kItems; ++k) {
-      if (k < share && first + k < groups_) sums_[first + k] = before;
+      if (first + k < groups_) sums_[first + k] = before;
       before += items[k];
     }
     if (threadIdx.x == 0) sums_[groups_] = total_;
@@ -65,9 +65,7 @@ class SharedSums {
   // The sum before an index, up to that of all.
   __device__ int64_t operator[](int32_t index) const {
     if (group_ == 1) return sums_[index];
-    int64_t sum = sums_[index / group_];
-    for (int32_t i = index / group_ * group_; i < index; ++i) sum += value_(i);
-    return sum;
+    return sums_[index / group_] + Sum(index / group_ * group_, index % group_);
   }
 
   // Looks several numbers up at once, none of them negative.
@@ -91,15 +89,16 @@ class SharedSums {
  private:
   static __device__ int32_t HighestBit(int32_t x) { return x > 0 ? 1 << (31 - __clz(x)) : 0; }
 
-  __device__ int64_t GroupSum(int32_t group) const {
+  // Of at most `count` values from the first on. Like the next function it is called from many places,
+  // and seldom: inlined, it would be most of a kernel's code.
+  __device__ __attribute__((noinline)) int64_t Sum(int32_t first, int32_t count) const {
     int64_t sum = 0;
-    const int32_t end = Min((group + 1) * group_, count_);
-    for (int32_t i = group * group_; i < end; ++i) sum += value_(i);
+    for (int32_t i = first; i < count_ && i - first < count; ++i) sum += value_(i);
     return sum;
   }
 
   // From the first index of a group on.
-  __device__ void FindInGroup(int64_t number, Found* found) const {
+  __device__ __attribute__((noinline)) void FindInGroup(int64_t number, Found* found) const {
     found->index = Min(found->index * group_, count_);
     while (found->index < count_) {
       const int64_t next = found->sum + value_(found->index);

@@ -5,8 +5,8 @@
 #include <cstdint>
 
 #include "flash_mla.cuh"
+#include "item_lengths.cuh"
 #include "parameters.cuh"
-#include "row_lengths.cuh"
 #include "schedules.cuh"
 
 namespace jaxnsa {
@@ -22,24 +22,27 @@ __device__ __attribute__((noinline)) void WriteSchedule(const ScheduleParameters
   const int32_t end = Min(first + args.backends_per_block, num_backends);
   const int32_t offset = args.offsets[first];
   const auto store = [&](int32_t* ScheduleArrays::* array, int64_t index, int32_t value) {
+#pragma unroll 1
     for (int b = first; b < end; ++b) (args.arrays[b].*array)[index] = value;
   };
-  const RowLengths<kRagged> row_lengths(row_sums, rows, offset);
   const Schedules& wanted = args.schedules;
+  const int32_t next_n = wanted.paged_mqa.next_n(rows);
+  const bool items_are_rows = kind == ScheduleKind::kPagedMqa   ? next_n == 1
+                              : kind == ScheduleKind::kFlashMla ? !wanted.flash_mla.dense()
+                                                                : true;
+  const ItemLengths<kRagged> lengths(row_sums, rows, items_are_rows, offset);
   if (kind == ScheduleKind::kPagedMqa) {
-    const int32_t next_n = wanted.paged_mqa.next_n(rows);
-    const auto length = [&](int32_t i) {
-      const int32_t kv_len = next_n == 1 ? row_lengths(i) : rows.cache_seqlen(i, offset);
+    const auto context_length = [&](int32_t kv_len) {
       return rules.index_kpool == 1 ? kv_len : Max(rules.pooled(kv_len), 1);
     };
-    WritePagedMqaSchedule(sums, wanted.paged_mqa, wanted.paged_mqa.items(rows), next_n, length,
-                          [&](int64_t index, int32_t value) {
+    WritePagedMqaSchedule(sums, wanted.paged_mqa, wanted.paged_mqa.items(rows), next_n, lengths,
+                          context_length, [&](int64_t index, int32_t value) {
                             store(&ScheduleArrays::paged_mqa_schedule, index, value);
                           });
     return;
   }
   if (kind == ScheduleKind::kTopkPlan) {
-    WriteTopkPlan(wanted.topk_plan, rows.count, args.is_fresh, row_lengths,
+    WriteTopkPlan(wanted.topk_plan, rows.count, args.is_fresh, lengths,
                   [&](int64_t index, int32_t value) {
                     store(&ScheduleArrays::topk_plan, index, value);
                   });
@@ -48,9 +51,11 @@ __device__ __attribute__((noinline)) void WriteSchedule(const ScheduleParameters
   const FlashMlaSchedule& flash_mla = wanted.flash_mla;
   const int32_t items = flash_mla.items(rows);
   const auto store_row = [&](int32_t part, const int32_t (&row)[8]) {
+#pragma unroll 1
+    for (int b = first; b < end; ++b) {
+      int32_t* const to = args.arrays[b].flash_mla_schedule + 8 * int64_t{part};
 #pragma unroll
-    for (int k = 0; k < 8; ++k) {
-      store(&ScheduleArrays::flash_mla_schedule, 8 * int64_t{part} + k, row[k]);
+      for (int k = 0; k < 8; ++k) to[k] = row[k];
     }
   };
   const auto store_splits = [&](int32_t i, int32_t splits) {
@@ -60,10 +65,9 @@ __device__ __attribute__((noinline)) void WriteSchedule(const ScheduleParameters
     WriteEqualFlashMla(flash_mla, items, rules.nsa_index_topk, store_row, store_splits);
     return;
   }
-  const auto length = [&](int32_t i) {
-    return flash_mla.length(flash_mla.dense() ? rows.cache_seqlen(i, offset) : row_lengths(i), rules);
-  };
-  WriteFlashMla(sums, flash_mla, items, length, store_row, store_splits);
+  WriteFlashMla(sums, flash_mla, items, lengths,
+                [&](int32_t kv_len) { return flash_mla.length(kv_len, rules); }, store_row,
+                store_splits);
 }
 
 }  // namespace jaxnsa
