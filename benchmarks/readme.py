@@ -327,6 +327,28 @@ def _prefill(report: Report) -> list[str]:
     return lines + table(*report.pivot("hot_device_us" if hot else report.metric))
 
 
+def _schedules(report: Report) -> list[str]:
+    hot = _has_device(report)
+    metric = "hot_device_us" if hot else report.metric
+    lines = [
+        "A step with the consumers' schedules, and behind it the same step without them, in "
+        f"microseconds {'of device time' if hot else 'end to end'}; `replaces` counts the launches "
+        "that SGLang 0.5.23 takes for it. Bold times miss their goal.",
+        "",
+    ]
+    cells = []
+    for case, by_name in report.rows():
+        cell = [str(value) for value in case.values()]
+        for name in report.names:
+            found = by_name[name]
+            mark = "**" if found[metric] > found.get("goal_us", found[metric]) else ""
+            cell += [f"{mark}{found[metric]:.1f}{mark}", f"{found['without_us']:.1f}"]
+        cells.append(cell)
+    header = [*report.records[0].case]
+    header += [title for name in report.names for title in (name, "without")]
+    return lines + table(header, cells)
+
+
 def _torch(report: Report) -> list[str]:
     lines = [
         "Host time to refresh a PyTorch engine's buffers, in microseconds until the call returns:",
@@ -349,6 +371,7 @@ SECTIONS = {
     "modes": _modes,
     "draft-extend": _draft_extend,
     "prefill": _prefill,
+    "schedules": _schedules,
     "prefix-sum": _prefix_sum,
     "torch": _torch,
     "dispatch": _dispatch,

@@ -6,11 +6,13 @@
 #ifndef JAXNSA_COMPUTATIONS_H_
 #define JAXNSA_COMPUTATIONS_H_
 
+#include <algorithm>
 #include <cstdint>
 #include <stdexcept>
 #include <string>
 #include <string_view>
 
+#include "batch_tracker.h"
 #include "fields.h"
 #include "integers.h"
 #include "rows.h"
@@ -61,6 +63,9 @@ struct FusedMetadataArguments {
   int32_t nsa_index_topk;
   int32_t index_kpool;
   Schedules schedules;
+  // FlashMLA's arrays one behind the other, where its schedule is constant and they are known; null:
+  // they are computed.
+  const int32_t* flash_mla;
   bool is_fresh;  // whether arrays hold nothing yet: what follows a top-k plan gets 0
   int32_t max_len;
   int32_t max_total_keys;  // of flat_page_indices
@@ -68,6 +73,8 @@ struct FusedMetadataArguments {
   // Leading tokens of each request that the tables of its rows hold, whose columns are left alone;
   // data is null: none, and where the tail is not kept.
   Vector written_lens;
+  // The same for the rows of requests that are known by their ids; not with written_lens.
+  BatchTracker tracker;
   // By which a row's live tokens exceed those, for the size of a launch: more take longer.
   int32_t max_new_tokens;
   // Whether consumers read a request's rows as one: all have the live columns, and the length as
@@ -77,6 +84,16 @@ struct FusedMetadataArguments {
   int32_t num_backends;
   Backend backends[kMaxBackends];         // all want the same arrays
   int32_t backend_offsets[kMaxBackends];  // tokens by which each one's seq_lens are longer
+
+  // Whether columns may be left alone because they are written.
+  bool may_hold_columns() const {
+    return written_lens.data != nullptr || tracker.request_ids.data != nullptr;
+  }
+
+  // Tokens by which the backend with the shortest rows is longer.
+  int32_t least_offset() const {
+    return *std::min_element(backend_offsets, backend_offsets + num_backends);
+  }
 
   RowRules row_rules() const {
     const bool items_have_rows =

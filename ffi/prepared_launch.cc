@@ -32,7 +32,8 @@ void PreparedLaunch::Watch(nb::handle exchange_api, nb::list tensors, bool uncha
 
 bool PreparedLaunch::TryLaunch(const Rows& rows, nb::handle seq_lens, nb::handle req_pool_indices,
                                nb::handle req_to_token, nb::handle extend_seq_lens,
-                               nb::handle written_lens, int32_t max_new_tokens) {
+                               nb::handle written_lens, int32_t max_new_tokens,
+                               nb::handle request_ids) {
   if (api_ == nullptr) return false;
   if (!IsCurrentDevice(expected_[0].device_id)) return Decline("another device is current");
   for (size_t k = 0; k < unchanged_.size(); ++k) {
@@ -42,7 +43,7 @@ bool PreparedLaunch::TryLaunch(const Rows& rows, nb::handle seq_lens, nb::handle
       return Decline("registered tensor " + std::to_string(k) + " has changed");
     }
   }
-  args_.rows = rows;
+  TakeRows(rows);
   if (rows.ragged() == extend_seq_lens.is_none()) {
     return Decline("extend_seq_lens: there, or not, against the forward mode");
   }
@@ -59,6 +60,11 @@ bool PreparedLaunch::TryLaunch(const Rows& rows, nb::handle seq_lens, nb::handle
       !TakeVector(written_lens, "written_lens", rows.requests, &args_.written_lens)) {
     return false;
   }
+  args_.tracker.request_ids = {};
+  if (!request_ids.is_none() &&
+      !TakeVector(request_ids, "request_ids", rows.requests, &args_.tracker.request_ids)) {
+    return false;
+  }
   Stream stream;
   if (!CurrentStream(*api_, expected_[0], &stream)) return Decline("there is no current stream");
   FusedMetadata(stream, args_);
@@ -68,8 +74,9 @@ bool PreparedLaunch::TryLaunch(const Rows& rows, nb::handle seq_lens, nb::handle
 void PreparedLaunch::Launch(Stream stream, const Rows& rows, Vector seq_lens,
                             Vector req_pool_indices, const CheckedPool& pool,
                             std::optional<Vector> extend_seq_lens,
-                            std::optional<Vector> written_lens, int32_t max_new_tokens) {
-  args_.rows = rows;
+                            std::optional<Vector> written_lens, int32_t max_new_tokens,
+                            std::optional<Vector> request_ids) {
+  TakeRows(rows);
   args_.rows.seq_lens = seq_lens;
   args_.req_pool_indices = req_pool_indices;
   args_.pool = Pool::Of(reinterpret_cast<const int32_t*>(pool.address), pool.rows, pool.stride);
@@ -77,7 +84,15 @@ void PreparedLaunch::Launch(Stream stream, const Rows& rows, Vector seq_lens,
   if (extend_seq_lens) args_.rows.extend_seq_lens = *extend_seq_lens;
   args_.written_lens = written_lens.value_or(Vector{});
   args_.max_new_tokens = max_new_tokens;
+  args_.tracker.request_ids = request_ids.value_or(Vector{});
   FusedMetadata(stream, args_);
+}
+
+void PreparedLaunch::TakeRows(const Rows& rows) {
+  args_.rows = rows;
+  if (flash_mla_.empty()) return;
+  const auto held = flash_mla_.find(args_.schedules.flash_mla.items(rows));
+  args_.flash_mla = held == flash_mla_.end() ? nullptr : held->second;
 }
 
 bool PreparedLaunch::DescribeInput(nb::handle object, const char* name, int32_t dimensions,

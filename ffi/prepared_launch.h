@@ -7,6 +7,7 @@
 #include <cstdint>
 #include <optional>
 #include <string>
+#include <unordered_map>
 #include <utility>
 #include <vector>
 
@@ -35,27 +36,43 @@ class PreparedLaunch {
   explicit PreparedLaunch(const FusedMetadataArguments& fixed)
       : args_(fixed), max_len_(fixed.max_len) {}
 
+  // Lets launches copy FlashMLA's arrays of a constant schedule of so many items, which lie one
+  // behind the other at an address. They compute those of other numbers of items.
+  void HoldFlashMla(int32_t items, uint64_t address) {
+    flash_mla_[items] = reinterpret_cast<const int32_t*>(address);
+  }
+
   // Lets TryLaunch look at tensors by itself. It declines where one of `tensors` is not what it is
   // now, if `unchanged` says so; where an input is not on their device or touches `written`, memory
   // in order and apart; and where the pool has fewer columns than `min_columns`.
   void Watch(nanobind::handle exchange_api, nanobind::list tensors, bool unchanged,
              std::vector<Span> written, int64_t min_columns);
 
+  // Lets launches keep track of what table rows hold, in memory of theirs: `rows` elements, and one for
+  // each request,
+  // zeros at first, which stays where it is.
+  void Track(HeldRow* held, int32_t rows, uint32_t* readers) {
+    args_.tracker = {held, rows, readers, {}, true};
+  }
+
   // Takes a step's tensors as they are and launches on their framework's current stream. Returns
   // false, having launched nothing, where anything is not as it should be: why is in `declined`.
   bool TryLaunch(const Rows& rows, nanobind::handle seq_lens, nanobind::handle req_pool_indices,
                  nanobind::handle req_to_token, nanobind::handle extend_seq_lens,
-                 nanobind::handle written_lens, int32_t max_new_tokens);
+                 nanobind::handle written_lens, int32_t max_new_tokens,
+                 nanobind::handle request_ids);
 
   // Launches on a stream with a step's inputs, which the caller has checked.
   void Launch(Stream stream, const Rows& rows, Vector seq_lens, Vector req_pool_indices,
               const CheckedPool& pool, std::optional<Vector> extend_seq_lens,
-              std::optional<Vector> written_lens, int32_t max_new_tokens);
+              std::optional<Vector> written_lens, int32_t max_new_tokens,
+              std::optional<Vector> request_ids);
 
   // Why TryLaunch last declined.
   const std::string& declined() const { return declined_; }
 
  private:
+  void TakeRows(const Rows& rows);
   bool Decline(std::string reason) {
     declined_ = std::move(reason);
     return false;
@@ -67,6 +84,7 @@ class PreparedLaunch {
 
   FusedMetadataArguments args_;
   const int32_t max_len_;
+  std::unordered_map<int32_t, const int32_t*> flash_mla_;  // by items
   const ExchangeApi* api_ = nullptr;
   std::vector<nanobind::object> unchanged_;
   std::vector<Tensor> expected_;  // of unchanged_; the first one is on the device of all

@@ -120,13 +120,15 @@ void Prepare(PreparedLaunch* self, nb::list backends, nb::dict strides, nb::dict
 void LaunchPrepared(PreparedLaunch& self, uint64_t stream, const Rows& rows,
                     const VectorTuple& seq_lens, const VectorTuple& req_pool_indices,
                     const PoolTuple& pool, const std::optional<VectorTuple>& extend_seq_lens,
-                    const std::optional<VectorTuple>& written_lens, int32_t max_new_tokens) {
+                    const std::optional<VectorTuple>& written_lens, int32_t max_new_tokens,
+                    const std::optional<VectorTuple>& request_ids) {
   const auto [address, pool_rows, stride, columns] = pool;
-  std::optional<Vector> extend, written;
+  std::optional<Vector> extend, written, ids;
   if (extend_seq_lens) extend = VectorOf(*extend_seq_lens);
   if (written_lens) written = VectorOf(*written_lens);
+  if (request_ids) ids = VectorOf(*request_ids);
   self.Launch(StreamOf(stream), rows, VectorOf(seq_lens), VectorOf(req_pool_indices),
-              {address, pool_rows, stride, columns}, extend, written, max_new_tokens);
+              {address, pool_rows, stride, columns}, extend, written, max_new_tokens, ids);
 }
 
 nb::object DescribeTensors(nb::handle exchange_api, nb::list tensors) {
@@ -205,15 +207,23 @@ NB_MODULE(jaxnsa_native, module) {
            nb::arg("max_total_keys"), nb::arg("nsa_index_topk"), nb::arg("index_kpool"),
            nb::arg("paged_mqa"), nb::arg("topk_plan"), nb::arg("flash_mla"), nb::arg("tail"),
            nb::arg("requests_are_items"), nb::arg("backend_offsets"))
+      .def("hold_flash_mla", &PreparedLaunch::HoldFlashMla, nb::arg("items"), nb::arg("address"))
       .def("watch", &PreparedLaunch::Watch, nb::arg("exchange_api"), nb::arg("tensors"),
            nb::kw_only(), nb::arg("unchanged"), nb::arg("written"), nb::arg("min_columns"))
+      .def("track",
+           [](PreparedLaunch& self, uint64_t held, int32_t rows, uint64_t readers) {
+             self.Track(reinterpret_cast<HeldRow*>(held), rows,
+                        reinterpret_cast<uint32_t*>(readers));
+           },
+           nb::arg("held"), nb::arg("rows"), nb::arg("readers"))
       .def("try_launch", &PreparedLaunch::TryLaunch, nb::arg("rows"), nb::arg("seq_lens").none(),
            nb::arg("req_pool_indices").none(), nb::arg("req_to_token").none(),
            nb::arg("extend_seq_lens").none(), nb::arg("written_lens") = nb::none(),
-           nb::arg("max_new_tokens") = int32_t{kMaxLen})
+           nb::arg("max_new_tokens") = int32_t{kMaxLen}, nb::arg("request_ids") = nb::none())
       .def("launch", &LaunchPrepared, nb::arg("stream"), nb::arg("rows"), nb::arg("seq_lens"),
            nb::arg("req_pool_indices"), nb::arg("pool"), nb::arg("extend_seq_lens").none(),
-           nb::arg("written_lens") = nb::none(), nb::arg("max_new_tokens") = int32_t{kMaxLen})
+           nb::arg("written_lens") = nb::none(), nb::arg("max_new_tokens") = int32_t{kMaxLen},
+           nb::arg("request_ids") = nb::none())
       .def_prop_ro("declined", &PreparedLaunch::declined);
 }
 

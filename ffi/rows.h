@@ -23,6 +23,12 @@ struct Vector {
     const int32_t high = words[1];
     return high == low >> 31 ? low : high >> 31 ^ kInt32Max;
   }
+
+  // A value that is no number of tokens, as it is.
+  JAXNSA_HOST_DEVICE int64_t id(int64_t i) const {
+    return itemsize == 4 ? static_cast<const int32_t*>(data)[i]
+                         : static_cast<const int64_t*>(data)[i];
+  }
 };
 
 // Request i owns q(i) consecutive rows, its KV length is cache_seqlen(i), and its row j sees

@@ -92,6 +92,14 @@ struct FlashMlaSchedule {
     return dense() ? rows.requests : rows.count;
   }
 
+  // Elements of both arrays.
+  JAXNSA_HOST_DEVICE int64_t size(const Rows& rows) const {
+    return 8 * int64_t{num_sm_parts} + items(rows) + 1;
+  }
+
+  // Whether it follows from the number of items alone.
+  bool constant() const { return num_sm_parts > 0 && lengths == FlashMlaLengths::kTopk; }
+
   // Keys of an item, a request or a row that sees `kv_len` tokens.
   JAXNSA_HOST_DEVICE int32_t length(int32_t kv_len, const RowRules& rules) const {
     if (dense()) return kv_len;

@@ -236,7 +236,8 @@ std::vector<Field> FieldsOf(ffi::Span<const int64_t> indices) {
 }
 
 // Operands: seq_lens, req_pool_indices, req_to_token, extend_seq_lens where rows_per_request is 0,
-// written_lens where `written`, and the destinations where they are filled in place. Results: the
+// written_lens where `written`, FlashMLA's arrays one behind the other where they are constant, and
+// the destinations where they are filled in place. Results: the
 // arrays `fields` of every backend in their order; stacked ones lead with [num_backends].
 // `tokens_per_column` and `slots_per_page` tell for each of `fields` what a column stands for, 0
 // where it is no table.
@@ -273,7 +274,8 @@ void FusedMetadataOfBuffers(Stream stream, ffi::RemainingArgs operands, ffi::Rem
   for (const int64_t offset : backend_offsets) Int32(offset, -kInt32Max, "backend_offsets");
   const std::vector<Field> fields = FieldsOf(field_indices);
   args->max_new_tokens = Int32(max_new_tokens, 0, "max_new_tokens");
-  const size_t inputs = 3 + rows.ragged() + written;
+  const FlashMlaSchedule& flash_mla_schedule = args->schedules.flash_mla;
+  const size_t inputs = 3 + rows.ragged() + written + flash_mla_schedule.constant();
   Expect(tokens_per_column.size() == fields.size() && slots_per_page.size() == fields.size(),
          "tokens_per_column, slots_per_page: expected a number for each field");
   Expect(results.size() == fields.size() * (stacked ? 1 : num_backends),
@@ -304,7 +306,12 @@ void FusedMetadataOfBuffers(Stream stream, ffi::RemainingArgs operands, ffi::Rem
   if (written) {
     Expect(args->tail == Tail::kKeep, "written_lens: expected none as the tail is not kept");
     args->written_lens =
-        LengthsOf(*operands.get<ffi::AnyBuffer>(inputs - 1), "written_lens", requests);
+        LengthsOf(*operands.get<ffi::AnyBuffer>(3 + rows.ragged()), "written_lens", requests);
+  }
+  if (flash_mla_schedule.constant()) {
+    const ffi::AnyBuffer constants = *operands.get<ffi::AnyBuffer>(inputs - 1);
+    ExpectArray(constants, "flash_mla", {flash_mla_schedule.size(rows)});
+    args->flash_mla = Data(constants);
   }
 
   std::vector<Backend> backends(num_backends, Backend{});

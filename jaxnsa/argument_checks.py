@@ -243,14 +243,12 @@ def backend_offsets(value: Any, num_backends: int) -> tuple[int, ...] | None:
     return offsets if any(offsets) else None
 
 
-def max_new_tokens(value: Any, written_lens: Any) -> int:
+def max_new_tokens(value: Any, written_lens: Any, name: str = "written_lens") -> int:
     """`value` as the tokens that a launch is sized for; None takes any number."""
     if value is None:
         return MAX_LEN
     if written_lens is None:
-        raise ValueError(
-            f"max_new_tokens: got {described(value)}, expected None without written_lens"
-        )
+        raise ValueError(f"max_new_tokens: got {described(value)}, expected None without {name}")
     return min(integer("max_new_tokens", value, 0), MAX_LEN)
 
 

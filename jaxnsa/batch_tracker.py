@@ -1,6 +1,7 @@
 """Which columns of a batch's tables are written, from one step to the next."""
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -53,14 +54,15 @@ class BatchTracker:
         num_draft_tokens: int | None = None,
         extend_seq_lens: Array | None = None,
         max_total_tokens: int | None = None,
+        backend_offsets: Sequence[int] | None = None,
     ) -> tuple[jax.Array, "BatchTracker"]:
         """What is written before a step, and the tracker after it.
 
         Args:
           request_ids: [bs] of any integer dtype, a number for each request that no other has, of
             those that live and those of the step before.
-          seq_lens, forward_mode, num_draft_tokens, extend_seq_lens, max_total_tokens: as the step
-            gets them. `backend_offsets` change nothing.
+          seq_lens, forward_mode, num_draft_tokens, extend_seq_lens, max_total_tokens,
+            backend_offsets: as the step gets them.
 
         Returns:
           int32 [bs], the step's `written_lens`; and the tracker for the next step.
@@ -91,12 +93,21 @@ class BatchTracker:
             )
         words = _words("request_ids", request_ids, bs)
         extend = None if inputs.extend_seq_lens is None else saturated(inputs.extend_seq_lens)
-        return self._step(words, seq_lens, extend, rows)
+        if backend_offsets is not None:
+            offsets = checks.backend_offsets(backend_offsets, len(backend_offsets)) or (0,)
+            rows = dataclasses.replace(rows, offset=min(offsets))
+        return self.advanced(words, seq_lens, extend, rows)
 
-    def _step(
+    def advanced(
         self, words: Array, seq_lens: Array, extend_seq_lens: Array | None, rows: Rows
     ) -> tuple[jax.Array, "BatchTracker"]:
-        """The same, of checked arrays."""
+        """`step` of checked arrays.
+
+        Args:
+          words: int32 [bs, 2], each request's id.
+          seq_lens, extend_seq_lens: int32 [bs].
+          rows: the step's, in the backend with the shortest.
+        """
         nothing = BatchTracker.empty(len(self.held))
         tables, bs = rows.tables, len(seq_lens)
         if not bs or not tables.count:

@@ -20,7 +20,17 @@ from jaxnsa.implementations.choice import choose
 from jaxnsa.implementations.lowering import computed_by
 from jaxnsa.metadata import Array, DraftExtendSeqlens, ForwardMode, NSAMetadata
 from jaxnsa.schedules import Schedules
-from jaxnsa.spec import INT32_MAX, MAX_BACKENDS, MAX_ROWS, Inputs, Rows, Spec, Tail, saturated
+from jaxnsa.spec import (
+    GIVEN,
+    INT32_MAX,
+    MAX_BACKENDS,
+    MAX_ROWS,
+    Inputs,
+    Rows,
+    Spec,
+    Tail,
+    saturated,
+)
 from jaxnsa.value_checks import check_inputs, check_values
 
 _logger = logging.getLogger("jaxnsa")
@@ -506,14 +516,14 @@ def _fused_metadata(
       out, implementation, strategy: as the public functions document them.
       several: whether `out` is a tuple.
     """
-    read = [given.pop(name, None) for name in Inputs._fields]
+    read = [given.pop(name, None) for name in GIVEN]
     written = () if out is None else out if several else (out,)
     options = (*given.values(), implementation, strategy, several)
     result = compute_as_before(read, written, options)
     if result is not None:
         return result
 
-    arguments = Arguments(**given, **dict(zip(Inputs._fields, read, strict=True)))
+    arguments = Arguments(**given, **dict(zip(GIVEN, read, strict=True)))
     inputs, rows = checks.inputs(arguments)
     spec = checks.spec(arguments, rows, inputs.req_to_token.shape[1], fresh=out is None)
     if out is not None:
@@ -531,7 +541,7 @@ def _fused_metadata(
     computation = _computation(spec, strategy, name)
     if not here.validate:
         remember(computation, list(spec.shapes()), read, written, options)
-    return computation(list(inputs), jax.tree.leaves(out))
+    return computation([getattr(inputs, name) for name in GIVEN], jax.tree.leaves(out))
 
 
 @functools.lru_cache(maxsize=1024)

@@ -136,6 +136,11 @@ class FlashMlaSchedule:
         _set(self, "fixed_overhead_blocks", overhead)
         one_of("layout", self.layout, get_args(FlashMlaLayout))
 
+    @property
+    def is_constant(self) -> bool:
+        """Whether it follows from the number of items alone."""
+        return self.lengths == "topk"
+
 
 @dataclasses.dataclass(frozen=True)
 class Schedules:

@@ -33,6 +33,8 @@ class Inputs(NamedTuple):
       extend_seq_lens: int32 or int64 [bs] in draft extend and prefill, otherwise None.
       written_lens: int32 or int64 [bs], leading tokens of each request that the tables of its rows
         hold, whose columns are left alone; None: none.
+      flash_mla: int32 [num_sm_parts * 8 + items + 1], FlashMLA's arrays one behind the other where
+        its schedule is constant, which a launch copies; otherwise None.
     """
 
     seq_lens: Array
@@ -40,6 +42,11 @@ class Inputs(NamedTuple):
     req_to_token: Array
     extend_seq_lens: Array | None
     written_lens: Array | None = None
+    flash_mla: Array | None = None
+
+
+GIVEN = Inputs._fields[:-1]
+"""What of `Inputs` a caller gives."""
 
 
 def saturated(x: Array) -> jax.Array:

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxnsa.config import Strategy
+from jaxnsa.constant_schedules import with_constants
 from jaxnsa.implementations import computations
 from jaxnsa.implementations.lowering import computed_by
 from jaxnsa.metadata import NSAMetadata
@@ -28,7 +29,8 @@ def fused_metadata(
 ) -> tuple[NSAMetadata, ...]:
     """The metadata of `spec` in each of its destinations."""
     module = computations(implementation)
-    inputs = computed_by(implementation, jax.tree.map(saturated, inputs))
+    inputs = jax.tree.map(saturated, with_constants(inputs, spec))
+    inputs = computed_by(implementation, inputs)
     if strategy == "ultra_fast":
         return module.fused_metadata(inputs, out, spec)
 

@@ -16,7 +16,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from jaxnsa.spec import Spec
+from jaxnsa.spec import Inputs, Spec
 from pallas_kernels.cumulative import Cumulative, Vectors, Wide
 from pallas_kernels.destinations import Destinations
 from pallas_kernels.kv_lens import KvLens
@@ -46,8 +46,6 @@ def write_schedule(
     def lengths_of(indices: Vectors) -> Vectors:
         if schedule.lengths == "cache_seqlens":
             return kv_lens.of_requests(indices)
-        if schedule.lengths == "topk":
-            return [jnp.full_like(index, spec.nsa_index_topk) for index in indices]
         lengths = [topk.selected(n) for n in kv_lens.of_rows(indices)]
         return [jnp.maximum(n, 1) for n in lengths]
 
@@ -171,6 +169,31 @@ def write_schedule(
                 lanes.store_rows(ref, lead, place, index + more)
 
     lanes.for_indices(items + 1, write_num_splits)
+
+
+def copy_schedule(
+    lanes: Lanes, spec: Spec, inputs: Inputs, shared: Any, destinations: Destinations
+) -> None:
+    """A constant `flash_mla_schedule` and `flash_mla_num_splits`, to all backends."""
+    del shared
+    schedule, splits = spec.schedules.flash_mla, spec.flash_mla_items + 1
+    assert schedule is not None
+    parts = schedule.num_sm_parts
+
+    def copy_rows(name: str, first: int, rows: int, columns: int) -> None:
+        def copy(indices: Vectors) -> None:
+            for index in indices:
+                row = jnp.where(index < rows, index, -1)
+                places = [jnp.where(row < 0, -1, first + row * columns + k) for k in range(columns)]
+                values = lanes.gather(inputs.flash_mla, *places)
+                for offset in set(spec.offsets):
+                    for ref, lead in destinations.of(name, offset):
+                        lanes.store_rows(ref, lead, row, *values)
+
+        lanes.for_indices(rows, copy)
+
+    copy_rows("flash_mla_schedule", 0, parts, 8)
+    copy_rows("flash_mla_num_splits", 8 * parts, splits, 1)
 
 
 def _blocks(length: jax.Array) -> jax.Array:

@@ -6,7 +6,8 @@ share its lengths, for each offset; in prefill those that share its keys; then t
 tables.
 Block: a warpgroup. It waits for no other: sums over earlier requests it takes by itself.
 Inputs: seq_lens, req_pool_indices, extend_seq_lens where rows are ragged, written_lens if that is
-given, req_to_token, and views of req_to_token as whole pages where its rows consist of such.
+given, FlashMLA's arrays where they are constant, req_to_token, and views of req_to_token as whole
+pages where its rows consist of such.
 Outputs: the arrays of `Spec.shapes` of every destination.
 """
 
@@ -167,7 +168,7 @@ def fused_metadata(
         lengths = Lengths(inputs.seq_lens, inputs.extend_seq_lens)
         destinations = Destinations(spec, results)
         for k, writer in enumerate(writers):
-            pl.when(index == k)(functools.partial(writer, lengths, shared, destinations))
+            pl.when(index == k)(functools.partial(writer, inputs, shared, destinations))
         scratch = shared.at[pl.ds(0, LANES)]
         # Neighbouring blocks write neighbouring memory.
         index = index - len(writers)

@@ -115,7 +115,7 @@ def lowered_operations(function, *arguments, donate=()):
     traced = jax.jit(function, donate_argnums=donate).trace(*arguments)
     text = traced.lower(lowering_platforms=("cuda",)).as_text()
     operations = re.findall(r'= "?stablehlo\.(\w+)', text)
-    return [op for op in operations if op not in ("reshape", "optimization_barrier")]
+    return [op for op in operations if op not in ("constant", "reshape", "optimization_barrier")]
 
 
 @contextlib.contextmanager

@@ -24,6 +24,7 @@ class Scheduler:
         self.pool = self.rng.integers(0, 2**20, (most + 4, columns), dtype=np.int32)
         self.running, self.paused = [], []
         self.changed, self.last_ids = [], set()
+        self.mode = ForwardMode.DECODE
 
     def _new_id(self):
         """Ids that differ in one of their words, and those of requests long gone."""
@@ -84,13 +85,15 @@ class Scheduler:
     def step(self):
         """Mode, options, ids, lengths and pool rows of the next step; `changed` is what moved."""
         self.changed = []
-        while self.rng.random() < 0.45:
+        while self.rng.random() < 0.35:
             self._event()
         running, rng = self.running, self.rng
         for request in running:
             self._grow(request, 0 if request.steps_left else int(rng.integers(0, 3)))
             self._slots(request, request.length, request.length + 3)  # drafts have new slots
-        mode = rng.choice([*ForwardMode][:3], p=(0.6, 0.25, 0.15))
+        if rng.random() < 0.3:
+            self.mode = rng.choice([*ForwardMode][:3], p=(0.6, 0.25, 0.15))
+        mode = self.mode
         options = {}
         if mode is ForwardMode.TARGET_VERIFY:
             options["num_draft_tokens"] = 2

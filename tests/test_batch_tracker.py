@@ -80,6 +80,9 @@ def test_drafts_and_shorter_lengths_are_not_written():
     assert written(tracker, ids, [12, 15], **verify)[0] == [10, 15]
     # Rows 0 and 1 belong to request 1, rows 2 and 3 to request 2.
     assert written(tracker, ids, [12, 20])[0] == [10, 0]
+    # Backends that see less hold less.
+    _, shorter = written(tracker, ids, [12, 20], **verify, backend_offsets=(1, -3))
+    assert written(shorter, ids, [13, 19], **verify)[0] == [10, 18]
     _, tracker = written(tracker, ids[:1], [12])
     assert written(tracker, ids, [13, 20])[0] == [12, 0]  # row 1 was in no batch
 

@@ -16,7 +16,7 @@ from benchmarks.__main__ import RESULTS, main
 from benchmarks.measure import rotations, timing
 from benchmarks.problem import Problem
 from benchmarks.report import Report
-from benchmarks.suites import SUITES, modes, roofline, torch_handoff
+from benchmarks.suites import SUITES, modes, roofline, schedules, torch_handoff
 from jaxnsa import ForwardMode, reference
 from jaxnsa.implementations import IMPLEMENTATIONS, xla
 
@@ -136,6 +136,24 @@ def test_bytes_are_counted():
     verify = Problem(ForwardMode.TARGET_VERIFY, 1, 128, 1, 64)
     (length,) = verify.arguments[0]
     assert verify.bytes_moved == 4 * (length + 4 * (length + 1))
+
+
+def test_the_table_of_schedules():
+    rows = [row for row in schedules.GOALS if row.goal in (0.8, 14)]
+    records = [
+        report.Record(row.case, name, {"hot_device_us": 3.0, "without_us": 2.0, "goal_us": goal})
+        for row in rows
+        for name, goal in (("a", 2.8), ("b", 3.1))
+    ]
+    origin = {"device": "D", "commit": "c", "command": "x", "versions": {"jax": "1"}}
+    table = readme.SECTIONS["schedules"](Report.of(schedules.SUITE, records, **origin))
+    with_plan = "paged MQA, top-k plan"
+    assert table[-2:] == [
+        f"| decode | 32 | 65536 | 3 | 8,192 | {with_plan} | 19 | without + 0.8 | **3.0** | 2.0 | "
+        "3.0 | 2.0 |",
+        f"| decode | 1000 | 65536 | 3 | 100 to 1,200 | {with_plan}, FlashMLA | 28 | 14 | **3.0** | "
+        "2.0 | 3.0 | 2.0 |",
+    ]
 
 
 def make_report(**times):

@@ -19,6 +19,7 @@ FLOORS = (
         "jaxnsa.value_checks",
         "jaxnsa.reference",
         "jaxnsa.reference_schedules",
+        "jaxnsa.constant_schedules",
         "jaxnsa.row_owners",
     ),
     (

@@ -80,13 +80,17 @@ def test_destinations_pass_a_barrier(kernels, function):
 
 
 @pytest.mark.parametrize(
-    "mode", (jaxnsa.ForwardMode.TARGET_VERIFY, jaxnsa.ForwardMode.DRAFT_EXTEND)
+    "mode, lengths",
+    (
+        (jaxnsa.ForwardMode.TARGET_VERIFY, "topk"),
+        (jaxnsa.ForwardMode.DRAFT_EXTEND, "nsa_cache_seqlens"),
+    ),
 )
-def test_schedules_belong_to_the_same_custom_call(name, mode):
+def test_schedules_belong_to_the_same_custom_call(name, mode, lengths):
     schedules = jaxnsa.Schedules(
         jaxnsa.PagedMqaSchedule(132, "sm90"),
         jaxnsa.TopkPlan.h200(),
-        jaxnsa.FlashMlaSchedule(132, "nsa_cache_seqlens"),
+        jaxnsa.FlashMlaSchedule(132, lengths),
     )
     options = mode_options(mode, 7)
     extend = options.pop("extend_seq_lens", None)

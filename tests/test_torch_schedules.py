@@ -5,11 +5,14 @@ import pytest
 from test_schedules import KINDS, lengths_of, schedules_of
 
 import jaxnsa
-from jaxnsa import ForwardMode, reference
+from jaxnsa import FlashMlaSchedule, ForwardMode, Schedules, reference
+from jaxnsa.constant_schedules import flash_mla_constants
 from jaxnsa.implementations import native_library
+from jaxnsa.reference_schedules import flash_mla_schedule
 
 torch = pytest.importorskip("torch")
 interop = pytest.importorskip("jaxnsa.interop.torch")
+direct_path = pytest.importorskip("jaxnsa.interop.direct_path")
 BackendBuffers = interop.BackendBuffers
 
 REQUESTS, ROWS, MAX_LEN, PAGE, TOPK, HELD = 9, 36, 64, 4, 600, -7
@@ -144,3 +147,30 @@ def test_schedules_that_were_not_asked_for_are_refused(device):
         )
     with pytest.raises(TypeError, match="schedules: got"):
         BackendBuffers([], nsa_index_topk=1, real_page_size=1, schedules=jaxnsa.TopkPlan.h200())
+
+
+def test_constants_are_computed_once_for_each_size(device, monkeypatch):
+    computed = []
+
+    def constants(spec):
+        computed.append(spec.rows.count)
+        return flash_mla_constants(spec)
+
+    monkeypatch.setattr(direct_path, "flash_mla_constants", constants)
+    schedules = Schedules(flash_mla=FlashMlaSchedule(66, "topk"))
+    backends = buffers_for(schedules, 1, device)
+    buffers = BackendBuffers(
+        backends, nsa_index_topk=TOPK, real_page_size=PAGE, schedules=schedules, path="direct"
+    )
+    assert computed == [ROWS]
+    pool = torch.zeros((1, MAX_LEN), dtype=torch.int32, device=device)
+    for bs in (REQUESTS, 4, REQUESTS, 4):
+        lengths = torch.full((bs,), 7, dtype=torch.int32, device=device)
+        for backend in backends:
+            backend["flash_mla_schedule"].fill_(HELD)
+        buffers.update(lengths, torch.zeros_like(lengths), pool)
+        schedule, splits = flash_mla_schedule([TOPK] * bs, schedules.flash_mla)
+        for backend in backends:
+            np.testing.assert_array_equal(backend["flash_mla_schedule"].cpu(), schedule)
+            np.testing.assert_array_equal(backend["flash_mla_num_splits"][: bs + 1].cpu(), splits)
+    assert computed == [ROWS, REQUESTS, 4]

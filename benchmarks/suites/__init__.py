@@ -9,6 +9,7 @@ from benchmarks.suites import (
     prefix_sum,
     roofline,
     scale,
+    schedules,
     torch_handoff,
 )
 
@@ -19,6 +20,7 @@ SUITES = {
         draft_extend.SUITE,
         prefix_sum.SUITE,
         prefill.SUITE,
+        schedules.SUITE,
         roofline.SUITE,
         roofline.PAGES_SUITE,
         functions.SUITE,

@@ -148,6 +148,23 @@ std::vector<Table> TablesOf(const FusedMetadataArguments& args) {
   return tables;
 }
 
+// Leading tokens that all of request i's table rows hold, `count` of its q; takes down what they hold
+// after the step.
+int32_t AdvanceTracker(const FusedMetadataArguments& args, int64_t i, int64_t first_row,
+                       int64_t count, int32_t q) {
+  const BatchTracker& tracker = args.tracker;
+  const int64_t id = tracker.request_ids.id(i);
+  const int32_t seq_len = args.rows.seq_lens[i];
+  const int32_t shortest = args.rows.cache_seqlen(i, args.least_offset());
+  int32_t held = kInt32Max;
+  for (int64_t j = 0; j < count; ++j) {
+    held = std::min(held, tracker.held(first_row + j, id, seq_len));
+    tracker.Hold(first_row + j, id, seq_len,
+                 Rows::kv_len(shortest, q, static_cast<int32_t>(j)));
+  }
+  return held;
+}
+
 }  // namespace
 
 void FusedMetadata(Stream, const FusedMetadataArguments& args) {
@@ -192,10 +209,13 @@ void FusedMetadata(Stream, const FusedMetadataArguments& args) {
       return rows.prefill || args.requests_are_items ? cache_seqlens[b] : kv_len(b, j);
     };
     const int32_t* const pool_row = args.pool.row(args.req_pool_indices[i]);
-    const int32_t written = args.written_lens.data != nullptr ? args.written_lens[i] : 0;
+    const int64_t table_row = rows.prefill ? i : row, table_rows = rows.prefill ? 1 : count;
+    int32_t written = args.written_lens.data != nullptr ? args.written_lens[i] : 0;
+    if (args.tracker.request_ids.data != nullptr) {
+      written = AdvanceTracker(args, i, table_row, table_rows, rows.prefill ? 1 : q);
+    }
     for (Table& table : tables) {
-      table.Write(pool_row, rows.prefill ? i : row, rows.prefill ? 1 : count, written,
-                  table_kv_len);
+      table.Write(pool_row, table_row, table_rows, written, table_kv_len);
     }
     keys.Append(pool_row, cache_seqlens[0]);
     row += count;
@@ -204,6 +224,12 @@ void FusedMetadata(Stream, const FusedMetadataArguments& args) {
     for (int64_t padding = row; padding < rows.count; ++padding) {
       store_row(b, padding, PaddingRowValues());
     }
+  }
+  if (args.tracker.advances) {
+    const int64_t known = args.tracker.request_ids.data == nullptr ? 0
+                          : rows.prefill                           ? rows.requests
+                                                                   : row;
+    for (int64_t r = known; r < args.tracker.count; ++r) args.tracker.Forget(r);
   }
   for (int b = 0; b < args.num_backends; ++b) {
     WriteSchedules(args, lengths[b], args.backends[b].schedules);

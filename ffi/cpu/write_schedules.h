@@ -117,12 +117,17 @@ inline void WriteSchedules(const FusedMetadataArguments& args, const StepLengths
     if (args.is_fresh) plan.resize(2 * (lengths.rows.size() + 1), 0);
     store(plan, to.topk_plan);
   }
-  if (wanted.flash_mla.num_sm_parts > 0) {
-    std::vector<int32_t> items = wanted.flash_mla.dense() ? lengths.requests : lengths.rows;
+  const FlashMlaSchedule& flash_mla = wanted.flash_mla;
+  if (args.flash_mla != nullptr) {
+    const int64_t rows = 8 * int64_t{flash_mla.num_sm_parts};
+    std::copy_n(args.flash_mla, rows, to.flash_mla_schedule);
+    std::copy_n(args.flash_mla + rows, flash_mla.size(args.rows) - rows, to.flash_mla_num_splits);
+  } else if (flash_mla.num_sm_parts > 0) {
+    std::vector<int32_t> items = flash_mla.dense() ? lengths.requests : lengths.rows;
     for (int32_t& length : items) {
-      length = wanted.flash_mla.length(length, rules);
+      length = flash_mla.length(length, rules);
     }
-    const FlashMlaArrays arrays = FlashMlaRows(wanted.flash_mla, items);
+    const FlashMlaArrays arrays = FlashMlaRows(flash_mla, items);
     store(arrays.schedule, to.flash_mla_schedule);
     store(arrays.num_splits, to.flash_mla_num_splits);
   }

@@ -42,40 +42,6 @@ struct FlashMlaSteps {
   }
 };
 
-// Costs of items that have all the same one.
-struct EqualCosts {
-  int64_t cost;
-  int32_t items;
-
-  __device__ int64_t operator[](int32_t index) const { return index * cost; }
-
-  template <int kNumbers>
-  __device__ void Find(const int64_t (&numbers)[kNumbers], Found (&found)[kNumbers]) const {
-#pragma unroll
-    for (int k = 0; k < kNumbers; ++k) {
-      const int64_t index = Divide(numbers[k], cost);
-      found[k].index = index < items ? static_cast<int32_t>(index) : items;
-      found[k].sum = found[k].index * cost;
-    }
-  }
-};
-
-// Snaps of items of equal costs: after each `period`, and the last one on the last boundary.
-struct PeriodicSnaps {
-  Snap period;
-  Snap end;
-  int32_t periods;  // that begin before the last boundary
-
-  __device__ Snap operator[](int32_t k) const {
-    return k < periods ? Snap{k * period.part, k * period.boundary} : end;
-  }
-  __device__ int32_t OfPart(int32_t part) const { return part / period.part; }
-  __device__ int32_t OfBoundary(int32_t boundary) const {
-    return boundary == end.boundary ? periods : boundary / period.boundary;
-  }
-  __device__ int32_t before() const { return 0; }
-};
-
 // Some neighbouring snaps, in shared memory.
 struct ListedSnaps {
   const Snap* list;
@@ -89,7 +55,6 @@ struct ListedSnaps {
   __device__ int32_t OfBoundary(int32_t boundary) const {
     return Last([&](const Snap& snap) { return snap.boundary <= boundary; });
   }
-  __device__ int32_t before() const { return earlier; }
 
  private:
   // The last one up to the one behind the list that fulfils a condition, as the first does.
@@ -108,19 +73,20 @@ struct ListedSnaps {
   }
 };
 
-// Writes the parts from snap 0 up to the one at `count`, and the splits up to the items from the
+// Writes the parts from the first snap up to the last, and the splits up to the items from the
 // first's boundary up to the last's.
-template <typename Costs, typename Snaps, typename Length, typename StoreRow, typename StoreSplits>
+template <typename Costs, typename Length, typename StoreRow, typename StoreSplits>
 __device__ void WriteBetweenSnaps(const FlashMlaSchedule& schedule, const FlashMlaSteps& steps,
-                                  const Costs& costs, const Snaps& snaps, int32_t count,
-                                  Length length, StoreRow store_row, StoreSplits store_splits) {
+                                  const Costs& costs, const ListedSnaps& snaps, Length length,
+                                  StoreRow store_row, StoreSplits store_splits) {
+  const Snap& behind = snaps[snaps.count];
   const auto place = [&](int64_t begin, const Found& at, int32_t since, int64_t base) {
     const auto block = static_cast<int32_t>(begin - at.sum);
     // Parts after the snap that begin in an earlier item, or before this one.
     const auto earlier = static_cast<int32_t>(Divide(at.sum > base ? at.sum - base : 0, steps.step));
     return FlashMlaPlace{at.index, block, block > 0 ? since - earlier : 0};
   };
-  for (int32_t part = snaps[0].part + static_cast<int32_t>(threadIdx.x); part < snaps[count].part;
+  for (int32_t part = snaps[0].part + static_cast<int32_t>(threadIdx.x); part < behind.part;
        part += kThreads) {
     const int32_t k = snaps.OfPart(part);
     const Snap at = snaps[k], next = snaps[k + 1];
@@ -136,7 +102,7 @@ __device__ void WriteBetweenSnaps(const FlashMlaSchedule& schedule, const FlashM
     schedule.Write(first, last, length(FlashMlaSchedule::end_item(last)), row);
     store_row(part, row);
   }
-  const int32_t last = snaps[count].boundary;
+  const int32_t last = behind.boundary;
   for (int32_t i = snaps[0].boundary + static_cast<int32_t>(threadIdx.x);
        i < last + (last == steps.items); i += kThreads) {
     const int32_t k = snaps.OfBoundary(i);
@@ -147,65 +113,21 @@ __device__ void WriteBetweenSnaps(const FlashMlaSchedule& schedule, const FlashM
       inside = Min(static_cast<int32_t>(Divide(distance - 1, steps.step)),
                    snaps[k + 1].part - at.part - 1);
     }
-    store_splits(i, i + at.part - (snaps.before() + k) + inside);
+    store_splits(i, i + at.part - (snaps.earlier + k) + inside);
   }
 }
 
-// Parts that begin past the work.
-template <typename Length, typename StoreRow>
+// Parts that begin past the work, whose last item has a length; 0 where there is none.
+template <typename StoreRow>
 __device__ void WritePartsPastTheEnd(const FlashMlaSchedule& schedule, int32_t items,
-                                     int32_t first_part, Length length, StoreRow store_row) {
+                                     int32_t first_part, int32_t length, StoreRow store_row) {
   const FlashMlaPlace past{items, 0, 0};
   int32_t row[8];
-  schedule.Write(past, past, length(items - 1), row);
+  schedule.Write(past, past, length, row);
   for (int32_t part = first_part + static_cast<int32_t>(threadIdx.x);
        part < schedule.num_sm_parts; part += kThreads) {
     store_row(part, row);
   }
-}
-
-template <typename StoreRow, typename StoreSplits>
-__device__ void WriteNoItems(const FlashMlaSchedule& schedule, StoreRow store_row,
-                             StoreSplits store_splits) {
-  WritePartsPastTheEnd(schedule, 0, 0, [](int32_t) { return 0; }, store_row);
-  if (threadIdx.x == 0) store_splits(0, 0);
-}
-
-// Of items of equal lengths, whose snaps repeat.
-template <typename StoreRow, typename StoreSplits>
-__device__ void WriteEqualFlashMla(const FlashMlaSchedule& schedule, int32_t items, int32_t length,
-                                   StoreRow store_row, StoreSplits store_splits) {
-  const auto length_of = [=](int32_t) { return length; };
-  if (items == 0) {
-    WriteNoItems(schedule, store_row, store_splits);
-    return;
-  }
-  const EqualCosts costs{FlashMlaSchedule::blocks(length) + schedule.fixed_overhead_blocks, items};
-  const FlashMlaSteps steps(schedule, items, items * costs.cost);
-  __shared__ int32_t first_snap;
-  if (threadIdx.x == 0) first_snap = schedule.num_sm_parts;
-  __syncthreads();
-  for (int32_t k = static_cast<int32_t>(threadIdx.x) + 1; k < schedule.num_sm_parts;
-       k += kThreads) {
-    Found found[1];
-    costs.Find({k * steps.step + steps.overhead}, found);
-    if (!steps.Snaps(k * steps.step, found[0])) continue;
-    atomicMin(&first_snap, k);
-    break;
-  }
-  __syncthreads();
-  Found found[1];
-  costs.Find({first_snap * steps.step + steps.overhead}, found);
-  PeriodicSnaps snaps;
-  snaps.period = {first_snap, found[0].index};
-  snaps.periods = (items - 1) / snaps.period.boundary + 1;
-  const int32_t last = (snaps.periods - 1) * snaps.period.boundary;
-  const int64_t rest = steps.total - costs[last] - steps.overhead;
-  const auto parts = static_cast<int32_t>(Divide(rest > 0 ? rest + steps.step - 1 : 0, steps.step));
-  snaps.end = {(snaps.periods - 1) * first_snap + Max(parts, 1), items};
-  WriteBetweenSnaps(schedule, steps, costs, snaps, snaps.periods, length_of, store_row,
-                    store_splits);
-  WritePartsPastTheEnd(schedule, items, snaps.end.part, length_of, store_row);
 }
 
 // The snap that follows each boundary where it is one of the next parts'.
@@ -259,7 +181,8 @@ __device__ void WriteFlashMla(SumsMemory& memory, const FlashMlaSchedule& schedu
                               const Lengths& lengths, Of of, StoreRow store_row,
                               StoreSplits store_splits) {
   if (items == 0) {
-    WriteNoItems(schedule, store_row, store_splits);
+    WritePartsPastTheEnd(schedule, 0, 0, 0, store_row);
+    if (threadIdx.x == 0) store_splits(0, 0);
     return;
   }
   constexpr int kSnaps = 256;  // that are listed at a time
@@ -298,11 +221,11 @@ __device__ void WriteFlashMla(SumsMemory& memory, const FlashMlaSchedule& schedu
     }
     __syncthreads();
     at = list[count];
-    WriteBetweenSnaps(schedule, steps, costs, ListedSnaps{list, count, before}, count, length,
-                      store_row, store_splits);
+    WriteBetweenSnaps(schedule, steps, costs, ListedSnaps{list, count, before}, length, store_row,
+                      store_splits);
     before += count;
   }
-  WritePartsPastTheEnd(schedule, items, at.part, length, store_row);
+  WritePartsPastTheEnd(schedule, items, at.part, length(items - 1), store_row);
 }
 
 }  // namespace jaxnsa

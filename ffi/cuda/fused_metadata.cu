@@ -59,6 +59,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor)
       const int32_t group = block % blocks / shares;
       WriteLengths<kRagged>(args.rows, args.row_rules, {groups, group, shares, block % shares},
                             kWhole ? 0 : args.backend_offsets[b], args.lengths[b]);
+      if (block == 0) ForgetOtherRows<kTablesRagged>(args.tracker, args.rows);
     } else if (kRagged && !kTablesRagged) {
       WriteKeys(args, block - args.num_backends * blocks);
     }
@@ -90,8 +91,7 @@ bool HasEqualOffsets(const FusedMetadataArguments& args) {
 
 // Whether no columns are held and no backend is computed for other lengths than the requests have.
 bool IsWhole(const FusedMetadataArguments& args) {
-  return args.written_lens.data == nullptr && args.backend_offsets[0] == 0 &&
-         HasEqualOffsets(args);
+  return !args.may_hold_columns() && args.backend_offsets[0] == 0 && HasEqualOffsets(args);
 }
 
 template <int kCapacity>
@@ -106,6 +106,7 @@ void TakeSchedules(const FusedMetadataArguments& args, ScheduleParameters<kCapac
   parameters->backends_per_block = HasEqualOffsets(args) ? args.num_backends : 1;
   parameters->blocks = parameters->num_kinds * (args.num_backends / parameters->backends_per_block);
   parameters->is_fresh = args.is_fresh;
+  parameters->flash_mla = args.flash_mla;
   parameters->schedules = wanted;
   for (int b = 0; b < args.num_backends; ++b) {
     parameters->arrays[b] = args.backends[b].schedules;
@@ -141,17 +142,17 @@ void LaunchFusedMetadata(Stream stream, const FusedMetadataArguments& args) {
     parameters.lengths[b] = args.backends[b].lengths;
     parameters.backend_offsets[b] = args.backend_offsets[b];
   }
-  const auto [least, greatest] =
-      std::minmax_element(args.backend_offsets, args.backend_offsets + args.num_backends);
-  parameters.least_offset = *least;
-  parameters.greatest_offset = *greatest;
+  parameters.least_offset = args.least_offset();
+  parameters.greatest_offset =
+      *std::max_element(args.backend_offsets, args.backend_offsets + args.num_backends);
   parameters.written_lens = args.written_lens;
+  parameters.tracker = args.tracker;
   const bool wide = wanted.page_indices != nullptr;
   // A tile begins with an access, at or before the first column that is written.
   const int64_t tokens =
-      args.written_lens.data == nullptr
-          ? args.max_len
-          : std::min(args.max_new_tokens + (wide ? kWidth - 1 : 0), args.max_len);
+      args.may_hold_columns()
+          ? std::min(args.max_new_tokens + (wide ? kWidth - 1 : 0), args.max_len)
+          : args.max_len;
   const int64_t tile_tokens =
       wide ? kTileColumns<kWidth> : int64_t{kThreads} * parameters.page_size.value;
   const int64_t tiles = std::max<int64_t>(1, CeilDiv(tokens, tile_tokens));
@@ -234,6 +235,8 @@ void LaunchWithSchedules(Stream stream, const FusedMetadataArguments& args) {
     part->num_backends = std::min(args.num_backends - first, kFewBackends);
     std::copy_n(args.backends + first, part->num_backends, part->backends);
     std::copy_n(args.backend_offsets + first, part->num_backends, part->backend_offsets);
+    part->tracker.advances =
+        args.tracker.advances && first + kFewBackends >= args.num_backends;
     LaunchForBackends<kFewBackends, true>(stream, *part);
   }
 }

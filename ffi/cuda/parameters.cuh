@@ -63,6 +63,7 @@ struct ScheduleParameters {
   int32_t backends_per_block;          // that the block of a schedule writes: all equal ones
   int32_t blocks;
   bool is_fresh;
+  const int32_t* flash_mla;
   Schedules schedules;
   int32_t offsets[kCapacity];
   ScheduleArrays arrays[kCapacity];
@@ -103,6 +104,7 @@ struct Parameters {
 
   // Only read where not all is written everywhere: see FusedMetadataKernel.
   Vector written_lens;  // data is null: none
+  BatchTracker tracker;
   int32_t least_offset;
   int32_t greatest_offset;
   int32_t backend_offsets[kCapacity];

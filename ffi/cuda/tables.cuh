@@ -4,6 +4,7 @@
 
 #include <cstdint>
 
+#include "batch_tracker.cuh"
 #include "block_sums.cuh"
 #include "parameters.cuh"
 
@@ -162,12 +163,9 @@ __device__ void WriteTables(const Parameters<kCapacity, kSchedules>& args, int32
   // All loads are issued before a value is used.
   const int32_t index = exists ? args.req_pool_indices[i] : 0;
   const int32_t seq_len = exists ? args.seq_lens[i] : 0;
-  const bool is_written = !kWhole && exists && args.written_lens.data != nullptr;
-  const int32_t written = is_written ? args.written_lens[i] : 0;
   const int32_t q = !kRagged ? args.rows_per_request : exists ? args.rows.q(i) : 0;
   const RequestContent request{seq_len,      args.added_tokens, q,
                                args.max_len, args.least,        args.requests_are_items};
-  const int32_t first = Min(Max(written, 0), args.max_len);
   const int32_t* const source = args.pool.row(index);
 
   // Rows from `total` on are padding rows.
@@ -182,6 +180,17 @@ __device__ void WriteTables(const Parameters<kCapacity, kSchedules>& args, int32
     const int64_t room = first_row < args.rows.count ? args.rows.count - first_row : 0;
     count = room < q ? static_cast<int32_t>(room) : q;
   }
+  int32_t written = 0;
+  if (!kWhole && exists) {
+    if (args.tracker.request_ids.data != nullptr) {
+      const int32_t kv_len = Rows::cache_seqlen_of(seq_len, args.least_offset, args.added_tokens);
+      written = AdvanceTracker(args.tracker, i, first_row, count, seq_len,
+                               [&](int32_t j) { return Rows::kv_len(kv_len, q, j); });
+    } else if (args.written_lens.data != nullptr) {
+      written = args.written_lens[i];
+    }
+  }
+  const int32_t first = Min(Max(written, 0), args.max_len);
   const RowContent padding{0, kRagged && args.clears_padding ? args.max_len : 0};
   const int32_t least_offset = kWhole ? 0 : args.least_offset;
   const int32_t greatest_offset = kWhole ? 0 : args.greatest_offset;

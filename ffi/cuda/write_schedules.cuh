@@ -26,9 +26,23 @@ __device__ __attribute__((noinline)) void WriteSchedule(const ScheduleParameters
     for (int b = first; b < end; ++b) (args.arrays[b].*array)[index] = value;
   };
   const Schedules& wanted = args.schedules;
+  const FlashMlaSchedule& flash_mla = wanted.flash_mla;
+  if (kind == ScheduleKind::kFlashMla && args.flash_mla != nullptr) {
+    const int64_t rows_size = 8 * int64_t{flash_mla.num_sm_parts}, size = flash_mla.size(rows);
+#pragma unroll 4
+    for (int64_t k = threadIdx.x; k < size; k += kThreads) {
+      const int32_t value = __ldg(args.flash_mla + k);
+      if (k < rows_size) {
+        store(&ScheduleArrays::flash_mla_schedule, k, value);
+      } else {
+        store(&ScheduleArrays::flash_mla_num_splits, k - rows_size, value);
+      }
+    }
+    return;
+  }
   const int32_t next_n = wanted.paged_mqa.next_n(rows);
   const bool items_are_rows = kind == ScheduleKind::kPagedMqa   ? next_n == 1
-                              : kind == ScheduleKind::kFlashMla ? !wanted.flash_mla.dense()
+                              : kind == ScheduleKind::kFlashMla ? !flash_mla.dense()
                                                                 : true;
   const ItemLengths<kRagged> lengths(row_sums, rows, items_are_rows, offset);
   if (kind == ScheduleKind::kPagedMqa) {
@@ -48,7 +62,6 @@ __device__ __attribute__((noinline)) void WriteSchedule(const ScheduleParameters
                   });
     return;
   }
-  const FlashMlaSchedule& flash_mla = wanted.flash_mla;
   const int32_t items = flash_mla.items(rows);
   const auto store_row = [&](int32_t part, const int32_t (&row)[8]) {
 #pragma unroll 1
@@ -61,10 +74,6 @@ __device__ __attribute__((noinline)) void WriteSchedule(const ScheduleParameters
   const auto store_splits = [&](int32_t i, int32_t splits) {
     store(&ScheduleArrays::flash_mla_num_splits, i, splits);
   };
-  if (flash_mla.lengths == FlashMlaLengths::kTopk) {
-    WriteEqualFlashMla(flash_mla, items, rules.nsa_index_topk, store_row, store_splits);
-    return;
-  }
   WriteFlashMla(sums, flash_mla, items, lengths,
                 [&](int32_t kv_len) { return flash_mla.length(kv_len, rules); }, store_row,
                 store_splits);

@@ -49,6 +49,14 @@ class PreparedLaunch(Protocol):
     declined: str
     """Why `try_launch` last returned False."""
 
+    def hold_flash_mla(self, items: int, address: int) -> None:
+        """Lets launches copy FlashMLA's arrays where its schedule is constant.
+
+        Args:
+          items: of the schedule; that of other numbers of items is computed.
+          address: of the arrays, one behind the other; they must outlive the launches.
+        """
+
     def watch(
         self,
         exchange_api: Any,
@@ -68,6 +76,16 @@ class PreparedLaunch(Protocol):
           min_columns: of `req_to_token`.
         """
 
+    def track(self, held: int, rows: int, readers: int) -> None:
+        """Lets launches keep track of what table rows hold, as `jaxnsa.BatchTracker` does.
+
+        Args:
+          held: the address of int64 [rows, 2], zeros at first, which stays where it is: the request
+            of each table row in the last step, and leading tokens that the row holds of it.
+          rows: table rows.
+          readers: the address of int32 [requests], zeros at first.
+        """
+
     def try_launch(
         self,
         rows: NativeRows,
@@ -77,6 +95,7 @@ class PreparedLaunch(Protocol):
         extend_seq_lens: Any,
         written_lens: Any = None,
         max_new_tokens: int = MAX_LEN,
+        request_ids: Any = None,
     ) -> bool:
         """Launches with a step's tensors on their framework's current stream, if all is well.
 
@@ -94,6 +113,7 @@ class PreparedLaunch(Protocol):
         extend_seq_lens: Vector | None,
         written_lens: Vector | None = None,
         max_new_tokens: int = MAX_LEN,
+        request_ids: Vector | None = None,
     ) -> None:
         """Launches with inputs that were checked."""
 

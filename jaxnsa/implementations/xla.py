@@ -104,7 +104,7 @@ def _of_rows(
             "indexer_ke": first_key + owners.kv_len,
             "topk_indices_offset": first_key,
         }
-    values |= _schedules(values, spec)
+    values |= _schedules(values, inputs, spec)
 
     def value(field: Field) -> jax.Array | _Table | _Keys:
         if field.sum_of is not None:
@@ -121,7 +121,7 @@ def _of_rows(
     return _stored({field.name: value(field) for field in spec.fields()}, out, spec)
 
 
-def _schedules(lengths: dict[str, jax.Array], spec: Spec) -> dict[str, jax.Array]:
+def _schedules(lengths: dict[str, jax.Array], inputs: Inputs, spec: Spec) -> dict[str, jax.Array]:
     """The schedules that are wanted."""
     wanted, values = spec.schedules, {}
     if wanted.paged_mqa is not None:
@@ -134,19 +134,17 @@ def _schedules(lengths: dict[str, jax.Array], spec: Spec) -> dict[str, jax.Array
     if wanted.topk_plan is not None:
         values["topk_plan"] = topk_plan(lengths["seqlens_expanded"], wanted.topk_plan)
     if wanted.flash_mla is not None:
-        arrays = _flash_mla_schedule(lengths, spec, wanted.flash_mla)
+        arrays = _flash_mla_schedule(lengths, inputs, wanted.flash_mla)
         values["flash_mla_schedule"], values["flash_mla_num_splits"] = arrays
     return values
 
 
 def _flash_mla_schedule(
-    lengths: dict[str, jax.Array], spec: Spec, schedule: FlashMlaSchedule
+    lengths: dict[str, jax.Array], inputs: Inputs, schedule: FlashMlaSchedule
 ) -> tuple[jax.Array, jax.Array]:
-    if schedule.lengths == "topk":
-        # Depends on the batch size alone: a constant.
-        with jax.ensure_compile_time_eval():
-            items = jnp.full(spec.flash_mla_items, spec.nsa_index_topk, jnp.int32)
-            return jax.jit(flash_mla_schedule, static_argnums=1)(items, schedule)
+    if inputs.flash_mla is not None:
+        rows, num_splits = jnp.split(jnp.asarray(inputs.flash_mla), [8 * schedule.num_sm_parts])
+        return rows.reshape(-1, 8), num_splits
     items = lengths[schedule.lengths]
     if schedule.lengths == "nsa_cache_seqlens":
         items = jnp.maximum(items, 1)

@@ -1,12 +1,15 @@
 """Registered tensors filled by one kernel of the native library on PyTorch's current stream."""
 
+import dataclasses
 import functools
 import types
 from collections.abc import Callable
 
 import torch
 
+from jaxnsa.constant_schedules import flash_mla_constants
 from jaxnsa.implementations.native_library import NativeRows
+from jaxnsa.interop.held_rows import HeldRows
 from jaxnsa.interop.launches import (
     launch_checked,
     library_for,
@@ -27,7 +30,7 @@ _REMEMBERED = frozenset((int, types.NoneType))
 class DirectPath:
     """Fills registered tensors; everything but the step's own arguments is prepared once."""
 
-    def __init__(self, registered: Registered):
+    def __init__(self, registered: Registered, held: HeldRows):
         native = library_for(registered.device)
         if len(registered.backends) > native.max_backends:
             raise ValueError(
@@ -35,8 +38,12 @@ class DirectPath:
                 f'{native.max_backends} as the path is "direct"'
             )
         on_device(registered.device, native.load_kernels)
-        self._native_rows = functools.partial(native_rows, native)
+        self._native = native
+        self._registered = registered
         self._launch = prepared(native, registered.spec, registered.backends)
+        self._constants: dict[int, torch.Tensor] = {}
+        self._hold_constants(registered.spec.rows)
+        self._launch.track(held.rows.data_ptr(), len(held.rows), held.readers.data_ptr())
         self._looks_at_tensors = False
         if api := exchange_api():
             self._looks_at_tensors = True
@@ -48,14 +55,41 @@ class DirectPath:
                 min_columns=1,
             )
 
-        def rows_of(
-            bs: int, mode: ForwardMode, num_draft_tokens: int | None, max_total_tokens: int | None
-        ) -> NativeRows:
-            return self._native_rows(registered.rows(bs, mode, num_draft_tokens, max_total_tokens))
-
-        self._rows_of: Callable[..., NativeRows] = rows_of
         # The same few batches come again and again.
-        self._remembered_rows: Callable[..., NativeRows] = functools.lru_cache(4096)(rows_of)
+        self._remembered_rows: Callable[..., NativeRows] = functools.lru_cache(4096)(self._rows_of)
+
+    def _rows_of(
+        self,
+        bs: int,
+        mode: ForwardMode,
+        num_draft_tokens: int | None,
+        max_total_tokens: int | None,
+    ) -> NativeRows:
+        return self._native_rows(
+            self._registered.rows(bs, mode, num_draft_tokens, max_total_tokens)
+        )
+
+    def _native_rows(self, rows: Rows) -> NativeRows:
+        self._hold_constants(rows)
+        return native_rows(self._native, rows)
+
+    def _hold_constants(self, rows: Rows) -> None:
+        """Lets launches of so many rows copy FlashMLA's arrays, where those are constants.
+
+        Nothing is computed while a CUDA graph is captured, which could not hold it: launches of
+        numbers of rows that come first then compute the arrays by themselves.
+        """
+        if rows.count in self._constants or self._is_capturing():
+            return
+        constants = flash_mla_constants(dataclasses.replace(self._registered.spec, rows=rows))
+        if constants is not None:
+            held = torch.from_numpy(constants).to(self._registered.device)
+            self._constants[rows.count] = held
+            self._launch.hold_flash_mla(rows.count, held.data_ptr())
+
+    def _is_capturing(self) -> bool:
+        on_cuda = self._registered.device.type == "cuda"
+        return on_cuda and torch.cuda.is_current_stream_capturing()
 
     def try_run(
         self,
@@ -68,6 +102,7 @@ class DirectPath:
         max_total_tokens: int | None,
         written_lens: torch.Tensor | None,
         max_new_tokens: int | None,
+        request_ids: torch.Tensor | None,
     ) -> bool:
         """Queues the kernel if the library itself finds a step's arguments as they should be.
 
@@ -79,20 +114,22 @@ class DirectPath:
             or not isinstance(seq_lens, torch.Tensor)
             or not isinstance(mode, ForwardMode)
             or seq_lens.dim() != 1
+            or (request_ids is not None and written_lens is not None)
         ):
             return False
         most = MAX_LEN
         if max_new_tokens is not None:
-            if type(max_new_tokens) is not int or max_new_tokens < 0 or written_lens is None:
+            if type(max_new_tokens) is not int or max_new_tokens < 0:
+                return False
+            if written_lens is None and request_ids is None:
                 return False
             most = min(max_new_tokens, MAX_LEN)
         rows_of = self._remembered_rows
         if type(num_draft_tokens) not in _REMEMBERED or type(max_total_tokens) not in _REMEMBERED:
             rows_of = self._rows_of
         rows = rows_of(seq_lens.shape[0], mode, num_draft_tokens, max_total_tokens)
-        return self._launch.try_launch(
-            rows, seq_lens, req_pool_indices, req_to_token, extend_seq_lens, written_lens, most
-        )
+        inputs = (seq_lens, req_pool_indices, req_to_token, extend_seq_lens)
+        return self._launch.try_launch(rows, *inputs, written_lens, most, request_ids)
 
     def run(
         self,
@@ -103,9 +140,17 @@ class DirectPath:
         extend_seq_lens: Checked | None,
         written_lens: Checked | None,
         max_new_tokens: int,
+        request_ids: Checked | None,
     ) -> None:
         """Queues the kernel with a step's arguments, which were checked."""
-        given = (seq_lens, req_pool_indices, req_to_token, extend_seq_lens, written_lens)
-        launch_checked(self._launch, self._native_rows(rows), *given, max_new_tokens)
+        inputs = (seq_lens, req_pool_indices, req_to_token, extend_seq_lens)
+        launch_checked(
+            self._launch,
+            self._native_rows(rows),
+            *inputs,
+            written_lens,
+            max_new_tokens,
+            request_ids,
+        )
         if self._looks_at_tensors:
             report_declined(self._launch.declined)

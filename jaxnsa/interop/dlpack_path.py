@@ -5,7 +5,7 @@ import functools
 import math
 import threading
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -14,15 +14,21 @@ import torch
 from jax import Array
 
 from jaxnsa import argument_checks
+from jaxnsa.batch_tracker import BatchTracker
 from jaxnsa.compilation import compiled
 from jaxnsa.config import settings
+from jaxnsa.constant_schedules import with_constants
 from jaxnsa.implementations import IMPLEMENTATIONS
 from jaxnsa.implementations.choice import choose
+from jaxnsa.interop.held_rows import HeldRows
 from jaxnsa.interop.registration import Registered
 from jaxnsa.interop.tensor_checks import Checked, check_for_jax, checked_pool, platform_of
 from jaxnsa.metadata import FIELDS, Extent, Field, ForwardMode, NSAMetadata
 from jaxnsa.schedules import NO_SCHEDULES
 from jaxnsa.spec import INT32_MAX, INT32_MIN, Inputs, Rows, Spec
+
+_Known = Literal["written_lens", "request_ids"] | None
+"""What says which columns are written."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,7 +56,7 @@ class DlpackPath:
     compilation for each size of a batch, when it first comes.
     """
 
-    def __init__(self, registered: Registered, options: DlpackOptions):
+    def __init__(self, registered: Registered, held_rows: HeldRows, options: DlpackOptions):
         device = registered.device
         modes = _checked_modes(options)
         self._pool = checked_pool(options.req_to_token, device)
@@ -68,19 +74,21 @@ class DlpackPath:
         self._device = device
         self._lock = threading.Lock()  # on the batch and what JAX holds
         # The batch, padded, in memory of this object's own.
-        self._lengths = torch.zeros((4, requests), dtype=torch.int32, device=device)
-        self._wide = torch.zeros_like(self._lengths, dtype=torch.int64)
+        self._batch = torch.zeros((6, requests), dtype=torch.int32, device=device)
+        self._wide = torch.zeros((5, requests), dtype=torch.int64, device=device)
         self._done = torch.cuda.Event() if platform == "gpu" else None
         self._pool_array = jax.dlpack.from_dlpack(self._pool.tensor)
         self._pads = registered.spec.schedules == NO_SCHEDULES
         self._plan_for = functools.cache(
-            functools.partial(_Plan, registered, options.req_to_token.shape[1], implementation)
+            functools.partial(
+                _Plan, registered, held_rows, options.req_to_token.shape[1], implementation
+            )
         )
         largest = [_largest_rows(registered, mode, options.num_draft_tokens) for mode in modes]
         self._largest = {(rows.rows_per_request, rows.added_tokens): rows for rows in largest}
         for plan in map(self._plan_for, largest):
             if self._pads:
-                plan.run(self._batch(), self._pool_array, -1, 0)
+                plan.run(self._batch_array(), self._pool_array, -1, 0)
 
     def run(
         self,
@@ -91,6 +99,7 @@ class DlpackPath:
         extend_seq_lens: Checked | None,
         written_lens: Checked | None,
         max_new_tokens: int,
+        request_ids: Checked | None,
     ) -> None:
         """Queues the computation between what is on PyTorch's current stream and what follows."""
         del max_new_tokens  # each number would be compiled for
@@ -117,30 +126,45 @@ class DlpackPath:
             )
         with self._lock:
             plan = self._plan_for(largest if self._pads else rows)
-            self._run(plan, rows, (seq_lens, req_pool_indices, extend_seq_lens, written_lens))
+            lengths = (seq_lens, req_pool_indices, extend_seq_lens, written_lens)
+            self._run(plan, rows, lengths, request_ids)
 
-    def _run(self, plan: "_Plan", rows: Rows, given: Sequence[Checked | None]) -> None:
+    def _run(
+        self,
+        plan: "_Plan",
+        rows: Rows,
+        lengths: Sequence[Checked | None],
+        request_ids: Checked | None,
+    ) -> None:
         if self._done is not None:
             # The computation before this one has read the batch that is overwritten here.
             torch.cuda.current_stream(self._device).wait_event(self._done)
-        for held, wide, values in zip(self._lengths, self._wide, given, strict=True):
+        batch, wide = self._batch[:, : rows.requests], self._wide[:, : rows.requests]
+        for k, values in enumerate(lengths):
             if values is None:
                 continue
             source = values.tensor
             if source.dtype == torch.int64:
-                source = torch.clamp(source, INT32_MIN, INT32_MAX, out=wide[: rows.requests])
-            held[: rows.requests].copy_(source)
+                source = torch.clamp(source, INT32_MIN, INT32_MAX, out=wide[k])
+            batch[k].copy_(source)
+        if request_ids is not None:
+            wide[4].copy_(request_ids.tensor)
+            batch[4:].copy_(wide[4].view(torch.int32).view(-1, 2).T)
         if self._pool_array.unsafe_buffer_pointer() != self._pool.start:
             # JAX copies what is not aligned as it likes, on a CPU.
             self._pool_array = jax.dlpack.from_dlpack(self._pool.tensor)
-        is_written = given[-1] is not None
-        plan.run(self._batch(), self._pool_array, rows.requests, rows.count, is_written)
+        known: _Known = None
+        if request_ids is not None:
+            known = "request_ids"
+        elif lengths[-1] is not None:
+            known = "written_lens"
+        plan.run(self._batch_array(), self._pool_array, rows.requests, rows.count, known)
         if self._done is not None:
             self._done.record(torch.cuda.current_stream(self._device))
 
-    def _batch(self) -> Array:
+    def _batch_array(self) -> Array:
         """The padded batch. What JAX computes from it waits for all that PyTorch has queued."""
-        return jax.dlpack.from_dlpack(self._lengths)
+        return jax.dlpack.from_dlpack(self._batch)
 
 
 def _checked_modes(options: Any) -> tuple[ForwardMode, ...]:
@@ -173,7 +197,14 @@ def _largest_rows(registered: Registered, mode: ForwardMode, num_draft_tokens: A
 class _Plan:
     """Rows of a forward mode: the tensors that they fill, as JAX sees them."""
 
-    def __init__(self, registered: Registered, pool_columns: int, implementation: str, rows: Rows):
+    def __init__(
+        self,
+        registered: Registered,
+        held_rows: HeldRows,
+        pool_columns: int,
+        implementation: str,
+        rows: Rows,
+    ):
         largest = registered.spec
         self._spec = dataclasses.replace(
             largest, rows=rows, max_len=min(largest.max_len, pool_columns)
@@ -182,7 +213,7 @@ class _Plan:
         self._implementation = "xla" if self._spec.is_empty else implementation
         shapes: Mapping[str, Any] = self._spec.shapes()
         destinations = (self._spec.metadata(shapes),) * len(registered.backends)
-        sizes, self._structure = jax.tree.flatten(destinations)
+        sizes = jax.tree.leaves(destinations)
         self._tensors = []
         for (name, tensor), size in zip(registered.named(), sizes, strict=True):
             if FIELDS[name.rpartition(".")[2]].extent is Extent.PAGED_MQA_ITEMS:
@@ -193,10 +224,12 @@ class _Plan:
                     f"{name}"
                 )
             self._tensors.append(tensor[: size.shape[0]])
+        self._tensors.append(held_rows.rows.view(torch.int32))
+        self._structure = jax.tree.structure((destinations, 0))
         self._held: list[Array] | None = None
 
     def run(
-        self, batch: Array, pool: Array, requests: int, count: int, is_written: bool = False
+        self, batch: Array, pool: Array, requests: int, count: int, known: _Known = None
     ) -> None:
         """Fills the tensors for so many requests and rows; -1 requests change nothing."""
         held = self._held or [jax.dlpack.from_dlpack(tensor) for tensor in self._tensors]
@@ -204,8 +237,8 @@ class _Plan:
             batch,
             pool,
             np.array([requests, count], np.int32),
-            jax.tree.unflatten(self._structure, held),
-            is_written=is_written,
+            *jax.tree.unflatten(self._structure, held),
+            known=known,
             spec=self._spec,
             implementation=self._implementation,
         )
@@ -224,8 +257,8 @@ class _Plan:
 
 @functools.partial(
     compiled,
-    static_argnames=("is_written", "spec", "implementation"),
-    donate_argnames=("out",),
+    static_argnames=("known", "spec", "implementation"),
+    donate_argnames=("out", "held_rows"),
     keep_unused=True,
 )
 def _refresh(
@@ -233,29 +266,33 @@ def _refresh(
     pool: Array,
     sizes: Array,
     out: tuple[NSAMetadata, ...],
+    held_rows: Array,
     *,
-    is_written: bool,
+    known: _Known,
     spec: Spec,
     implementation: str,
-) -> tuple[NSAMetadata, ...]:
+) -> tuple[tuple[NSAMetadata, ...], Array]:
     requests, count = sizes
     exists = jnp.arange(spec.rows.requests) < requests
-    seq_lens, indices, extend, written = batch[:, : spec.rows.requests]
+    seq_lens, indices, extend, written, *id_words = batch[:, : spec.rows.requests]
+    seq_lens = jnp.where(exists, seq_lens, 0)
     ragged = spec.rows.rows_per_request is None
-    inputs = Inputs(
-        jnp.where(exists, seq_lens, 0),
-        indices,
-        pool,
-        jnp.where(exists, extend, 0) if ragged else None,
-        written if is_written else None,
-    )
+    extend_seq_lens = jnp.where(exists, extend, 0) if ragged else None
+    tracker = BatchTracker.empty(len(held_rows))
+    if known == "request_ids":
+        tracker = BatchTracker(held_rows[:, :2], held_rows[:, 2])
+        ids, shortest = jnp.stack(id_words, axis=1), spec.rows_of(min(spec.offsets))
+        written, tracker = tracker.advanced(ids, seq_lens, extend_seq_lens, shortest)
+    inputs = Inputs(seq_lens, indices, pool, extend_seq_lens, written if known else None)
+    inputs = jax.tree.map(jnp.asarray, with_constants(inputs, spec))
     filled = IMPLEMENTATIONS[implementation].fused_metadata(inputs, out, spec)
-    if spec.schedules != NO_SCHEDULES:
-        return filled  # of a batch that is not padded
-    return tuple(
-        _without_padding(new, old, requests, jnp.where(requests < 0, -1, count), spec)
-        for new, old in zip(filled, out, strict=True)
-    )
+    if spec.schedules == NO_SCHEDULES:  # with them the batch is not padded
+        filled = tuple(
+            _without_padding(new, old, requests, jnp.where(requests < 0, -1, count), spec)
+            for new, old in zip(filled, out, strict=True)
+        )
+    held = jnp.pad(tracker.held[:, None], ((0, 0), (0, 1)))
+    return filled, jnp.concatenate([tracker.request_ids, held], axis=1)
 
 
 def _without_padding(

@@ -86,6 +86,7 @@ def launch_checked(
     extend_seq_lens: Checked | None,
     written_lens: Checked | None = None,
     max_new_tokens: int = MAX_LEN,
+    request_ids: Checked | None = None,
 ) -> None:
     """Launches with inputs that were checked, on PyTorch's current stream."""
     device = seq_lens.tensor.device
@@ -100,6 +101,7 @@ def launch_checked(
             None if extend_seq_lens is None else extend_seq_lens.vector,
             None if written_lens is None else written_lens.vector,
             max_new_tokens,
+            None if request_ids is None else request_ids.vector,
         ),
     )
 

@@ -11,6 +11,7 @@ from jaxnsa.config import overridden, settings
 from jaxnsa.implementations import native_library
 from jaxnsa.interop.direct_path import DirectPath
 from jaxnsa.interop.dlpack_path import DlpackOptions, DlpackPath
+from jaxnsa.interop.held_rows import HeldRows
 from jaxnsa.interop.registration import Registered
 from jaxnsa.interop.tensor_checks import (
     Checked,
@@ -101,6 +102,9 @@ class BackendBuffers:
     afterwards sees its results; nothing synchronises the device. Threads that update the same
     tensors do so one after the other, on their own current streams.
 
+    Keep the object for as long as a CUDA graph replays an update of it: what it knows of table
+    rows, for `request_ids`, is in memory of its own, which every update writes.
+
     There are two paths. "direct" launches one kernel of the native library on PyTorch's current
     stream, without JAX; `torch.cuda.graph` captures it. The library itself looks at the tensors of
     a step, and Python only at those that are not as they should be, or at all of them before
@@ -140,7 +144,10 @@ class BackendBuffers:
             arrays.
           schedules: asks for the arrays of these, at the sizes of the largest batch: each must be
             there in all backends. `paged_mqa_ctx_lens` may have any shape of as many elements as
-            there are rows; a step of items of several rows writes them one behind the other.
+            there are rows; a step of items of several rows writes them one behind the other. A
+            constant schedule is computed here for the registered rows, and once for any other
+            number of rows that comes, but not while a CUDA graph is captured: the kernel computes
+            it then, at some microseconds more.
           backend_offsets: an int for each backend, which is computed for `seq_lens` of so many
             tokens more; None: all 0.
           path: None takes "direct" where the native library can run, otherwise "dlpack".
@@ -161,13 +168,15 @@ class BackendBuffers:
             path = "dlpack" if missing else "direct"
         argument_checks.one_of("path", path, ("direct", "dlpack"))
         self._validate = settings().validate
+        largest, device = self._registered.spec.rows, self._registered.device
+        self._held_rows = HeldRows(largest.tables.count, largest.requests, device)
         self._path: DirectPath | DlpackPath
         if path == "direct":
-            self._path = DirectPath(self._registered)
+            self._path = DirectPath(self._registered, self._held_rows)
         elif dlpack is None:
             raise ValueError('dlpack: got None, expected DlpackOptions as path is "dlpack"')
         else:
-            self._path = DlpackPath(self._registered, dlpack)
+            self._path = DlpackPath(self._registered, self._held_rows, dlpack)
 
     @property
     def path(self) -> str:
@@ -186,6 +195,7 @@ class BackendBuffers:
         max_total_tokens: int | None = None,
         written_lens: torch.Tensor | None = None,
         max_new_tokens: int | None = None,
+        request_ids: torch.Tensor | None = None,
     ) -> None:
         """Refreshes the metadata of all backends.
 
@@ -203,8 +213,15 @@ class BackendBuffers:
           written_lens: int32 or int64 [bs], leading tokens of request i that the tables of each of
             its rows hold already, at most those that are live: their columns are neither read nor
             written. `jaxnsa.precompute_decode_metadata` says when that is safe.
-          max_new_tokens: with `written_lens`, live tokens of any row that are not written, at most,
-            which the path "direct" launches blocks for; more are written all the same.
+          max_new_tokens: with `written_lens` or `request_ids`, live tokens of any row that are not
+            written, at most, which the path "direct" launches blocks for; more are written all the
+            same.
+          request_ids: int32 or int64 [bs], in place of `written_lens`, a number for each request
+            that no other has, of those that live and those of the update before. A row that belongs
+            to the same request as in the update before keeps what it has, all others are written
+            anew, and so are all after an update without `request_ids`. As with
+            `jaxnsa.BatchTracker`, `req_to_token` is the same pool in each update, and `invalidate`
+            says where its entries for tokens that are written have changed.
 
         Raises:
           ValueError, TypeError: an argument is wrong, or a registered tensor has been freed or
@@ -213,7 +230,7 @@ class BackendBuffers:
         """
         given = (seq_lens, req_pool_indices, req_to_token, extend_seq_lens)
         mode = (forward_mode, num_draft_tokens, max_total_tokens)
-        new = (written_lens, max_new_tokens)
+        new = (written_lens, max_new_tokens, request_ids)
         validate = settings().validate if overridden() else self._validate
         path = self._path
         if not validate and isinstance(path, DirectPath) and path.try_run(*given, *mode, *new):
@@ -233,15 +250,36 @@ class BackendBuffers:
             extend = checked_vector("extend_seq_lens", extend_seq_lens, device, bs)
         elif extend_seq_lens is not None:
             raise ValueError(f"extend_seq_lens: got a tensor, expected None in {forward_mode}")
-        most = argument_checks.max_new_tokens(max_new_tokens, written_lens)
-        written = None
+        written = ids = None
         if written_lens is not None:
             written = checked_vector("written_lens", written_lens, device, bs)
-        read = [lengths, indices, pool, extend, written]
+        if request_ids is not None:
+            if written_lens is not None:
+                raise ValueError("request_ids: got a tensor, expected None with written_lens")
+            ids = checked_vector("request_ids", request_ids, device, bs)
+        most = argument_checks.max_new_tokens(
+            max_new_tokens, written or ids, "written_lens or request_ids"
+        )
+        read = [lengths, indices, pool, extend, written, ids]
         registered.memory.check_apart([checked for checked in read if checked is not None])
         if validate:
             self._check_values(rows, lengths, indices, pool, extend)
-        self._path.run(rows, lengths, indices, pool, extend, written, most)
+        self._path.run(rows, lengths, indices, pool, extend, written, most, ids)
+
+    def invalidate(self, request_ids: torch.Tensor | None = None) -> None:
+        """Has the next update with `request_ids` write rows anew: the pool's entries have changed.
+
+        Args:
+          request_ids: int32 or int64 [n], the requests of these rows, living or not; None: all.
+
+        Raises:
+          ValueError, TypeError: `request_ids` is no such tensor.
+        """
+        if request_ids is None:
+            self._held_rows.invalidate(None)
+            return
+        checked_ids = checked_vector("request_ids", request_ids, self._registered.device, None)
+        self._held_rows.invalidate(checked_ids)
 
     def _check_values(
         self, rows: Rows, lengths: Checked, indices: Checked, pool: Checked, extend: Checked | None

@@ -83,6 +83,13 @@ inline int32_t atomicMin(int32_t* address, int32_t value) {
   return held;
 }
 
+inline unsigned atomicInc(unsigned* address, unsigned last) {
+  const unsigned held = *address;
+  *address = held >= last ? 0 : held + 1;
+  return held;
+}
+inline void __threadfence() {}
+
 inline int4 make_int4(int32_t x, int32_t y, int32_t z, int32_t w) { return {x, y, z, w}; }
 
 template <typename T>

@@ -21,9 +21,10 @@ from jaxnsa.implementations.triton_kernels.places import (
     kv_lens_of_items,
 )
 from jaxnsa.implementations.triton_kernels.rows import selected
-from jaxnsa.schedules import FlashMlaLayout, FlashMlaLengths, FlashMlaSchedule
+from jaxnsa.schedules import FlashMlaLayout, FlashMlaSchedule
 from jaxnsa.spec import Spec
 
+_COPIED = tl.constexpr(1024)  # elements of a constant array at a time
 _NONE = tl.constexpr(2**31 - 1)
 _SHIFT = tl.constexpr(2**17)  # more than an overhead
 
@@ -33,7 +34,7 @@ class FlashMlaConstants:
     """What the kernel is compiled for.
 
     Attributes:
-      parts, lengths, overhead, layout: of the schedule.
+      parts, is_constant, overhead, layout: of the schedule.
       of_rows: whether items are rows, otherwise requests.
       pool: tokens that are one key of the indexer.
       at_once: items that are added up as one vector.
@@ -41,7 +42,7 @@ class FlashMlaConstants:
     """
 
     parts: int
-    lengths: FlashMlaLengths
+    is_constant: bool
     overhead: int
     layout: FlashMlaLayout
     of_rows: bool
@@ -54,7 +55,7 @@ class FlashMlaConstants:
         """Those of a computation."""
         return cls(
             schedule.num_sm_parts,
-            schedule.lengths,
+            schedule.is_constant,
             schedule.fixed_overhead_blocks,
             schedule.layout,
             schedule.lengths != "cache_seqlens",
@@ -67,12 +68,9 @@ class FlashMlaConstants:
 @triton.jit
 def _lengths(lengths, item, sizes, ROWS: tl.constexpr, F: tl.constexpr):
     """Keys of items."""
-    if F.lengths == "topk":
-        result = tl.zeros(item.shape, tl.int32) + sizes.topk
-    else:
-        result = kv_lens_of_items(lengths, item, sizes, F.of_rows, ROWS)
-        if F.of_rows:
-            result = tl.maximum(selected(result, sizes.topk, ROWS), 1)
+    result = kv_lens_of_items(lengths, item, sizes, F.of_rows, ROWS)
+    if F.of_rows:
+        result = tl.maximum(selected(result, sizes.topk, ROWS), 1)
     return result
 
 
@@ -157,6 +155,19 @@ def write_flash_mla(parts, num_splits, lengths, items, sizes, ROWS: tl.constexpr
         item = first + tl.arange(0, AT_ONCE)
         splits = item + _splits_before(found, inside, item, F)
         store(num_splits, item, splits, item <= items)
+
+
+@triton.jit
+def copy_flash_mla(parts, num_splits, constants, items, F: tl.constexpr):
+    """Constant `flash_mla_schedule` and `flash_mla_num_splits`."""
+    SIZE: tl.constexpr = F.parts * 8
+    for first in range(0, SIZE, _COPIED):
+        place = first + tl.arange(0, _COPIED)
+        store(parts, place, tl.load(constants + place, place < SIZE), place < SIZE)
+    for first in range(0, items + 1, _COPIED):
+        place = first + tl.arange(0, _COPIED)
+        splits = tl.load(constants + SIZE + place, place <= items)
+        store(num_splits, place, splits, place <= items)
 
 
 @triton.jit

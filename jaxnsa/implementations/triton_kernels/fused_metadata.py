@@ -6,8 +6,8 @@ that share its lengths, for each offset; in prefill those that share its keys; t
 its tables.
 Program: independent of all others; sums over earlier requests it takes by itself. Those of the
 tables take tiles of the request's pool row with a grid stride, as far as columns are written.
-Inputs: seq_lens, req_pool_indices, req_to_token, extend_seq_lens where rows are ragged, and
-written_lens if that is given.
+Inputs: seq_lens, req_pool_indices, req_to_token, extend_seq_lens where rows are ragged,
+written_lens if that is given, and FlashMLA's arrays where they are constant.
 Outputs: the arrays of `Spec.shapes` of every destination.
 """
 
@@ -323,7 +323,16 @@ def _fused_metadata(
     NUM_OFFSETS: tl.constexpr = TABLES.offsets
     for k in tl.static_range(NUM_OFFSETS):
         if (index >= 0) & (index < SCHEDULES.programs):
-            write_schedules(results.schedules, index, lengths, sizes.rows, OFFSETS, k, SCHEDULES)
+            write_schedules(
+                results.schedules,
+                index,
+                lengths,
+                inputs.flash_mla,
+                sizes.rows,
+                OFFSETS,
+                k,
+                SCHEDULES,
+            )
         index -= SCHEDULES.programs
     if index >= 0:
         _write_of_request(inputs, results, index, lengths, sizes, OFFSETS, TABLES)

@@ -7,7 +7,11 @@ import triton
 import triton.language as tl
 
 from jaxnsa.implementations.triton_kernels.destinations import of_backends
-from jaxnsa.implementations.triton_kernels.flash_mla import FlashMlaConstants, write_flash_mla
+from jaxnsa.implementations.triton_kernels.flash_mla import (
+    FlashMlaConstants,
+    copy_flash_mla,
+    write_flash_mla,
+)
 from jaxnsa.implementations.triton_kernels.paged_mqa import (
     PagedMqaConstants,
     write_context_lengths,
@@ -60,7 +64,14 @@ class ScheduleConstants:
 
 @triton.jit
 def write_schedules(
-    arrays, program, lengths, sizes, OFFSETS: tl.constexpr, K: tl.constexpr, CASE: tl.constexpr
+    arrays,
+    program,
+    lengths,
+    constants,
+    sizes,
+    OFFSETS: tl.constexpr,
+    K: tl.constexpr,
+    CASE: tl.constexpr,
 ):
     """What one of the programs of an offset's backends writes; it waits for no other.
 
@@ -68,6 +79,7 @@ def write_schedules(
       arrays: ScheduleArrays.
       program: which of them.
       lengths: of all requests.
+      constants: FlashMLA's arrays one behind the other, if its schedule is constant.
       sizes: RowSizes.
       OFFSETS: OffsetConstants of all offsets.
       K: which of them.
@@ -82,7 +94,10 @@ def write_schedules(
             items = sizes.rows if F.of_rows else sizes.requests
             parts = of_backends((arrays.flash_mla_schedule,), F.parts * 8, BACKENDS, COUNT)
             splits = of_backends((arrays.flash_mla_num_splits,), items + 1, BACKENDS, COUNT)
-            write_flash_mla(parts[0], splits[0], lengths, items, sizes, ROWS, F)
+            if F.is_constant:
+                copy_flash_mla(parts[0], splits[0], constants, items, F)
+            else:
+                write_flash_mla(parts[0], splits[0], lengths, items, sizes, ROWS, F)
         program -= 1
     if CASE.paged_mqa is not None:
         M: tl.constexpr = CASE.paged_mqa

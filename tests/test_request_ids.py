@@ -1,0 +1,140 @@
+"""`BackendBuffers.update(request_ids=)`: a launch that knows by itself what is written."""
+
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch", reason="runs where PyTorch is, as .ci/run installs it")
+
+from kept_tables import TorchTables  # noqa: E402
+from test_torch import Engine, device, path, registered  # noqa: E402, F401
+
+from jaxnsa import ForwardMode  # noqa: E402
+
+
+def test_histories(path, device):  # noqa: F811
+    # Columns of which one block writes a row, or several; by JAX each shape would be compiled.
+    shapes = {"direct": ((40, (0, 2, -3), 150), (1200, (0,), 100)), "dlpack": ((40, (1, -2), 40),)}
+    for columns, offsets, steps in shapes[path]:
+        options = {"columns": columns, "backend_offsets": offsets, "by_reference": True}
+        tables = TorchTables(path, device, **options)
+        tables.run(steps)
+        assert tables.left_alone > steps * columns / 20
+
+
+class Decode:
+    """Decode updates of requests whose pool rows are their ids modulo 10."""
+
+    def __init__(self, path, device):  # noqa: F811
+        self.engine = Engine.of(device)
+        self.buffers = registered(self.engine, path, 16)
+
+    def pool_changes(self):
+        self.engine.pool += 16
+
+    def given(self, ids, lengths):
+        tensor = self.engine.tensor
+        rows = np.array(ids, np.int64) % 10
+        return tensor(np.array(lengths, np.int32)), tensor(rows), self.engine.pool
+
+    def update(self, ids, lengths, **options):
+        given_ids = self.engine.tensor(np.asarray(ids, getattr(ids, "dtype", np.int64)))
+        self.buffers.update(*self.given(ids, lengths), request_ids=given_ids, **options)
+
+    def left_alone(self, ids, lengths, **options):
+        """Leading columns that an update of rows with other pool entries leaves alone."""
+        table = self.engine.backends[1]["page_indices"]
+        before = table.clone()
+        self.pool_changes()
+        self.update(ids, lengths, **options)
+        changed = (table != before).cpu().numpy()[: len(ids)]
+        return [int(row.argmax()) if row.any() else len(row) for row in changed]
+
+
+def test_what_is_written_again(path, device):  # noqa: F811
+    decode = Decode(path, device)
+    ids = [2**40 + 1, 2, -3]
+    assert decode.left_alone(ids, [50, 60, 0]) == [0, 0, 300]
+    assert decode.left_alone(ids, [51, 64, 3]) == [50, 60, 0]
+    assert decode.left_alone(np.array([1, 2, -3], np.int32), [52, 64, 5]) == [0, 300, 3]
+    assert decode.left_alone([2, 1, -3], [65, 53, 6], max_new_tokens=1) == [0, 0, 5]
+    assert decode.left_alone([2, 1], [66, 54]) == [65, 53]
+    assert decode.left_alone([2, 1, -3], [67, 55, 7]) == [66, 54, 0]  # -3 was in no batch
+    assert decode.left_alone([2, 1, -3], [20, 56, 8]) == [300, 55, 7]
+    assert decode.left_alone([2, 1, -3], [30, 57, 9]) == [20, 56, 8]  # as long as it was
+    decode.buffers.invalidate(decode.engine.tensor(np.array([2, 77, -3], np.int32)))
+    assert decode.left_alone([2, 1, -3], [31, 58, 10]) == [0, 57, 0]
+    decode.buffers.invalidate()
+    assert decode.left_alone([2, 1, -3], [32, 59, 11]) == [0, 0, 0]
+    assert decode.left_alone([2, 1, -3], [33, 60, 12]) == [32, 59, 11]
+    decode.update([], [])
+    assert decode.left_alone([2, 1, -3], [33, 60, 12]) == [0, 0, 0]
+    # An update that does not say whose rows it writes: it may be any request's.
+    decode.buffers.update(*decode.given([5], [40]))
+    assert decode.left_alone([2, 1, -3], [34, 61, 13]) == [0, 0, 0]
+    lengths = decode.engine.tensor(np.array([34, 61, 13], np.int32))
+    decode.buffers.update(*decode.given([5, 5, 5], [40, 70, 20]), written_lens=lengths)
+    assert decode.left_alone([2, 1, -3], [34, 61, 13]) == [0, 0, 0]
+
+
+def test_request_ids_that_are_wrong(path, device):  # noqa: F811
+    decode = Decode(path, device)
+    ids = decode.engine.tensor(np.arange(4))
+    given = decode.given([1, 2, 3, 4], [5, 6, 7, 8])
+    lengths = given[0]
+    for error, message, options in (
+        (ValueError, r"request_ids: got shape \(3,\), expected \(4,\)", {"request_ids": ids[:3]}),
+        (TypeError, "request_ids: got torch.float32", {"request_ids": ids.float()}),
+        (TypeError, "request_ids: got list", {"request_ids": [1, 2, 3, 4]}),
+        (
+            ValueError,
+            "request_ids: got a tensor, expected None with written_lens",
+            {"request_ids": ids, "written_lens": lengths},
+        ),
+        (
+            ValueError,
+            "max_new_tokens: got 3, expected None without written_lens or request_ids",
+            {"max_new_tokens": 3},
+        ),
+        (
+            ValueError,
+            "request_ids: got memory within that of",
+            {"request_ids": decode.engine.backends[0]["seqlens_expanded"][:4]},
+        ),
+    ):
+        with pytest.raises(error, match=message):
+            decode.buffers.update(*given, **options)
+    with pytest.raises(TypeError, match="request_ids: got torch.float32"):
+        decode.buffers.invalidate(ids.float())
+    decode.engine.check()
+
+
+class CapturedTables(TorchTables):
+    """Decode steps of 6 requests by one CUDA graph."""
+
+    graph = None
+
+    def capture(self, max_new_tokens):
+        self.given = [torch.zeros(6, dtype=torch.int32, device="cuda") for _ in range(2)]
+        self.ids = torch.zeros(6, dtype=torch.int64, device="cuda")
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph):
+            self.buffers.update(
+                *self.given, self.pool, request_ids=self.ids, max_new_tokens=max_new_tokens
+            )
+
+    def update(self, mode, given, ids, arguments):
+        if mode is not ForwardMode.DECODE or len(ids) != 6:
+            super().update(mode, given, ids, arguments)
+            return
+        for static, new in zip((*self.given, self.ids), (*given[:2], ids), strict=True):
+            static.copy_(new)
+        self.graph.replay()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("max_new_tokens", (None, 1))
+def test_captured_updates_know_what_the_ones_before_wrote(max_new_tokens):
+    tables = CapturedTables("direct", torch.device("cuda:0"), columns=1200)
+    tables.capture(max_new_tokens)
+    tables.run(500)
+    assert tables.left_alone > 100_000
