@@ -1,5 +1,7 @@
 """The command line of the benchmarks."""
 
+import dataclasses
+import functools
 import importlib.util
 import shlex
 import shutil
@@ -8,6 +10,7 @@ import sys
 import tempfile
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import click
 from rich.console import Console
@@ -55,10 +58,20 @@ def _options(command):
 
 
 def _add(suite: Suite) -> None:
-    @main.command(suite.name, help=f"{suite.title}.\n\n{suite.note}")
-    @_options
-    def command(quick: bool, out: Path, commit: str | None, device_name: str | None) -> None:
-        _run(suite, quick, out, commit, device_name)
+    def command(traces: tuple[Path, ...] = (), **options: Any) -> None:
+        given = functools.partial(suite.jobs, traces=traces) if suite.replays else suite.jobs
+        _run(dataclasses.replace(suite, jobs=given), **options)
+
+    if suite.replays:
+        command = click.option(
+            "--trace",
+            "traces",
+            multiple=True,
+            type=click.Path(exists=True, dir_okay=False, path_type=Path),
+            help="Lengths of requests to replay, CSV or JSON lines. Default: synthetic ones.",
+        )(command)
+    help_text = f"{suite.title}.\n\n{suite.note}"
+    main.command(suite.name, help=help_text)(_options(command))
 
 
 for _suite in SUITES.values():

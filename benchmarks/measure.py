@@ -59,6 +59,27 @@ def kernel_times(
     ]
 
 
+def step_times(calls: Sequence[Call], wait: Callable = jax.block_until_ready) -> list[float]:
+    """Microseconds of each of different calls, made in turn once before.
+
+    On a GPU of its kernels, of which each call launches equally many; elsewhere until its result is
+    there.
+    """
+    for call in calls:
+        wait(call())
+    if on_gpu():
+        launches = [launch.microseconds for launch in profiled.launches(calls, wait)]
+        if not launches or len(launches) % len(calls):
+            raise AssertionError(f"{len(launches)} launches of {len(calls)} calls")
+        return np.reshape(launches, (len(calls), -1)).sum(1).tolist()
+    times = []
+    for call in calls:
+        start = time.perf_counter()
+        wait(call())
+        times.append((time.perf_counter() - start) * 1e6)
+    return times
+
+
 def timing(
     calls: Sequence[Call],
     count: int = 50,

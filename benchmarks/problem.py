@@ -105,7 +105,7 @@ class Problem:
     @property
     def extend_seq_lens(self) -> np.ndarray | None:
         """int32 [bs] in draft extend and prefill."""
-        ragged = self.mode in (ForwardMode.DRAFT_EXTEND, ForwardMode.EXTEND)
+        ragged = self.mode.ragged
         return self.rows_of_each.astype(np.int32) if ragged else None
 
     @property

@@ -13,6 +13,7 @@ UNITS = {
     "hot_device_us": "microseconds of device time, the same inputs in each call",
     "latency_us": "microseconds from the call to its result on the device",
     "issue_us": "microseconds until the call returns",
+    "step_us": "microseconds of a step's kernels, on a CPU until its result is there: the mean",
 }
 
 

@@ -52,14 +52,16 @@ class Suite:
       jobs: the measurements; of small problems, a few seconds on a CPU, where its argument is True.
       plots: the pictures.
       metric: that the table shows; None: device time on a GPU, "latency_us" elsewhere.
+      replays: whether `jobs` takes the paths of traces too.
     """
 
     name: str
     title: str
     note: str
-    jobs: Callable[[bool], list[Job]]
+    jobs: Callable[..., list[Job]]
     plots: tuple[Plot, ...] = ()
     metric: str | None = None
+    replays: bool = False
 
 
 def runnable() -> list[str]:

@@ -63,9 +63,14 @@ def _as_array(name: str, value: Any) -> np.ndarray:
     return converted
 
 
-def vector(name: str, value: Any, length: int | None = None) -> Array:
-    """`value` as an int32 or int64 vector; `length`, where given, is that of seq_lens."""
-    value = array(name, value, 1)
+def vector(
+    name: str,
+    value: Any,
+    length: int | None = None,
+    dtypes: tuple[np.dtype, ...] = LENGTHS,
+) -> Array:
+    """`value` as a vector of one of the given dtypes; `length`, where given, is seq_lens' own."""
+    value = array(name, value, 1, dtypes)
     if length is not None and len(value) != length:
         raise ValueError(
             f"{name}: got shape {value.shape}, expected ({length},), the shape of seq_lens"
@@ -95,18 +100,14 @@ def held_inputs(given: Inputs) -> Inputs:
     )
 
 
-class Arguments(NamedTuple):
-    """The arguments of a computation as the caller gave them; the public functions document them.
+class StaticArguments(NamedTuple):
+    """The arguments of a computation but for its arrays, as the caller gave them.
 
-    Those that a forward mode does not take are None.
+    The public functions document them. Those that a forward mode does not take are None.
     """
 
     forward_mode: Any
-    seq_lens: Any
-    req_pool_indices: Any
-    req_to_token: Any
     num_draft_tokens: Any = None
-    extend_seq_lens: Any = None
     max_total_tokens: Any = None
     max_total_keys: Any = None
     max_len: Any = None
@@ -119,15 +120,11 @@ class Arguments(NamedTuple):
     num_backends: Any = 1
     stacked: Any = False
     backend_offsets: Any = None
-    written_lens: Any = None
     max_new_tokens: Any = None
 
 
-def inputs(given: Arguments) -> tuple[Inputs, Rows]:
+def inputs(given: Inputs, static: StaticArguments) -> tuple[Inputs, Rows]:
     """The arrays of a computation and how its rows map to requests."""
-    mode = given.forward_mode
-    if not isinstance(mode, ForwardMode):
-        raise TypeError(f"forward_mode: got {mode!r}, expected a jaxnsa.ForwardMode")
     seq_lens = vector("seq_lens", given.seq_lens)
     bs = len(seq_lens)
     req_pool_indices = vector("req_pool_indices", given.req_pool_indices, bs)
@@ -136,49 +133,67 @@ def inputs(given: Arguments) -> tuple[Inputs, Rows]:
         raise ValueError(
             f"req_to_token: got shape {req_to_token.shape}, expected at least one row and column"
         )
-    verify = mode is ForwardMode.TARGET_VERIFY
-    prefill = mode is ForwardMode.EXTEND
-    extend = prefill or mode is ForwardMode.DRAFT_EXTEND
-    for name, wanted in (
-        ("num_draft_tokens", verify),
-        ("extend_seq_lens", extend),
-        ("max_total_tokens", extend),
-    ):
-        value = getattr(given, name)
-        if wanted and value is None:
-            raise ValueError(f"{name}: got None, expected a value in {mode}")
-        if not wanted and value is not None:
-            raise ValueError(f"{name}: got {described(value)}, expected None in {mode}")
-    if not prefill and given.max_total_keys is not None:
-        got = described(given.max_total_keys)
-        raise ValueError(f"max_total_keys: got {got}, expected None in {mode}")
-    num_draft_tokens = extend_seq_lens = max_total_tokens = None
-    if verify:
-        num_draft_tokens = integer("num_draft_tokens", given.num_draft_tokens, 1)
-    if extend:
-        extend_seq_lens = vector("extend_seq_lens", given.extend_seq_lens, bs)
-        max_total_tokens = integer("max_total_tokens", given.max_total_tokens, 0, MAX_ROWS)
+    mode = static.forward_mode
+    mapping = rows(mode, bs, static.num_draft_tokens, static.max_total_tokens)
+    extend = extend_seq_lens(given.extend_seq_lens, mode, bs)
     written_lens = given.written_lens
     if written_lens is not None:
         written_lens = vector("written_lens", written_lens, bs)
-    rows = Rows.of(mode, bs, num_draft_tokens, max_total_tokens)
-    if rows.count > MAX_ROWS:
+    return Inputs(seq_lens, req_pool_indices, req_to_token, extend, written_lens), mapping
+
+
+def forward_mode(value: Any) -> ForwardMode:
+    """`value`, which must be a ForwardMode."""
+    if not isinstance(value, ForwardMode):
+        raise TypeError(f"forward_mode: got {value!r}, expected a jaxnsa.ForwardMode")
+    return value
+
+
+def rows(
+    mode: Any, requests: int, num_draft_tokens: Any, max_total_tokens: Any, most: int = MAX_ROWS
+) -> Rows:
+    """How the rows of a forward mode, `most` of them at most, map to requests."""
+    mode = forward_mode(mode)
+    _check_given("num_draft_tokens", num_draft_tokens, mode, mode is ForwardMode.TARGET_VERIFY)
+    _check_given("max_total_tokens", max_total_tokens, mode, mode.ragged)
+    if num_draft_tokens is not None:
+        num_draft_tokens = integer("num_draft_tokens", num_draft_tokens, 1)
+    if max_total_tokens is not None:
+        max_total_tokens = integer("max_total_tokens", max_total_tokens, 0, most)
+    result = Rows.of(mode, requests, num_draft_tokens, max_total_tokens)
+    if result.count > most:
         raise ValueError(
-            f"num_draft_tokens: got {num_draft_tokens} for each of {bs} requests, expected at most "
-            f"{MAX_ROWS} rows in all"
+            f"seq_lens: got {requests} requests of {result.rows_per_request} rows each, expected "
+            f"at most {most} rows in all"
         )
-    read = Inputs(seq_lens, req_pool_indices, req_to_token, extend_seq_lens, written_lens)
-    return read, rows
+    return result
 
 
-def spec(given: Arguments, rows: Rows, pool_cols: int, *, fresh: bool) -> Spec:
+def extend_seq_lens(value: Any, mode: ForwardMode, requests: int) -> Array | None:
+    """`value` as the rows of each request, given where a mode does not say them."""
+    _check_given("extend_seq_lens", value, mode, mode.ragged)
+    return None if value is None else vector("extend_seq_lens", value, requests)
+
+
+def _check_given(name: str, value: Any, mode: ForwardMode, wanted: bool) -> None:
+    """Raises ValueError where a mode wants an argument that is None, or None and it is not."""
+    if wanted and value is None:
+        raise ValueError(f"{name}: got None, expected a value in {mode}")
+    if not wanted and value is not None:
+        raise ValueError(f"{name}: got {described(value)}, expected None in {mode}")
+
+
+def spec(given: StaticArguments, inputs: Inputs, rows: Rows, *, fresh: bool) -> Spec:
     """The static description of a computation, whose results are fresh or in place."""
+    if given.max_total_keys is not None and not rows.prefill:
+        got = described(given.max_total_keys)
+        raise ValueError(f"max_total_keys: got {got}, expected None in {given.forward_mode}")
     num_backends = integer("num_backends", given.num_backends, 1, MAX_BACKENDS)
     page_size = integer("real_page_size", given.real_page_size, 1)
     tail = ("copy" if fresh else "keep") if given.tail is None else given.tail
     result = Spec(
         rows=rows,
-        max_len=max_len(given.max_len, pool_cols),
+        max_len=max_len(given.max_len, inputs.req_to_token.shape[1]),
         nsa_index_topk=integer("nsa_index_topk", given.nsa_index_topk, 1),
         real_page_size=page_size,
         wide_table=flag("wide_table", given.wide_table),
@@ -189,7 +204,7 @@ def spec(given: Arguments, rows: Rows, pool_cols: int, *, fresh: bool) -> Spec:
         num_backends=num_backends,
         stacked=flag("stacked", given.stacked),
         backend_offsets=backend_offsets(given.backend_offsets, num_backends),
-        max_new_tokens=max_new_tokens(given.max_new_tokens, given.written_lens),
+        max_new_tokens=max_new_tokens(given.max_new_tokens, inputs.written_lens),
         max_total_keys=(
             None
             if given.max_total_keys is None
@@ -198,9 +213,9 @@ def spec(given: Arguments, rows: Rows, pool_cols: int, *, fresh: bool) -> Spec:
     )
     if result.tail == "keep" and fresh:
         raise ValueError("tail: got 'keep', expected 'copy' or 'zero' as there is no out= to keep")
-    if result.tail != "keep" and given.written_lens is not None:
+    if result.tail != "keep" and inputs.written_lens is not None:
         raise ValueError(
-            f"written_lens: got {described(given.written_lens)}, expected None as there is "
+            f"written_lens: got {described(inputs.written_lens)}, expected None as there is "
             + ("no out= that holds anything" if fresh else f"tail {result.tail!r}, not 'keep'")
         )
     if result.backend_offsets is not None and rows.prefill:

@@ -9,7 +9,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxnsa import argument_checks as checks
-from jaxnsa.argument_checks import Arguments
 from jaxnsa.metadata import Array, ForwardMode
 from jaxnsa.row_owners import row_owners
 from jaxnsa.spec import INT32_MAX, MAX_ROWS, Rows, saturated
@@ -73,30 +72,19 @@ class BatchTracker:
         """
         seq_lens = saturated(checks.held(checks.vector("seq_lens", seq_lens)))
         bs = len(seq_lens)
-        pool = np.zeros((1, 1), np.int32)
-        arguments = Arguments(
-            forward_mode,
-            seq_lens,
-            np.zeros(bs, np.int32),
-            pool,
-            num_draft_tokens=num_draft_tokens,
-            extend_seq_lens=extend_seq_lens,
-            max_total_tokens=max_total_tokens,
-        )
-        inputs, rows = checks.inputs(arguments)
-        inputs = checks.held_inputs(inputs)
+        rows = checks.rows(forward_mode, bs, num_draft_tokens, max_total_tokens)
+        extend = checks.extend_seq_lens(extend_seq_lens, forward_mode, bs)
+        extend = None if extend is None else saturated(checks.held(extend))
         count = rows.tables.count
         if count > len(self.held):
             raise ValueError(
                 f"seq_lens: got a step of {count} table rows, expected at most {len(self.held)}, "
                 f"those of the tracker"
             )
-        words = _words("request_ids", request_ids, bs)
-        extend = None if inputs.extend_seq_lens is None else saturated(inputs.extend_seq_lens)
         if backend_offsets is not None:
             offsets = checks.backend_offsets(backend_offsets, len(backend_offsets)) or (0,)
             rows = dataclasses.replace(rows, offset=min(offsets))
-        return self.advanced(words, seq_lens, extend, rows)
+        return self.advanced(_words(request_ids, bs), seq_lens, extend, rows)
 
     def advanced(
         self, words: Array, seq_lens: Array, extend_seq_lens: Array | None, rows: Rows
@@ -137,18 +125,14 @@ class BatchTracker:
         """
         if request_ids is None:
             return BatchTracker.empty(len(self.held))
-        words = _words("request_ids", request_ids, None)
+        words = _words(request_ids)
         named = jnp.any(jnp.all(self.request_ids[:, None] == words, axis=2), axis=1)
         return BatchTracker(self.request_ids, jnp.where(named, 0, self.held))
 
 
-def _words(name: str, value: Any, length: int | None) -> Array:
+def _words(request_ids: Any, length: int | None = None) -> Array:
     """int32 [n, 2], integers of any width as their low and high words."""
-    value = checks.array(name, value, 1, checks.INTEGERS)
-    if length is not None and len(value) != length:
-        raise ValueError(
-            f"{name}: got shape {value.shape}, expected ({length},), the shape of seq_lens"
-        )
+    value = checks.vector("request_ids", request_ids, length, checks.INTEGERS)
     if isinstance(value, np.ndarray):
         wide = value.astype(np.uint64 if value.dtype == np.uint64 else np.int64)
         return wide.view(np.int32).reshape(-1, 2).copy()

@@ -11,7 +11,7 @@ import numpy as np
 
 from jaxnsa import argument_checks as checks
 from jaxnsa import strategies
-from jaxnsa.argument_checks import Arguments
+from jaxnsa.argument_checks import StaticArguments
 from jaxnsa.checked_calls import Computation, UnlikeError, compute_as_before, remember
 from jaxnsa.compilation import compiled
 from jaxnsa.config import Strategy, settings
@@ -21,7 +21,6 @@ from jaxnsa.implementations.lowering import computed_by
 from jaxnsa.metadata import Array, DraftExtendSeqlens, ForwardMode, NSAMetadata
 from jaxnsa.schedules import Schedules
 from jaxnsa.spec import (
-    GIVEN,
     INT32_MAX,
     MAX_BACKENDS,
     MAX_ROWS,
@@ -90,11 +89,9 @@ def precompute_decode_metadata(
       ValueError, TypeError: an argument has the wrong shape, dtype or value.
       ImplementationUnavailableError: no implementation that was asked for can run here.
     """
-    given = dict(
+    read = Inputs(seq_lens, req_pool_indices, req_to_token, None, written_lens)
+    static = StaticArguments(
         forward_mode=ForwardMode.DECODE,
-        seq_lens=seq_lens,
-        req_pool_indices=req_pool_indices,
-        req_to_token=req_to_token,
         max_len=max_len,
         nsa_index_topk=nsa_index_topk,
         real_page_size=real_page_size,
@@ -102,10 +99,9 @@ def precompute_decode_metadata(
         index_kpool=index_kpool,
         schedules=schedules,
         tail=tail,
-        written_lens=written_lens,
         max_new_tokens=max_new_tokens,
     )
-    return _fused_metadata(given, out, implementation)[0]
+    return _fused_metadata(read, static, out, implementation)[0]
 
 
 def precompute_target_verify_metadata(
@@ -146,11 +142,9 @@ def precompute_target_verify_metadata(
       ValueError, TypeError: an argument has the wrong shape, dtype or value.
       ImplementationUnavailableError: no implementation that was asked for can run here.
     """
-    given = dict(
+    read = Inputs(seq_lens, req_pool_indices, req_to_token, None, written_lens)
+    static = StaticArguments(
         forward_mode=ForwardMode.TARGET_VERIFY,
-        seq_lens=seq_lens,
-        req_pool_indices=req_pool_indices,
-        req_to_token=req_to_token,
         num_draft_tokens=num_draft_tokens,
         max_len=max_len,
         nsa_index_topk=nsa_index_topk,
@@ -159,10 +153,9 @@ def precompute_target_verify_metadata(
         index_kpool=index_kpool,
         schedules=schedules,
         tail=tail,
-        written_lens=written_lens,
         max_new_tokens=max_new_tokens,
     )
-    return _fused_metadata(given, out, implementation)[0]
+    return _fused_metadata(read, static, out, implementation)[0]
 
 
 def precompute_draft_extend_metadata(
@@ -205,12 +198,9 @@ def precompute_draft_extend_metadata(
       ValueError, TypeError: an argument has the wrong shape, dtype or value.
       ImplementationUnavailableError: no implementation that was asked for can run here.
     """
-    given = dict(
+    read = Inputs(seq_lens, req_pool_indices, req_to_token, extend_seq_lens, written_lens)
+    static = StaticArguments(
         forward_mode=ForwardMode.DRAFT_EXTEND,
-        seq_lens=seq_lens,
-        req_pool_indices=req_pool_indices,
-        req_to_token=req_to_token,
-        extend_seq_lens=extend_seq_lens,
         max_total_tokens=max_total_tokens,
         max_len=max_len,
         nsa_index_topk=nsa_index_topk,
@@ -219,10 +209,9 @@ def precompute_draft_extend_metadata(
         index_kpool=index_kpool,
         schedules=schedules,
         tail=tail,
-        written_lens=written_lens,
         max_new_tokens=max_new_tokens,
     )
-    return _fused_metadata(given, out, implementation)[0]
+    return _fused_metadata(read, static, out, implementation)[0]
 
 
 def precompute_extend_metadata(
@@ -269,12 +258,9 @@ def precompute_extend_metadata(
       ValueError, TypeError: an argument has the wrong shape, dtype or value.
       ImplementationUnavailableError: no implementation that was asked for can run here.
     """
-    given = dict(
+    read = Inputs(seq_lens, req_pool_indices, req_to_token, extend_seq_lens, written_lens)
+    static = StaticArguments(
         forward_mode=ForwardMode.EXTEND,
-        seq_lens=seq_lens,
-        req_pool_indices=req_pool_indices,
-        req_to_token=req_to_token,
-        extend_seq_lens=extend_seq_lens,
         max_total_tokens=max_total_tokens,
         max_total_keys=max_total_keys,
         max_len=max_len,
@@ -282,10 +268,9 @@ def precompute_extend_metadata(
         real_page_size=real_page_size,
         wide_table=wide_table,
         tail=tail,
-        written_lens=written_lens,
         max_new_tokens=max_new_tokens,
     )
-    return _fused_metadata(given, out, implementation)[0]
+    return _fused_metadata(read, static, out, implementation)[0]
 
 
 def fused_metadata_precompute_and_broadcast(
@@ -348,13 +333,10 @@ def fused_metadata_precompute_and_broadcast(
       ValueError, TypeError: an argument has the wrong shape, dtype or value.
       ImplementationUnavailableError: no implementation that was asked for can run here.
     """
-    given = dict(
+    read = Inputs(seq_lens, req_pool_indices, req_to_token, extend_seq_lens, written_lens)
+    static = StaticArguments(
         forward_mode=forward_mode,
-        seq_lens=seq_lens,
-        req_pool_indices=req_pool_indices,
-        req_to_token=req_to_token,
         num_draft_tokens=num_draft_tokens,
-        extend_seq_lens=extend_seq_lens,
         max_total_tokens=max_total_tokens,
         max_total_keys=max_total_keys,
         max_len=max_len,
@@ -367,11 +349,10 @@ def fused_metadata_precompute_and_broadcast(
         num_backends=num_backends,
         stacked=stacked,
         backend_offsets=backend_offsets,
-        written_lens=written_lens,
         max_new_tokens=max_new_tokens,
     )
     several = stacked is False
-    backends = _fused_metadata(given, out, implementation, strategy, several)
+    backends = _fused_metadata(read, static, out, implementation, strategy, several)
     return backends if several else backends[0]
 
 
@@ -405,10 +386,8 @@ def fused_metadata_copy(
         num_backends = len(out)
     num_backends = checks.integer("num_backends", num_backends, 1, MAX_BACKENDS)
     if out is not None:
-        arrays = src.arrays()
-        shapes = {name: jax.ShapeDtypeStruct(a.shape, a.dtype) for name, a in arrays.items()}
-        read = {f"src.{name}": array for name, array in arrays.items()}
-        out = checks.destinations(out, shapes, num_backends, read)
+        read = {f"src.{name}": array for name, array in src.arrays().items()}
+        out = checks.destinations(out, _shapes(src), num_backends, read)
     name = choose(
         implementation,
         settings(),
@@ -493,9 +472,7 @@ def prefix_sum(x: Array, *, implementation: str | Sequence[str] | None = None) -
       ValueError, TypeError: `x` is not an integer vector.
       ImplementationUnavailableError: no implementation that was asked for can run here.
     """
-    x = checks.array("x", x, 1, checks.INTEGERS)
-    if len(x) > MAX_ROWS:
-        raise ValueError(f"x: got {len(x)} elements, expected at most {MAX_ROWS}")
+    x = checks.vector("x", x, dtypes=checks.INTEGERS)
     if isinstance(x, np.ndarray):
         x = x.astype(np.int32)  # a copy, as `checks.held` says, whose sums wrap alike
     name = choose(implementation, settings(), _platform(x), "prefix_sum", len(x))
@@ -503,7 +480,8 @@ def prefix_sum(x: Array, *, implementation: str | Sequence[str] | None = None) -
 
 
 def _fused_metadata(
-    given: dict[str, Any],
+    read: Inputs,
+    static: StaticArguments,
     out: Any,
     implementation: str | Sequence[str] | None,
     strategy: Strategy | None = "ultra_fast",
@@ -512,20 +490,18 @@ def _fused_metadata(
     """Checks what is not known to be right, then runs.
 
     Args:
-      given: `Arguments` by name.
+      read, static: what the caller gave.
       out, implementation, strategy: as the public functions document them.
       several: whether `out` is a tuple.
     """
-    read = [given.pop(name, None) for name in GIVEN]
     written = () if out is None else out if several else (out,)
-    options = (*given.values(), implementation, strategy, several)
+    options = (*static, implementation, strategy, several)
     result = compute_as_before(read, written, options)
     if result is not None:
         return result
 
-    arguments = Arguments(**given, **dict(zip(GIVEN, read, strict=True)))
-    inputs, rows = checks.inputs(arguments)
-    spec = checks.spec(arguments, rows, inputs.req_to_token.shape[1], fresh=out is None)
+    inputs, rows = checks.inputs(read, static)
+    spec = checks.spec(static, inputs, rows, fresh=out is None)
     if out is not None:
         count = spec.num_backends if several else None
         out = checks.destinations(out, spec.shapes(), count, inputs._asdict())
@@ -535,36 +511,41 @@ def _fused_metadata(
     if here.validate:
         check_inputs(inputs, spec, debug=True)
     inputs = checks.held_inputs(inputs)
-    name = choose(implementation, here, _platform(inputs), requests=rows.requests, spec=spec)
+    name = choose(implementation, here, _platform(inputs), requests=rows.requests)
     _log_path(name, strategy, spec.num_backends)
     name = _computing(name, implementation, not spec.is_empty)
     computation = _computation(spec, strategy, name)
     if not here.validate:
-        remember(computation, list(spec.shapes()), read, written, options)
-    return computation([getattr(inputs, name) for name in GIVEN], jax.tree.leaves(out))
+        remember(computation, read, written, options)
+    return computation(inputs, [[*vars(backend).values()] for backend in out or ()])
 
 
 @functools.lru_cache(maxsize=1024)
 def _computation(spec: Spec, strategy: Strategy, implementation: str) -> Computation:
     """What computes the metadata of `spec`, compiled for the arrays that it is called with."""
-    shapes = (spec.metadata(spec.shapes()),) * spec.destinations
-    expected, structure = jax.tree.flatten(shapes)
+    expected = [spec.shapes()] * spec.destinations
 
     # keep_unused: destinations that are only written stay arguments, so that donation reuses them.
     @functools.partial(compiled, donate_argnums=1, keep_unused=True)
-    def fused_metadata(read: list[Any], written: list[jax.Array]) -> list[jax.Array]:
-        if written and [a.shape for a in written] != [e.shape for e in expected]:
+    def fused_metadata(read: Inputs, written: list[list[Any]]) -> list[list[Any]]:
+        out = tuple(map(NSAMetadata.of, written))
+        if out and [_shapes(backend) for backend in out] != expected:
             raise UnlikeError
-        out = jax.tree.unflatten(structure, written) if written else None
         backends = strategies.fused_metadata(
-            Inputs(*read), out, spec, strategy=strategy, implementation=implementation
+            read, out or None, spec, strategy=strategy, implementation=implementation
         )
-        return jax.tree.leaves(backends)
+        return [[*vars(backend).values()] for backend in backends]
 
-    def compute(read: list[Any], written: list[jax.Array]) -> tuple[NSAMetadata, ...]:
-        return jax.tree.unflatten(structure, fused_metadata(read, written))
+    def compute(read: Inputs, written: list[list[Any]]) -> tuple[NSAMetadata, ...]:
+        # JAX itself takes longer to take NSAMetadata apart and to put it together.
+        return tuple(map(NSAMetadata.of, fused_metadata(read, written)))
 
     return compute
+
+
+def _shapes(metadata: NSAMetadata) -> dict[str, jax.ShapeDtypeStruct]:
+    arrays = metadata.arrays()
+    return {name: jax.ShapeDtypeStruct(a.shape, a.dtype) for name, a in arrays.items()}
 
 
 def _computing(chosen: str, requested: str | Sequence[str] | None, something: bool) -> str:

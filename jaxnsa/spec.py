@@ -45,10 +45,6 @@ class Inputs(NamedTuple):
     flash_mla: Array | None = None
 
 
-GIVEN = Inputs._fields[:-1]
-"""What of `Inputs` a caller gives."""
-
-
 def saturated(x: Array) -> jax.Array:
     """A wider vector as int32, its values brought into int32's range; int32 itself untouched."""
     if x.dtype == jnp.int32:

@@ -16,7 +16,7 @@ import numpy as np
 from jax.experimental import checkify
 
 from jaxnsa import argument_checks as checks
-from jaxnsa.argument_checks import Arguments
+from jaxnsa.argument_checks import StaticArguments
 from jaxnsa.metadata import Array, ForwardMode
 from jaxnsa.row_owners import row_owners
 from jaxnsa.spec import INT32_MAX, Inputs, Rows, Spec, saturated
@@ -66,20 +66,17 @@ def validate_inputs(
         wrong shape or a wrong combination of arguments.
       TypeError: a wrong dtype.
     """
-    arguments = Arguments(
+    static = StaticArguments(
         forward_mode,
-        seq_lens,
-        req_pool_indices,
-        req_to_token,
         num_draft_tokens=num_draft_tokens,
-        extend_seq_lens=extend_seq_lens,
         max_total_tokens=max_total_tokens,
         max_total_keys=max_total_keys,
         max_len=max_len,
         nsa_index_topk=nsa_index_topk,
     )
-    inputs, rows = checks.inputs(arguments)
-    spec = checks.spec(arguments, rows, inputs.req_to_token.shape[1], fresh=True)
+    given = Inputs(seq_lens, req_pool_indices, req_to_token, extend_seq_lens)
+    inputs, rows = checks.inputs(given, static)
+    spec = checks.spec(static, inputs, rows, fresh=True)
     check_inputs(inputs, spec, debug=False)
 
 

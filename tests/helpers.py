@@ -45,7 +45,7 @@ def mode_options(mode, bs, *, seed=0, slack=3):
     """The extra arguments of a forward mode; slack < 0 gives draft extend too little capacity."""
     if mode is ForwardMode.TARGET_VERIFY:
         return {"num_draft_tokens": 3}
-    if mode in (ForwardMode.DRAFT_EXTEND, ForwardMode.EXTEND):
+    if mode.ragged:
         extend = np.random.default_rng(seed).integers(-1, 5, bs, dtype=np.int32)
         total = int(np.maximum(extend, 0).sum())
         options = {"extend_seq_lens": extend, "max_total_tokens": max(total + slack, 0)}

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import pallas_kernels
-from jaxnsa.implementations import pallas, triton, xla
+from jaxnsa.implementations import xla
 from jaxnsa.implementations.gpu import unbatched
 from pallas_kernels.jax_internals import InterpretGPUParams
 
@@ -38,14 +38,12 @@ NAMES = {PALLAS: None, TRITON: _triton_missing()}
 def module(name):
     """The implementation by that name."""
     if name == TRITON:
-        return _implementation(triton_kernels(), triton.unsupported)
+        return _implementation(triton_kernels())
     # This interpreter detects races and accesses outside a buffer, and prints them.
-    return _implementation(
-        pallas_kernels, pallas.unsupported, interpret=InterpretGPUParams(detect_races=True)
-    )
+    return _implementation(pallas_kernels, interpret=InterpretGPUParams(detect_races=True))
 
 
-def _implementation(kernels, unsupported, **options):
+def _implementation(kernels, **options):
     """Kernels of a package with the interface of implementations."""
 
     def fused_metadata(inputs, out, spec):
@@ -56,7 +54,6 @@ def _implementation(kernels, unsupported, **options):
 
     return types.SimpleNamespace(
         unavailable=lambda platform: None,
-        unsupported=unsupported,
         version=lambda: "interpreted",
         prefix_sum=functools.partial(kernels.prefix_sum, **options),
         fill_draft_extend_metadata=functools.partial(kernels.fill_draft_extend_metadata, **options),

@@ -61,7 +61,7 @@ def out(**changes):
         (
             {"forward_mode": ForwardMode.TARGET_VERIFY, "num_draft_tokens": 2**30},
             ValueError,
-            "num_draft_tokens: got 1073741824 for each of 4 requests, expected at most 1073741824",
+            "seq_lens: got 4 requests of 1073741824 rows each, expected at most 1073741824 rows",
         ),
         (
             {

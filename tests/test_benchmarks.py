@@ -15,10 +15,13 @@ from benchmarks import measure, readme, report
 from benchmarks.__main__ import RESULTS, main
 from benchmarks.measure import rotations, timing
 from benchmarks.problem import Problem
+from benchmarks.replay import replay, totals, windows
 from benchmarks.report import Report
-from benchmarks.suites import SUITES, modes, roofline, schedules, torch_handoff
+from benchmarks.suites import SUITES, incremental, modes, roofline, schedules, torch_handoff
 from jaxnsa import ForwardMode, reference
+from jaxnsa.app.request_traces import Request
 from jaxnsa.implementations import IMPLEMENTATIONS, xla
+from jaxnsa.implementations.choice import get_kernel_info
 
 
 def run(*arguments):
@@ -83,7 +86,6 @@ def test_a_wrong_result_stops_the_run(monkeypatch, tmp_path):
 
     class Wrong:
         unavailable = staticmethod(lambda platform: None)
-        unsupported = staticmethod(lambda spec: None)
         version = staticmethod(lambda: "1")
 
     Wrong.fused_metadata = staticmethod(fused_metadata)
@@ -113,6 +115,55 @@ def test_inputs_take_turns():
     assert rotations(2**20, 2**20) == 64
     assert rotations(2**26, 2**20) == 2
     assert rotations(1, 2**31) == 2
+
+
+@pytest.mark.parametrize("compacts", (False, True))
+def test_a_replay_counts_what_rows_do_not_hold(compacts):
+    requests = [Request(5, 2), Request(9, 3), Request(4, 0), Request(90, 50), Request(7, 7)]
+    history = list(replay(requests, 2, 64, compacts))
+    steps = [some.step(k) for some in history for k in range(some.number)]
+    seen = [(*s.request_ids.tolist(), *s.seq_lens.tolist(), *s.held.tolist()) for s in steps]
+    expected = [(0, 1, 6, 10, 0, 0), (0, 1, 7, 11, 6, 10)]
+    if compacts:
+        expected += [(1, 2, 12, 5, 0, 0), (3, 4, 15, 8, 0, 0)]
+    else:
+        expected += [(2, 1, 5, 12, 0, 11), (3, 4, 15, 8, 0, 0)]  # the prompt is cut to the table
+    expected += [(3, 4, 15 + k, 8 + k, 14 + k, 7 + k) for k in range(1, 7)]
+    assert seen == expected
+    rows = {ids: row for s in steps for ids, row in zip(s.request_ids, s.pool_rows, strict=True)}
+    assert sorted(rows.values()) == list(range(5))
+    live, changed = (
+        sum(int(a.sum()) for a in arrays)
+        for arrays in ((s.seq_lens for s in steps), (s.seq_lens - s.held for s in steps))
+    )
+    assert totals(iter(history)) == (len(steps), live, changed)
+    found = windows(iter(history), len(steps), 3, 4)
+    for run, first in zip(found, (0, 3, 6), strict=True):
+        assert [s.seq_lens.tolist() for s in run] == [
+            s.seq_lens.tolist() for s in steps[first : first + 4]
+        ]
+
+
+@pytest.mark.usefixtures("hasty")
+def test_replays_of_traces(monkeypatch, tmp_path):
+    trace = tmp_path / "some.csv"
+    trace.write_text("input_length,output_length\n" + "30,9\n" * 200)
+    monkeypatch.setattr(incremental, "ROWS", ())
+    name = get_kernel_info()["default"]
+    monkeypatch.setattr(incremental, "runnable", lambda: [name])
+    done = run("incremental", "--trace", str(trace), "--out", str(tmp_path), "--device-name", "x")
+    assert done.exit_code == 0, done.output
+    records = Report.read(tmp_path / "x" / "incremental.json").records
+    assert {(r.case["history"], r.case["bs"], r.case["slots"]) for r in records} == {
+        ("some", 32, "stay"),
+        ("some", 32, "compacted"),
+    }  # there are too few requests for larger batches
+    assert all(r.case["live"] == 35 for r in records)
+    moved = {r.name: r.metrics["bytes_moved"] for r in records}
+    full = moved[f"{name}, full"]
+    assert 16 * 32 * 31 < full < 32 * 32 * 39  # at least four columns, three of them written
+    assert 16 * 32 < moved[name] < full
+    assert run("incremental", "--trace", str(tmp_path / "none")).exit_code == 2
 
 
 def test_the_loop_of_row_copies_counts_what_it_writes():

@@ -1,7 +1,5 @@
 """The arrays that DeepGEMM, the fused top-k and FlashMLA read: definitions, values, every mode."""
 
-import types
-
 import interpreted
 import jax
 import numpy as np
@@ -17,7 +15,6 @@ from jaxnsa import (
     TopkPlan,
     reference,
 )
-from jaxnsa.implementations import IMPLEMENTATIONS
 from jaxnsa.reference_schedules import paged_mqa_schedule, topk_plan
 
 LAYOUTS = ("sm90", "atoms", "legacy", "sm100")
@@ -225,17 +222,3 @@ def test_arguments_are_checked():
         jaxnsa.precompute_decode_metadata(*arguments, schedules=TopkPlan.h200())
     with pytest.raises(ValueError, match="index_kpool: got 0, expected an int in"):
         jaxnsa.precompute_decode_metadata(*arguments, index_kpool=0)
-
-
-def test_none_takes_one_that_can(monkeypatch):
-    monkeypatch.setitem(
-        IMPLEMENTATIONS,
-        "ffi",
-        types.SimpleNamespace(
-            unavailable=lambda platform: None, unsupported=lambda spec: "no schedules"
-        ),
-    )
-    options = {"schedules": schedules_of(0)}
-    jaxnsa.precompute_decode_metadata(*inputs(3), implementation=("ffi", "xla"), **options)
-    with pytest.raises(jaxnsa.ImplementationUnavailableError, match="no schedules"):
-        jaxnsa.precompute_decode_metadata(*inputs(3), implementation="ffi", **options)

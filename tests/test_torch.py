@@ -555,13 +555,16 @@ def wrong_updates(engine):
         ({"num_draft_tokens": 2}, "num_draft_tokens: got 2, expected None in ForwardMode.DECODE"),
         ({"max_total_tokens": 2}, "max_total_tokens: got 2, expected None in ForwardMode.DECODE"),
         ({"extend_seq_lens": lengths}, "extend_seq_lens: got a tensor, expected None in"),
-        ({"forward_mode": "decode"}, "forward_mode: got 'decode', expected a ForwardMode"),
+        ({"forward_mode": "decode"}, "forward_mode: got 'decode', expected a jaxnsa.ForwardMode"),
         ({"forward_mode": extend}, "extend_seq_lens: got None, expected a tensor in"),
         (
             {"forward_mode": extend, "extend_seq_lens": lengths, "max_total_tokens": 25},
             r"max_total_tokens: got 25, expected an int in \[0, 24\]",
         ),
-        ({"forward_mode": verify}, "num_draft_tokens: got None, expected an int"),
+        (
+            {"forward_mode": verify},
+            "num_draft_tokens: got None, expected a value in ForwardMode.TARGET",
+        ),
         (
             {"forward_mode": verify, "num_draft_tokens": 9},
             "seq_lens: got 3 requests of 9 rows each, expected at most 24 rows",

@@ -4,6 +4,7 @@ from benchmarks.suites import (
     dispatch,
     draft_extend,
     functions,
+    incremental,
     modes,
     prefill,
     prefix_sum,
@@ -26,6 +27,7 @@ SUITES = {
         functions.SUITE,
         dispatch.SUITE,
         torch_handoff.SUITE,
+        incremental.SUITE,
         scale.SUITE,
     )
 }

@@ -2,11 +2,23 @@
 
 import collections
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
+
+
+class Launch(NamedTuple):
+    """One launch of a kernel.
+
+    Attributes:
+      name: of the kernel, as the profiler has it.
+      microseconds: of device time.
+    """
+
+    name: str
+    microseconds: float
 
 
 def kernel_times(call: Callable[[], Any], calls: int, wait: Callable) -> dict[str, list[float]]:
@@ -19,19 +31,27 @@ def kernel_times(call: Callable[[], Any], calls: int, wait: Callable) -> dict[st
     """
     for _ in range(3):
         wait(call())
+    times: dict[str, list[float]] = collections.defaultdict(list)
+    for launch in launches([call] * calls, wait):
+        times[launch.name].append(launch.microseconds)
+    return times
+
+
+def launches(calls: Iterable[Callable[[], Any]], wait: Callable) -> list[Launch]:
+    """The launches of calls, in the order in which they began."""
     with tempfile.TemporaryDirectory() as folder:
         with jax.profiler.trace(folder):
-            for _ in range(calls):
+            for call in calls:
                 result = call()
             wait(result)
         (path,) = Path(folder).rglob("*.xplane.pb")
         profile = jax.profiler.ProfileData.from_file(str(path))
-    times: dict[str, list[float]] = collections.defaultdict(list)
-    for plane in profile.planes:
-        if "GPU" not in plane.name:
-            continue
-        for line in plane.lines:
-            if line.name.startswith("Stream"):
-                for event in line.events:
-                    times[event.name].append(event.duration_ns / 1e3)
-    return times
+    found = [
+        (event.start_ns, Launch(event.name, event.duration_ns / 1e3))
+        for plane in profile.planes
+        if "GPU" in plane.name
+        for line in plane.lines
+        if line.name.startswith("Stream")
+        for event in line.events
+    ]
+    return [launch for _, launch in sorted(found, key=lambda pair: pair[0])]

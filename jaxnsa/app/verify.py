@@ -188,7 +188,7 @@ def _random_shape(rng: np.random.Generator) -> Case:
     }
     if mode is ForwardMode.TARGET_VERIFY:
         options["num_draft_tokens"] = int(rng.integers(1, 6))
-    if mode in (ForwardMode.DRAFT_EXTEND, ForwardMode.EXTEND):
+    if mode.ragged:
         options["max_total_tokens"] = int(rng.integers(0, 3 * bs + 4))
     if mode is ForwardMode.EXTEND and rng.random() < 0.8:
         options["max_total_keys"] = int(rng.integers(0, bs * pool_cols + 2))

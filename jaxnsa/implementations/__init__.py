@@ -25,9 +25,6 @@ class Implementation(Protocol):
         A platform of None asks only about what is installed.
         """
 
-    def unsupported(self, spec: Spec) -> str | None:
-        """Why this cannot compute `spec` anywhere; None where it can."""
-
     def version(self) -> str | None:
         """What it is built on; None where that is not installed."""
 

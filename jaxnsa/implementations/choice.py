@@ -9,7 +9,6 @@ import jax
 from jaxnsa.config import Settings, names, origin, settings
 from jaxnsa.implementations import FUSED, IMPLEMENTATIONS, VARIANTS, computations
 from jaxnsa.implementations.measurements import FUSED_METADATA, rule
-from jaxnsa.spec import Spec
 
 
 class ImplementationUnavailableError(RuntimeError):
@@ -42,7 +41,6 @@ def choose(
     platform: str | None,
     function: str = FUSED_METADATA,
     requests: int = 1,
-    spec: Spec | None = None,
 ) -> str:
     """The name of the implementation that a call takes.
 
@@ -54,7 +52,6 @@ def choose(
         machine's.
       function: name of the public function.
       requests: the batch size, or the length of the vector.
-      spec: the computation, where it is one of metadata.
 
     Raises:
       ValueError: a name is unknown.
@@ -67,10 +64,7 @@ def choose(
         platform = here
     reasons = []
     for name in tried:
-        module = IMPLEMENTATIONS[name]
-        reason = module.unavailable(platform)
-        if reason is None and spec is not None:
-            reason = module.unsupported(spec)
+        reason = IMPLEMENTATIONS[name].unavailable(platform)
         if reason is None:
             return name
         reasons.append(_cannot_run(name, reason))

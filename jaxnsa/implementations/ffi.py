@@ -62,11 +62,6 @@ def unavailable(platform: str | None) -> str | None:
     return library_unavailable(platform) or _probe(platform)
 
 
-def unsupported(spec: Spec) -> str | None:
-    """None: this computes everything."""
-    return None
-
-
 def version() -> str | None:
     """The XLA FFI API of each library; None where none was built."""
     built = [p for p in LIBRARIES if library_unavailable(p) is None]

@@ -20,11 +20,6 @@ def unavailable(platform: str | None) -> str | None:
     return reason_to_refuse(platform, 9.0, "Hopper")
 
 
-def unsupported(spec: Spec) -> str | None:
-    """Why this cannot compute `spec`; None where it can."""
-    return None
-
-
 def version() -> str:
     """Of the jax that holds Pallas."""
     return f"jax {importlib.metadata.version('jax')}"

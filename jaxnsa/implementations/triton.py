@@ -22,11 +22,6 @@ def unavailable(platform: str | None) -> str | None:
     return reason_to_refuse(platform, 8.0, "Ampere") or _import_error()
 
 
-def unsupported(spec: Spec) -> str | None:
-    """Why this cannot compute `spec`; None where it can."""
-    return None
-
-
 def version() -> str | None:
     """Of jax-triton and Triton; None where one is missing."""
     if _missing():

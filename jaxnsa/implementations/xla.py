@@ -29,11 +29,6 @@ def unavailable(platform: str | None) -> str | None:
     return None
 
 
-def unsupported(spec: Spec) -> str | None:
-    """None: this computes everything."""
-    return None
-
-
 def version() -> str:
     """Of the jaxlib that compiles it."""
     return f"jaxlib {importlib.metadata.version('jaxlib')}"

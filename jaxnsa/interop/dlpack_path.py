@@ -69,7 +69,6 @@ class DlpackPath:
             settings(),
             platform,
             requests=requests,
-            spec=registered.spec,
         )
         self._device = device
         self._lock = threading.Lock()  # on the batch and what JAX holds
@@ -189,7 +188,7 @@ def _largest_rows(registered: Registered, mode: ForwardMode, num_draft_tokens: A
         tokens = argument_checks.integer("num_draft_tokens", num_draft_tokens, 1)
     most = registered.spec.rows
     requests = most.requests
-    if mode not in (ForwardMode.DRAFT_EXTEND, ForwardMode.EXTEND):
+    if not mode.ragged:
         requests = min(requests, most.count // (tokens or 1))
     return Rows.of(mode, requests, tokens, most.count)
 

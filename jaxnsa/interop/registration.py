@@ -98,38 +98,16 @@ class Registered:
         most = self.spec.rows
         if bs > most.requests:
             raise ValueError(f"seq_lens: got {bs} requests, expected at most {most.requests}")
-        if forward_mode is not ForwardMode.TARGET_VERIFY and num_draft_tokens is not None:
-            raise ValueError(
-                f"num_draft_tokens: got {num_draft_tokens!r}, expected None in {forward_mode}"
-            )
-        ragged = forward_mode in (ForwardMode.DRAFT_EXTEND, ForwardMode.EXTEND)
-        if not ragged and max_total_tokens is not None:
-            raise ValueError(
-                f"max_total_tokens: got {max_total_tokens!r}, expected None in {forward_mode}"
-            )
         self.check_mode(forward_mode)
-        integer = argument_checks.integer
-        if forward_mode is ForwardMode.TARGET_VERIFY:
-            num_draft_tokens = integer("num_draft_tokens", num_draft_tokens, 1)
-        elif ragged:
-            max_total_tokens = (
-                most.count
-                if max_total_tokens is None
-                else integer("max_total_tokens", max_total_tokens, 0, most.count)
-            )
-        rows = Rows.of(forward_mode, bs, num_draft_tokens, max_total_tokens)
-        if rows.count > most.count:
-            raise ValueError(
-                f"seq_lens: got {bs} requests of {rows.rows_per_request} rows each, expected at "
-                f"most {most.count} rows"
-            )
-        return rows
+        if max_total_tokens is None and forward_mode.ragged:
+            max_total_tokens = most.count
+        return argument_checks.rows(
+            forward_mode, bs, num_draft_tokens, max_total_tokens, most=most.count
+        )
 
     def check_mode(self, forward_mode: Any) -> None:
         """Raises where the tensors are not those of a forward mode."""
-        if not isinstance(forward_mode, ForwardMode):
-            raise TypeError(f"forward_mode: got {forward_mode!r}, expected a ForwardMode")
-        if (forward_mode is ForwardMode.EXTEND) != self.spec.prefill:
+        if (argument_checks.forward_mode(forward_mode) is ForwardMode.EXTEND) != self.spec.prefill:
             registered = "registered" if self.spec.prefill else "not registered"
             expected = ForwardMode.EXTEND if self.spec.prefill else "another mode"
             raise ValueError(
