@@ -9,114 +9,140 @@
 
 namespace jaxnsa {
 
-struct RowsOfRequest {
-  const Rows* rows;
+// The rows that each request has.
+struct RowsOfRequests {
+  const Rows& rows;
 
-  __device__ int64_t operator()(int32_t i) const { return rows->q(i); }
-
-  __device__ void Load(int32_t first, int32_t end, int64_t (&values)[kItems]) const {
-#pragma unroll
-    for (int k = 0; k < kItems; ++k) values[k] = first + k < end ? rows->q(first + k) : 0;
+  template <typename Body>
+  __device__ void ForEach(int32_t first, int32_t end, Body body) const {
+#pragma unroll 1
+    for (int32_t i = first; i < end && body(i, rows.q(i)); ++i) {
+    }
   }
 };
 
-// The request of each row, and which of its rows that is.
-template <bool kRagged>
-class RowOwners {
- public:
-  __device__ RowOwners(SumsMemory& memory, const Rows& rows)
-      : first_rows_(memory, rows.requests, {&rows}) {}
+// An item: one of a request's.
+struct Item {
+  int32_t request;
+  int32_t j;
+};
 
-  // Of neighbouring rows.
-  template <int kCount>
-  __device__ void Find(int32_t first, int32_t (&request)[kCount], int32_t (&j)[kCount]) const {
-    int64_t rows[kCount];
-    Found found[kCount];
-#pragma unroll
-    for (int k = 0; k < kCount; ++k) rows[k] = int64_t{first} + k;
-    first_rows_.Find(rows, found);
-#pragma unroll
-    for (int k = 0; k < kCount; ++k) {
-      request[k] = found[k].index;
-      j[k] = static_cast<int32_t>(rows[k] - found[k].sum);
-    }
+// The items of each request. Past the last one's are padding rows.
+template <bool kRagged>
+class ItemOwners {
+ public:
+  __device__ ItemOwners(SumsMemory& memory, const Rows& rows, bool are_rows)
+      : rows_(rows), are_rows_(are_rows), first_rows_(memory, rows.requests, {rows}) {}
+
+  __device__ Item operator[](int32_t item) const {
+    if (!are_rows_) return {item, 0};
+    Found<int64_t> found[1];
+    first_rows_.Find({int64_t{item}}, found);
+    return {found[0].index, static_cast<int32_t>(item - found[0].sum)};
+  }
+
+  __device__ Item Next(Item item) const {
+    if (!are_rows_) return {item.request + 1, 0};
+    ++item.j;
+    while (!IsPadding(item) && item.j >= rows_.q(item.request)) item = {item.request + 1, 0};
+    return item;
+  }
+
+  __device__ bool IsPadding(Item item) const { return item.request >= rows_.requests; }
+
+  __device__ int32_t length(Item item, int32_t cache_seqlen) const {
+    return are_rows_ ? Rows::kv_len(cache_seqlen, rows_.q(item.request), item.j) : cache_seqlen;
   }
 
  private:
-  SharedSums<RowsOfRequest> first_rows_;
+  const Rows& rows_;
+  bool are_rows_;
+  SharedSums<int64_t, RowsOfRequests> first_rows_;
 };
 
 template <>
-class RowOwners<false> {
+class ItemOwners<false> {
  public:
-  __device__ RowOwners(SumsMemory&, const Rows& rows) : q_(rows.rows_per_request) {}
+  __device__ ItemOwners(SumsMemory&, const Rows& rows, bool are_rows)
+      : q_(are_rows ? rows.rows_per_request : 1) {}
 
-  template <int kCount>
-  __device__ void Find(int32_t first, int32_t (&request)[kCount], int32_t (&j)[kCount]) const {
-    request[0] = first / q_;
-    j[0] = first % q_;
-#pragma unroll
-    for (int k = 1; k < kCount; ++k) {
-      const bool next = j[k - 1] + 1 == q_;
-      request[k] = request[k - 1] + next;
-      j[k] = next ? 0 : j[k - 1] + 1;
-    }
+  __device__ Item operator[](int32_t item) const {
+    return q_ == 1 ? Item{item, 0} : Item{item / q_, item % q_};
+  }
+
+  __device__ Item Next(Item item) const {
+    return item.j + 1 < q_ ? Item{item.request, item.j + 1} : Item{item.request + 1, 0};
+  }
+
+  __device__ bool IsPadding(Item) const { return false; }
+
+  // A request is the last of its rows.
+  __device__ int32_t length(Item item, int32_t cache_seqlen) const {
+    return Rows::kv_len(cache_seqlen, q_, item.j);
   }
 
  private:
   int32_t q_;
 };
 
-// Requests are `offset` tokens longer than `rows` says. Schedules ask for lengths in many places:
-// nothing is inlined.
+struct ItemLengthsMemory {
+  static constexpr int kRequests = 2048;
+
+  int32_t cache_seqlens[kRequests];  // of all requests, if there are no more
+  bool are_long;                     // some, more than kShort; false before
+};
+
+// Requests are `offset` tokens longer than `rows` says.
 template <bool kRagged>
 class ItemLengths {
  public:
-  __device__ ItemLengths(SumsMemory& memory, const Rows& rows, bool are_rows, int32_t offset)
-      : rows_(rows), are_rows_(are_rows), offset_(offset), owners_(memory, rows) {}
-
-  __device__ __attribute__((noinline)) int32_t operator()(int32_t item) const {
-    int32_t request[1], j[1];
-    Locate(item, request, j);
-    return Length(request[0], j[0]);
+  // Called by all threads of the block.
+  __device__ ItemLengths(ItemLengthsMemory& memory, SumsMemory& sums, const Rows& rows,
+                         bool are_rows, int32_t offset)
+      : memory_(memory),
+        rows_(rows),
+        offset_(offset),
+        is_kept_(rows.requests <= ItemLengthsMemory::kRequests),
+        owners_(sums, rows, are_rows) {
+#pragma unroll 4
+    for (int32_t i = threadIdx.x; i < (is_kept_ ? rows.requests : 0); i += kThreads) {
+      const int32_t cache_seqlen = rows.cache_seqlen(i, offset);
+      memory.cache_seqlens[i] = cache_seqlen;
+      if (cache_seqlen > kShort) memory.are_long = true;
+    }
+    __syncthreads();
   }
 
-  // Of neighbouring items; 0 from `end` on.
-  __device__ __attribute__((noinline)) void Load(int32_t first, int32_t end,
-                                                 int32_t (&lengths)[kItems]) const {
-    int32_t request[kItems], j[kItems];
-    Locate(first, request, j);
-#pragma unroll
-    for (int k = 0; k < kItems; ++k) {
-      lengths[k] = first + k < end ? Length(request[k], j[k]) : 0;
-    }
+  // Whether no item is longer than kShort, as far as is known.
+  static constexpr int32_t kShort = 1 << 20;
+  __device__ bool are_short() const { return is_kept_ && !memory_.are_long; }
+
+  __device__ __attribute__((noinline)) int32_t operator()(int32_t item) const {
+    return Of(owners_[item]);
+  }
+
+  // Calls `body` with neighbouring items and their lengths until it returns false.
+  template <typename Body>
+  __device__ void ForEach(int32_t first, int32_t end, Body body) const {
+    if (first >= end) return;
+    Item at = owners_[first];
+#pragma unroll 1
+    for (int32_t item = first; item < end && body(item, Of(at)); ++item) at = owners_.Next(at);
   }
 
  private:
-  template <int kCount>
-  __device__ void Locate(int32_t first, int32_t (&request)[kCount], int32_t (&j)[kCount]) const {
-    if (are_rows_) {
-      owners_.Find(first, request, j);
-      return;
-    }
-#pragma unroll
-    for (int k = 0; k < kCount; ++k) {
-      request[k] = first + k;
-      j[k] = 0;
-    }
+  __device__ int32_t Of(Item item) const {
+    if (owners_.IsPadding(item)) return 0;
+    const int32_t cache_seqlen = is_kept_ ? memory_.cache_seqlens[item.request]
+                                          : rows_.cache_seqlen(item.request, offset_);
+    return owners_.length(item, cache_seqlen);
   }
 
-  // Past the last request's rows are padding rows.
-  __device__ int32_t Length(int32_t request, int32_t j) const {
-    if (request >= rows_.requests) return 0;
-    const int32_t cache_seqlen = rows_.cache_seqlen(request, offset_);
-    return are_rows_ ? Rows::kv_len(cache_seqlen, rows_.q(request), j) : cache_seqlen;
-  }
-
+  const ItemLengthsMemory& memory_;
   const Rows& rows_;
-  bool are_rows_;
   int32_t offset_;
-  RowOwners<kRagged> owners_;
+  bool is_kept_;
+  ItemOwners<kRagged> owners_;
 };
 
 // What `of` makes of the KV length of each item.
@@ -125,13 +151,15 @@ struct ItemValues {
   const Lengths& lengths;
   Of of;
 
-  __device__ int64_t operator()(int32_t item) const { return of(lengths(item)); }
+  // Whether `factor` times the sum over all items is known to fit 32 bits, for an `of` that grows with
+  // the length.
+  __device__ bool HaveShortSum(int32_t items, int32_t factor) const {
+    return lengths.are_short() && items <= kInt32Max / factor / of(Lengths::kShort);
+  }
 
-  __device__ void Load(int32_t first, int32_t end, int64_t (&values)[kItems]) const {
-    int32_t loaded[kItems];
-    lengths.Load(first, end, loaded);
-#pragma unroll
-    for (int k = 0; k < kItems; ++k) values[k] = first + k < end ? of(loaded[k]) : 0;
+  template <typename Body>
+  __device__ void ForEach(int32_t first, int32_t end, Body body) const {
+    lengths.ForEach(first, end, [&](int32_t item, int32_t kv_len) { return body(item, of(kv_len)); });
   }
 };
 

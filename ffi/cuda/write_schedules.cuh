@@ -11,12 +11,30 @@
 
 namespace jaxnsa {
 
-// Writes one schedule to the backends of a block. Not inlined: many kernels share its code.
+// Copies parameters to shared memory: fetched one by one, each would be waited for.
+template <typename T>
+__device__ void Fetch(const T& parameters, T& copy) {
+  static_assert(sizeof(T) % 4 == 0);
+  for (int k = threadIdx.x; k < static_cast<int>(sizeof(T) / 4); k += kThreads) {
+    reinterpret_cast<int32_t*>(&copy)[k] = reinterpret_cast<const int32_t*>(&parameters)[k];
+  }
+}
+
+// Writes one schedule to the backends of a block. Not inlined: of the parameters it takes addresses.
 template <bool kRagged, int kCapacity>
-__device__ __attribute__((noinline)) void WriteSchedule(const ScheduleParameters<kCapacity>& args,
-                                                        const Rows& rows, const RowRules& rules,
-                                                        int32_t num_backends, int32_t block) {
+__device__ __attribute__((noinline)) void WriteSchedule(
+    const ScheduleParameters<kCapacity>& parameters, const Rows& rows_parameters,
+    const RowRules& rules_parameters, int32_t num_backends, int32_t block) {
+  __shared__ ScheduleParameters<kCapacity> args;
+  __shared__ Rows rows;
+  __shared__ RowRules rules;
+  Fetch(parameters, args);
+  Fetch(rows_parameters, rows);
+  Fetch(rules_parameters, rules);
   __shared__ SumsMemory sums, row_sums;
+  __shared__ ItemLengthsMemory kept;
+  if (threadIdx.x == 0) kept.are_long = false;
+  __syncthreads();
   const ScheduleKind kind = args.kinds[block % args.num_kinds];
   const int32_t first = block / args.num_kinds * args.backends_per_block;
   const int32_t end = Min(first + args.backends_per_block, num_backends);
@@ -44,7 +62,7 @@ __device__ __attribute__((noinline)) void WriteSchedule(const ScheduleParameters
   const bool items_are_rows = kind == ScheduleKind::kPagedMqa   ? next_n == 1
                               : kind == ScheduleKind::kFlashMla ? !flash_mla.dense()
                                                                 : true;
-  const ItemLengths<kRagged> lengths(row_sums, rows, items_are_rows, offset);
+  const ItemLengths<kRagged> lengths(kept, row_sums, rows, items_are_rows, offset);
   if (kind == ScheduleKind::kPagedMqa) {
     const auto context_length = [&](int32_t kv_len) {
       return rules.index_kpool == 1 ? kv_len : Max(rules.pooled(kv_len), 1);

@@ -64,12 +64,6 @@ inline uint32_t __ballot_sync(uint32_t, bool condition) {
   for (int lane = 0; lane < 32; ++lane) ballot |= given[lane] << lane;
   return ballot;
 }
-inline uint32_t __reduce_add_sync(uint32_t, uint32_t value) {
-  const auto given = cuda_simulator::Exchange(value);
-  uint32_t sum = 0;
-  for (int lane = 0; lane < 32; ++lane) sum += given[lane];
-  return sum;
-}
 inline int32_t __shfl_sync(uint32_t, int32_t value, int lane) {
   return static_cast<int32_t>(cuda_simulator::Exchange(static_cast<uint32_t>(value))[lane]);
 }
