@@ -53,7 +53,7 @@ inline FlashMlaSchedule FlashMlaScheduleOf(const Numbers& numbers) {
   ExpectNumbers(kName, numbers, 4);
   return {NumberOf(kName, numbers[0], 1, kMostParts),
           static_cast<FlashMlaLengths>(NumberOf(kName, numbers[1], 0, 2)),
-          NumberOf(kName, numbers[2], 0, kMostParts),
+          NumberOf(kName, numbers[2], 0, kMostOverhead),
           static_cast<FlashMlaLayout>(NumberOf(kName, numbers[3], 0, 1))};
 }
 

@@ -10,10 +10,11 @@
 
 namespace jaxnsa {
 
-constexpr int kKeysPerSegment = 256;  // of DeepGEMM's paged MQA logits
-constexpr int kKeysPerBlock = 64;     // of FlashMLA
-constexpr int kMaxPairs = 32;         // of a top-k plan
-constexpr int kMostParts = 1 << 16;   // that work is split between
+constexpr int kKeysPerSegment = 256;    // of DeepGEMM's paged MQA logits
+constexpr int kKeysPerBlock = 64;       // of FlashMLA
+constexpr int kMaxPairs = 32;           // of a top-k plan
+constexpr int kMostParts = 1024;        // that work is split between
+constexpr int kMostOverhead = 1 << 16;  // of beginning an item of FlashMLA's, in blocks
 
 // These are in the order of jaxnsa/schedules.py.
 enum class PagedMqaLayout : int32_t { kLegacy, kAtoms, kSm90, kSm100 };

@@ -7,7 +7,12 @@ from jaxnsa.batch_tracker import BatchTracker
 from jaxnsa.config import override
 from jaxnsa.implementations import ffi
 from jaxnsa.implementations.choice import ImplementationUnavailableError, get_kernel_info
-from jaxnsa.metadata import DraftExtendSeqlens, ForwardMode, NSAMetadata
+from jaxnsa.metadata import (
+    DraftExtendSeqlens,
+    ForwardMode,
+    NSAMetadata,
+    RaggedPagedAttentionMetadata,
+)
 from jaxnsa.operations import (
     fill_draft_extend_metadata,
     fused_metadata_copy,
@@ -18,10 +23,7 @@ from jaxnsa.operations import (
     precompute_target_verify_metadata,
     prefix_sum,
 )
-from jaxnsa.ragged_paged_attention import (
-    RaggedPagedAttentionMetadata,
-    ragged_paged_attention_metadata,
-)
+from jaxnsa.ragged_paged_attention import ragged_paged_attention_metadata
 from jaxnsa.schedules import FlashMlaSchedule, PagedMqaSchedule, Schedules, TopkPlan
 from jaxnsa.value_checks import validate_inputs
 

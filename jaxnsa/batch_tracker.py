@@ -108,9 +108,11 @@ class BatchTracker:
         # What lies past a request's own tokens, such as drafts, is new in every step.
         own = jnp.maximum(seq_lens, 0)[owners.request]
         before = jnp.where(same, jnp.minimum(self.held[: tables.count], own), 0)
-        # A request without rows has nothing to write.
-        request = jnp.where(is_row, owners.request, bs)
-        written = jnp.full(bs, INT32_MAX, jnp.int32).at[request].min(before, mode="drop")
+        if tables.rows_per_request is not None:
+            written = before.reshape(bs, tables.rows_per_request).min(axis=1)
+        else:  # a request without rows has nothing to write
+            request = jnp.where(is_row, owners.request, bs)
+            written = jnp.full(bs, INT32_MAX, jnp.int32).at[request].min(before, mode="drop")
         held = jnp.minimum(owners.kv_len, own)
         rest = len(self.held) - tables.count
         return written, BatchTracker(

@@ -316,15 +316,15 @@ def fused_metadata_precompute_and_broadcast(
         `precompute_draft_extend_metadata` and `precompute_extend_metadata`.
       max_total_keys: in prefill, see `precompute_extend_metadata`.
       max_len, nsa_index_topk, real_page_size, wide_table, index_kpool, schedules, tail,
-        written_lens, max_new_tokens,
-        implementation: as in `precompute_decode_metadata`.
+        written_lens, max_new_tokens, implementation: as in `precompute_decode_metadata`.
       out: destinations, donated and filled in place: N NSAMetadata, or one with `stacked`.
       stacked: one NSAMetadata whose arrays lead with [N], which costs fewer arrays to hand over.
       backend_offsets: N ints: backend k is computed for `seq_lens + backend_offsets[k]`, so that
         drafts may each see one token more; of 2^30 at most, and None is all 0.
-      strategy: "ultra_fast" one launch; "fast" one computation and N copies; "fallback" N
-        computations, which "fast" stands for too with `written_lens` or `backend_offsets`; None:
-        what the settings say, by default "ultra_fast". All give the same bits.
+      strategy: "ultra_fast" one launch, of "ffi" with schedules one for each 8 backends; "fast" one
+        computation and N copies; "fallback" N computations, which "fast" stands for too with
+        `written_lens` or `backend_offsets`; None: what the settings say, by default "ultra_fast".
+        All give the same bits.
 
     Returns:
       N NSAMetadata, or one with `stacked`; its docstring gives the shapes.

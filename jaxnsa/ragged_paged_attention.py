@@ -1,48 +1,14 @@
 """The metadata of JAX's ragged paged attention, from the same lengths and the same pool."""
 
-import dataclasses
-
 import jax
 import jax.numpy as jnp
 
 from jaxnsa import argument_checks as checks
 from jaxnsa.compilation import own_promotion
-from jaxnsa.metadata import Array, pytree
+from jaxnsa.metadata import Array, RaggedPagedAttentionMetadata
 from jaxnsa.operations import precompute_decode_metadata, prefix_sum
 from jaxnsa.row_owners import Owners
 from jaxnsa.spec import MAX_LEN, MAX_ROWS, saturated
-
-
-@pytree
-@dataclasses.dataclass(frozen=True, eq=False)
-class RaggedPagedAttentionMetadata:
-    """What ragged paged attention reads: int32 arrays of static sizes.
-
-    `jax.experimental.pallas.ops.tpu.ragged_paged_attention` takes `kv_lens`, `page_indices`,
-    `cu_q_lens` and `num_seqs`; kernels that take pages as one vector read either
-    `page_indices.reshape(-1)`, or `flat_page_indices` where `cu_kv_lens` says.
-
-    Attributes:
-      kv_lens: int32 [max_num_seqs], KV length of each sequence, its new tokens counted.
-      cu_q_lens: int32 [max_num_seqs + 1], 0 and the inclusive prefix sum of the new tokens.
-      page_indices: int32 [max_num_seqs, ceil(max_len / page_size)], the physical page of each page
-        of tokens, 0 past the live ones.
-      flat_page_indices: int32 [max_total_pages], the live pages of all sequences one behind the
-        other, then 0. Those of sequence i begin at `cu_kv_lens[i] // page_size`.
-      cu_kv_lens: int32 [max_num_seqs + 1], 0 and the inclusive prefix sum of the KV lengths, each
-        rounded up to whole pages.
-      distribution: int32 [3], where sequences end that decode (one new token), those after them
-        that prefill (more), and all of them: mixed ones are between the last two.
-      num_seqs: int32 [1], how many sequences there are; the others are padding, of length 0.
-    """
-
-    kv_lens: Array
-    cu_q_lens: Array
-    page_indices: Array
-    flat_page_indices: Array
-    cu_kv_lens: Array
-    distribution: Array
-    num_seqs: Array
 
 
 @own_promotion()

@@ -9,7 +9,12 @@ sums wrap as int32 does.
 
 import numpy as np
 
-from jaxnsa.metadata import DraftExtendSeqlens, ForwardMode, NSAMetadata
+from jaxnsa.metadata import (
+    DraftExtendSeqlens,
+    ForwardMode,
+    NSAMetadata,
+    RaggedPagedAttentionMetadata,
+)
 from jaxnsa.reference_schedules import flash_mla_schedule, paged_mqa_schedule, topk_plan
 from jaxnsa.schedules import NO_SCHEDULES
 
@@ -246,6 +251,51 @@ def fused_metadata_copy(src, *, num_backends=None, out=None) -> tuple[NSAMetadat
     for destination in out:
         _map(np.copyto, destination, src)
     return tuple(out)
+
+
+def ragged_paged_attention_metadata(
+    seq_lens,
+    extend_seq_lens,
+    req_pool_indices,
+    req_to_token,
+    *,
+    page_size,
+    num_seqs=None,
+    max_num_seqs=None,
+    max_len=None,
+    max_total_pages=None,
+) -> RaggedPagedAttentionMetadata:
+    """The metadata of JAX's ragged paged attention: one row per sequence, padding among them."""
+    bs = len(seq_lens)
+    extend_seq_lens = [1] * bs if extend_seq_lens is None else extend_seq_lens
+    count = bs if num_seqs is None else min(max(int(num_seqs), 0), bs)
+    padding = [0] * ((bs if max_num_seqs is None else max_num_seqs) - count)
+    kv_lens = _lengths(seq_lens)[:count] + padding
+    q_lens = _lengths(extend_seq_lens)[:count] + padding
+    indices = list(np.asarray(req_pool_indices)[:count]) + padding
+    table = precompute_decode_metadata(
+        kv_lens, indices, req_to_token, max_len=max_len, real_page_size=page_size, tail="zero"
+    )
+    page_indices = np.asarray(table.page_indices if page_size == 1 else table.real_page_table)
+    pages = [-(-n // page_size) for n in kv_lens]
+    capacity = page_indices.size if max_total_pages is None else max_total_pages
+    flat = np.zeros(capacity, np.int32)
+    start = 0
+    for row, n in zip(page_indices, pages, strict=True):
+        live = row[:n][: max(capacity - start, 0)]
+        flat[start : start + len(live)] = live
+        start += n
+    decoding = next((i for i in range(count) if q_lens[i] > 1), count)
+    prefilling = next((i for i in range(decoding, count) if q_lens[i] <= 1), count)
+    return RaggedPagedAttentionMetadata(
+        kv_lens=np.array(kv_lens, np.int32),
+        cu_q_lens=prefix_sum(q_lens),
+        page_indices=page_indices,
+        flat_page_indices=flat,
+        cu_kv_lens=prefix_sum([n * page_size for n in pages]),
+        distribution=np.array([decoding, prefilling, count], np.int32),
+        num_seqs=np.array([count], np.int32),
+    )
 
 
 def _one(seq_lens, req_pool_indices, req_to_token, mode, options) -> NSAMetadata:

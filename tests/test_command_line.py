@@ -52,6 +52,8 @@ def test_demo(implementation):
     assert len(device) == (jax.default_backend() == "gpu")
     assert float(launches) >= 3
     assert "3 steps of decode, verify and draft extend" in result.output
+    *_, roof, mismatches = cells(result.output, f"{implementation}, what is new")
+    assert (roof, mismatches) == ("-", "0")
     assert float(cells(result.output, "plain jnp")[1]) > 0
     if importlib.util.find_spec("torch"):
         assert cells(result.output, "PyTorch eager")[-1] == "0"

@@ -1,26 +1,22 @@
 """The fuzzer: that it finds what is planted, makes it small, and outlives a crash."""
 
-import dataclasses
-import importlib.util
 import inspect
 import io
 import types
 
+import numpy as np
 import pytest
 from click.testing import CliRunner
 
-from jaxnsa import operations
-from jaxnsa.app import fuzz, fuzz_steps
+import jaxnsa
+from jaxnsa import BatchTracker
 from jaxnsa.app.command_line import main
-from jaxnsa.app.fuzz_steps import BROADCAST, Call, Session
+from jaxnsa.app.fuzz import kinds, program, search, steps
+from jaxnsa.app.fuzz.steps import BROADCAST, Call, Session
 from jaxnsa.implementations import IMPLEMENTATIONS, xla
 
-needs_torch = pytest.mark.skipif(
-    not importlib.util.find_spec("torch"), reason="runs where PyTorch is installed, as .ci/run does"
-)
-
-
-DECODE = {name: fuzz._plain_values()[name] for name in fuzz.OPTIONS}
+DECODE = tuple((name, kinds.plain_values()[name]) for name in kinds.OPTIONS)
+FUNCTIONS = (BROADCAST, *steps.SINGLE, steps.COPY, steps.FILL, steps.SUM, steps.RAGGED)
 
 
 @pytest.fixture
@@ -30,45 +26,86 @@ def broken(monkeypatch):
     return module
 
 
-def test_every_argument_is_drawn_and_has_illegal_values():
-    arrays = {"req_to_token", *fuzz_steps.highest((1, 1))}
-    for name in (BROADCAST, *fuzz_steps.SINGLE, fuzz_steps.COPY, fuzz_steps.FILL, fuzz_steps.SUM):
-        parameters = inspect.signature(getattr(operations, name)).parameters.keys()
-        drawn = fuzz.OPTIONS.keys() | arrays | {"out", "implementation", "src", "x"}
+def test_every_function_is_called_and_every_argument_drawn():
+    arrays = {"req_to_token", *steps.highest((1, 1))}
+    drawn = kinds.OPTIONS.keys() | arrays | {"out", "implementation", "src", "x", "num_seqs"}
+    for name in FUNCTIONS:
+        parameters = steps.parameters(getattr(jaxnsa, name))
         assert parameters <= drawn
-        assert parameters <= fuzz.WRONG.keys()
+        assert parameters <= kinds.WRONG.keys()
+    public = {name for name in jaxnsa.__all__ if inspect.isfunction(getattr(jaxnsa, name))}
+    assert public - set(FUNCTIONS) == {"get_kernel_info", "override", "validate_inputs"}
+
+
+def test_every_argument_of_an_update_is_drawn_and_has_illegal_values():
+    pytest.importorskip("torch")
+    from jaxnsa.app.fuzz import tensor_steps
+    from jaxnsa.interop.torch import BackendBuffers
+
+    parameters = steps.parameters(BackendBuffers.update) - {"self"}
+    assert parameters == kinds.WRONG_TENSORS.keys()
+    rng = np.random.default_rng(0)
+    kind = {"path": "direct", "implementation": None, "requests": 8, "rows": 24, "pool": (9, 64)}
+    of = tensor_steps.Buffers(**kind, max_len=64, page=1, count=1, wide=True)
+    drawn = {name for _ in range(50) for name in tensor_steps.drawn(rng, of)}
+    assert drawn == parameters - {"req_to_token", "request_ids"} | {"dtype", "layout"}
+
+
+def only(monkeypatch, *drawn, **settings):
+    """A search draws these steps, of which "more" makes some calls."""
+
+    def strategies(rng, implementations):
+        from hypothesis import strategies as st
+
+        seeds, more = st.integers(0, 99), st.sampled_from((0, 9))
+        return [
+            st.tuples(
+                st.just(name),
+                st.fixed_dictionaries({"call": st.just(call), "seed": seeds, "more": more}),
+            )
+            for name, call in drawn
+        ]
+
+    monkeypatch.setattr(search, "_steps", strategies)
+    for name, value in settings.items():
+        monkeypatch.setattr(search, name, value)
 
 
 def test_what_is_planted_is_found_and_made_small(broken, monkeypatch):
     broken.prefix_sum = lambda x: xla.prefix_sum(x) + (x.max(initial=0) > 63).astype(x.dtype)
-    call = Call("prefix_sum", "broken", 1, (3, 99), tuple(DECODE.items()), transform="jit")
-    call = dataclasses.replace(call, arrays="jax")
-    for name, value in {
-        "_calls": lambda rng, names: [call],
-        "_buffers": lambda rng, names: [],
-        "_MORE": (0, 9),
-        "_STEPS": 2,
-    }.items():
-        monkeypatch.setattr(fuzz, name, value)
-    finding = fuzz.search(60, "0", ["broken"], io.StringIO()).finding
+    call = Call("prefix_sum", "broken", 1, (3, 99), DECODE, transform="jit", arrays="jax")
+    only(monkeypatch, ("call", call), ("validate", call), _STEPS=2)
+    finding = search.search(60, "0", ["broken"], io.StringIO()).finding
     assert finding.error.startswith("AssertionError: [0]: got 1, not 0")
-    steps = [line for line in finding.program.splitlines() if line.startswith("session.")]
-    assert len(steps) == 1
-    assert "more=0" in steps[0]
-    assert "arrays='numpy'" in steps[0]
-    assert "transform='eager'" in steps[0]
-    program = compile(finding.program, "program", "exec")
+    lines = [line for line in finding.program.splitlines() if "(session, " in line]
+    assert len(lines) == 1
+    assert "more=0" in lines[0]
+    assert "'seq_lens': [" in lines[0]
+    assert "jit" not in lines[0]
+    assert "arrays" not in lines[0]
+    code = compile(finding.program, "program", "exec")
     with pytest.raises(AssertionError, match=r"\[0\]: got 1, not 0"):
-        exec(program, {})
+        exec(code, {})
+
+
+def test_a_tracker_that_claims_too_much_is_found(monkeypatch):
+    call = Call(BROADCAST, "xla", 2, (4, 30), DECODE, True, "jit", written=True)
+    steps.track(Session(), call, seed=1, more=9)
+    monkeypatch.setattr(BatchTracker, "invalidate", lambda tracker, ids: tracker)
+    with pytest.raises(AssertionError, match="page_indices"):
+        steps.track(Session(), call, seed=1, more=9)
 
 
 def test_a_seed_draws_the_same_programs(monkeypatch):
     drawn = []
-    monkeypatch.setattr(fuzz, "_run_step", lambda session, step: drawn.append(fuzz._line(step)))
-    monkeypatch.setattr(fuzz, "_PROGRAMS", 4)
+    monkeypatch.setattr(
+        search, "run_step", lambda session, step: drawn.append(program.line_of(step))
+    )
+    monkeypatch.setattr(search, "_ROUNDS", 2)
+    monkeypatch.setattr(search, "_PROGRAMS", 2)
     runs = []
     for seed in ("0", "0", "1"):
-        assert fuzz.search(60, seed, ["xla"], io.StringIO()).finding is None
+        assert search.search(60, seed, ["xla"], io.StringIO()).finding is None
         runs.append(list(drawn))
         drawn.clear()
     assert len(runs[0]) > 9
@@ -76,68 +113,60 @@ def test_a_seed_draws_the_same_programs(monkeypatch):
 
 
 def test_what_fails_once_is_a_finding_and_time_is_none(monkeypatch):
-    steps = []
+    ran = []
 
     def run_step(session, step):
-        steps.append(step)
-        if len(steps) == 30:
+        ran.append(step)
+        if len(ran) == 30:
             raise AssertionError("only now")
 
-    monkeypatch.setattr(fuzz, "_run_step", run_step)
-    finding = fuzz.search(60, "0", ["xla"], io.StringIO()).finding
+    monkeypatch.setattr(search, "run_step", run_step)
+    monkeypatch.setattr(search, "plainer", lambda steps: steps)
+    monkeypatch.setattr(search, "error_of", lambda steps: None)
+    finding = search.search(60, "0", ["xla"], io.StringIO()).finding
     assert finding.error == "AssertionError: only now"
-    assert finding.program.endswith(fuzz._line(steps[29]) + "\n")
-    steps.clear()
-    monkeypatch.setattr(fuzz.time, "monotonic", lambda: float(len(steps)))
-    assert fuzz.search(20.5, "0", ["xla"], io.StringIO()).finding is None
-    assert len(steps) == 21
+    assert finding.program.endswith(program.line_of(ran[29]) + "\n")
+    ran.clear()
+    monkeypatch.setattr(search.time, "monotonic", lambda: float(len(ran)))
+    assert search.search(20.5, "0", ["xla"], io.StringIO()).finding is None
+    assert len(ran) == 21
 
 
 def test_what_is_wrong_and_taken_is_found():
-    call = Call(BROADCAST, "xla", 1, (1, 8), tuple(DECODE.items()))
-    lengths = {"seq_lens": [1], "req_pool_indices": [0], "extend_seq_lens": [1]}
-    Session().call(call, wrong=("max_len", "-1"), **lengths)
+    call = Call(BROADCAST, "xla", 1, (1, 8), DECODE)
+    steps.wrong_call(Session(), call, wrong=("max_len", "-1"))
     with pytest.raises(AssertionError, match="max_len = 8 was taken"):
-        Session().call(call, wrong=("max_len", "8"), **lengths)
+        steps.wrong_call(Session(), call, wrong=("max_len", "8"))
     with pytest.raises(TypeError, match="unexpected keyword argument 'length'"):
-        Session().call(call, wrong=("length", "8"), **lengths)
+        steps.wrong_call(Session(), call, wrong=("length", "8"))
 
 
 def test_a_crash_is_a_finding_with_its_program(monkeypatch):
-    code = """
-import os
-from jaxnsa.app.fuzz_steps import Session
-Session.validate = lambda self: os.abort()
-Session.call = lambda self: None
-"""
-    lines = ["session.call()", "session.validate()", "session.call()"]
-    monkeypatch.setattr(
-        fuzz, "_source_of", lambda lines: code + "session = Session()\n" + "\n".join(lines)
-    )
-    ended = fuzz._ended(["python3", "-c", "import os; os.abort()"], 60)
+    lines = ["os.getpid()", "os.nice(0)", "os.abort()"]
+    monkeypatch.setattr(search, "source_of", lambda lines: "\n".join(["import os", *lines]))
+    ended = search._ended(["python3", "-c", search.source_of(lines)], 60)
     assert ended.returncode == -6
-    assert fuzz._ended(["sleep", "9"], 0.1).returncode == fuzz._TIMED_OUT
-    smaller = fuzz._smaller_crash(lines[:2], -6)
-    assert smaller.endswith("session = Session()\nsession.validate()")
+    assert search._ended(["sleep", "9"], 0.1).returncode == search._TIMED_OUT
+    assert search._smaller_crash(lines, -6) == "import os\nos.abort()"
 
 
 def test_the_command(monkeypatch):
-    done = fuzz.Report(fuzz.collections.Counter({("xla", "prefix_sum"): 1200}))
-    monkeypatch.setattr(fuzz, "run", lambda seconds, seed, names: iter([done]))
+    done = search.Report(search.collections.Counter({("xla", "prefix_sum"): 1200}))
+    monkeypatch.setattr(search, "run", lambda seconds, seed, names: iter([done]))
     result = CliRunner().invoke(main, ["verify", "--fuzz", "3", "--seed", "4"])
     assert result.exit_code == 0, result.output
     assert "1,200" in result.output
-    done.finding = fuzz.Finding("session.call()", "AssertionError: no")
+    done.finding = search.Finding("session.call()", "AssertionError: no")
     result = CliRunner().invoke(main, ["verify", "--fuzz", "3"])
     assert result.exit_code == 1
     assert "session.call()\nAssertionError: no" in result.output
-    monkeypatch.setattr(fuzz.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(search.importlib.util, "find_spec", lambda name: None)
     result = CliRunner().invoke(main, ["verify", "--fuzz", "3"])
     assert "hypothesis is not installed, which the extra 'test' of jaxnsa has" in result.output
     assert CliRunner().invoke(main, ["verify", "--fuzz", "0"]).exit_code == 2
 
 
 def test_a_child_searches_and_reports():
-    reports = list(fuzz.run(1, 1, ["xla"]))
+    reports = list(search.run(1, 1, ["xla"]))
     assert reports[-1].finding is None, reports[-1].finding
     assert reports[-1].counts.total() > 0

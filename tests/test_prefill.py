@@ -280,3 +280,14 @@ class TestTorch:
         part = [{k: v for k, v in t.items() if k != "indexer_ke"} for t in tensors]
         with pytest.raises(ValueError, match="expected .*indexer_ke.*: all arrays of prefill or"):
             register(part)
+
+    def test_keys_are_counted_on_request(self, buffers):
+        register, tensors, _, pool = buffers
+        before = tensors[0]["cache_seqlens"].clone()
+        lengths, one = pool.new_tensor([40, 40, 11]), pool.new_tensor([1, 1, 1])
+        with (
+            jaxnsa.override(validate=True),
+            pytest.raises(ValueError, match="seq_lens: got .* at most max_total_keys = 90"),
+        ):
+            register().update(lengths, one, pool, forward_mode=EXTEND, extend_seq_lens=one)
+        assert (tensors[0]["cache_seqlens"] == before).all()

@@ -15,10 +15,16 @@ from jaxnsa.implementations import native_library
 
 torch = pytest.importorskip("torch", reason="runs where PyTorch is, as .ci/run installs it")
 
-from jaxnsa.interop import launch_cache, launches, sglang  # noqa: E402
+from jaxnsa.interop import (  # noqa: E402
+    launch_cache,
+    launches,
+    sglang,
+    sglang_copies,
+    sglang_fills,
+)
 from jaxnsa.interop.copies import CopyCache  # noqa: E402
 from jaxnsa.interop.fills import FillCache  # noqa: E402
-from jaxnsa.interop.tensor_checks import exchange_api  # noqa: E402
+from jaxnsa.interop.tensor_checks import checked, exchange_api  # noqa: E402
 
 ON_GPU = torch.cuda.is_available() and jax.default_backend() == "gpu"
 HELD = -7
@@ -46,8 +52,8 @@ def device(request):
 
 @pytest.fixture(autouse=True)
 def empty_caches(monkeypatch):
-    monkeypatch.setattr(sglang, "_FILLS", FillCache())
-    monkeypatch.setattr(sglang, "_COPIES", CopyCache())
+    monkeypatch.setattr(sglang_fills, "_FILLS", FillCache())
+    monkeypatch.setattr(sglang_copies, "_COPIES", CopyCache())
     launches.declined.clear()
 
 
@@ -65,12 +71,13 @@ def has_exchange_api(request, monkeypatch):
 def checks(monkeypatch):
     """The names that were checked in Python, emptied by whoever looks."""
     looked = []
-    check = sglang.checked
-    monkeypatch.setattr(
-        sglang,
-        "checked",
-        lambda name, *rest, **more: looked.append(name) or check(name, *rest, **more),
-    )
+
+    def check(name, *rest, **more):
+        looked.append(name)
+        return checked(name, *rest, **more)
+
+    for module in (sglang_fills, sglang_copies):
+        monkeypatch.setattr(module, "checked", check)
     return looked
 
 

@@ -5,6 +5,7 @@ import dataclasses
 import re
 import subprocess
 import sys
+import threading
 import types
 
 import jax
@@ -944,6 +945,46 @@ def test_a_captured_update_follows_changed_inputs(mode):
 
 
 @pytest.mark.gpu
+def test_threads_update_while_another_captures():
+    engine = Engine.of(torch.device("cuda:0"))
+    buffers = registered(engine, "direct", 16)
+    given = [inputs(bs, pool_cols=300, pool_rows=10, seed=bs)[:2] for bs in (8, 3, 5)]
+    batches = [(*map(engine.tensor, vectors), engine.pool) for vectors in given]
+    captured, stop = threading.Event(), threading.Event()
+
+    def update(batch):
+        captured.wait()
+        count = 0
+        with torch.cuda.stream(torch.cuda.Stream()):
+            while not stop.is_set():
+                buffers.update(*batch)
+                count += 1
+        return count
+
+    graphs = [torch.cuda.CUDAGraph() for _ in range(10)]
+    with concurrent.futures.ThreadPoolExecutor(2) as threads:
+        counts = [threads.submit(update, batch) for batch in batches[1:]]
+        try:
+            for graph in graphs:
+                with torch.cuda.graph(graph):
+                    captured.set()
+                    for _ in range(100):
+                        buffers.update(*batches[0])
+        finally:
+            captured.set()
+            stop.set()
+    assert min(count.result() for count in counts) > 0
+    engine.expect(*given[0], page=16)
+    for graph in graphs:
+        torch.cuda.synchronize()
+        for tensor in (tensor for backend in engine.backends for tensor in backend.values()):
+            if tensor is not None:
+                tensor.fill_(HELD)
+        graph.replay()
+        engine.check()
+
+
+@pytest.mark.gpu
 @pytest.mark.parametrize("current", (0, 1))
 @pytest.mark.parametrize("number", (0, 1))
 def test_devices_other_than_the_first_and_than_the_current(number, current):
@@ -1006,6 +1047,11 @@ def test_written_lens_that_are_wrong(path, device):
             ValueError,
             "max_new_tokens: got -1, expected an int",
             {"written_lens": lengths, "max_new_tokens": -1},
+        ),
+        (
+            ValueError,
+            "max_new_tokens: got 2147483648, expected an int",
+            {"written_lens": lengths, "max_new_tokens": 2**31},
         ),
         (
             ValueError,

@@ -47,6 +47,20 @@ def buffers_for(schedules, kpool, device, count=2):
     ]
 
 
+def check_vectors(backend, before, fresh):
+    """All arrays but the tables: `fresh` where a step has elements, behind them what was before."""
+    for name, array in fresh.arrays().items():
+        actual, wanted = backend[name].cpu().numpy(), before[name]
+        if name.endswith("table") or name == "page_indices":
+            continue
+        if name == "topk_plan":
+            array = array[: array[0, 1] + 1]
+        if name == "paged_mqa_ctx_lens":
+            array, wanted, actual = array.ravel(), wanted.ravel(), actual.ravel()
+        wanted[: len(array)] = array
+        np.testing.assert_array_equal(actual, wanted, name)
+
+
 @pytest.mark.parametrize("path", ("direct", "dlpack"))
 @pytest.mark.parametrize("kpool", (1, 3))
 @pytest.mark.parametrize("k", range(4))
@@ -98,17 +112,7 @@ def test_update(k, kpool, path, device):
             options["extend_seq_lens"] = extend
         buffers.update(*arguments, forward_mode=mode, **options)
         for backend, before in zip(backends, expected, strict=True):
-            for name, array in fresh.arrays().items():
-                actual = backend[name].cpu().numpy()
-                wanted = before[name]
-                if name.endswith("table") or name == "page_indices":
-                    continue
-                if name == "topk_plan":
-                    array = array[: array[0, 1] + 1]
-                if name == "paged_mqa_ctx_lens":
-                    array, wanted, actual = array.ravel(), wanted.ravel(), actual.ravel()
-                wanted[: len(array)] = array
-                np.testing.assert_array_equal(actual, wanted, f"{mode} {name}")
+            check_vectors(backend, before, fresh)
             if kpool > 1:
                 table = backend["pooled_page_table"].cpu().numpy()
                 real = backend["real_page_table"].cpu().numpy()[:, ::kpool]
@@ -147,6 +151,42 @@ def test_schedules_that_were_not_asked_for_are_refused(device):
         )
     with pytest.raises(TypeError, match="schedules: got"):
         BackendBuffers([], nsa_index_topk=1, real_page_size=1, schedules=jaxnsa.TopkPlan.h200())
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("k", range(3))
+def test_captured_updates_of_several_sizes_take_turns(k):
+    schedules = schedules_of(k)
+    backends = buffers_for(schedules, 1, "cuda")
+    buffers = BackendBuffers(
+        backends, nsa_index_topk=TOPK, real_page_size=PAGE, schedules=schedules, path="direct"
+    )
+    pool = torch.zeros((1, MAX_LEN), dtype=torch.int32, device="cuda")
+    sizes = (4, REQUESTS)
+    lengths = {bs: torch.zeros(bs, dtype=torch.int32, device="cuda") for bs in sizes}
+    buffers.update(lengths[4], torch.zeros_like(lengths[4]), pool)  # the other comes unannounced
+    graphs = {}
+    for bs in sizes:
+        indices = torch.zeros_like(lengths[bs])
+        graphs[bs] = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graphs[bs]):
+            buffers.update(lengths[bs], indices, pool)
+    for step in range(6):
+        bs = sizes[step % 2]
+        new = lengths_of(KINDS[step], bs)
+        lengths[bs].copy_(torch.from_numpy(new))
+        before = [{name: t.cpu().numpy().copy() for name, t in b.items()} for b in backends]
+        graphs[bs].replay()
+        fresh = reference.precompute_decode_metadata(
+            new,
+            np.zeros(bs, np.int32),
+            np.zeros((1, MAX_LEN), np.int32),
+            nsa_index_topk=TOPK,
+            real_page_size=PAGE,
+            schedules=schedules,
+        )
+        for backend, was in zip(backends, before, strict=True):
+            check_vectors(backend, was, fresh)
 
 
 def test_constants_are_computed_once_for_each_size(device, monkeypatch):

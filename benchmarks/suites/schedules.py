@@ -90,7 +90,7 @@ GOALS = (
 GRID = tuple(
     Row(_problem(mode, bs, num_backends, ALL))
     for mode, bs, num_backends in (
-        *((DECODE, 1, 1), (DECODE, 256, 8), (DECODE, 1024, 1)),
+        *((DECODE, 1, 1), (DECODE, 256, 8)),
         *((VERIFY, 1, 1), (VERIFY, 32, 3), (VERIFY, 1024, 8)),
         *((EXTEND, 1, 1), (EXTEND, 32, 3), (EXTEND, 1024, 8)),
     )
@@ -99,11 +99,18 @@ GRID = tuple(
 
 def _measure(row: Row, implementation: str) -> dict[str, float]:
     metrics = timing([row.problem.call(implementation)], cached=True)
-    without = _without(dataclasses.replace(row.problem, schedules=NO_SCHEDULES), implementation)
+    plain = _first_equal(dataclasses.replace(row.problem, schedules=NO_SCHEDULES))
+    without = _without(plain, implementation)
     metrics["without_us"] = without
     if row.goal is not None and on_gpu():
         metrics["goal_us"] = row.goal + (without if row.more_than_without else 0)
     return metrics
+
+
+@functools.cache
+def _first_equal(problem: Problem) -> Problem:
+    """One for all that are equal: its inputs are made once."""
+    return problem
 
 
 @functools.cache

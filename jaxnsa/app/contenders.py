@@ -16,10 +16,13 @@ import numpy as np
 from jaxnsa import operations, reference
 from jaxnsa.app.launch_count import count_launches
 from jaxnsa.app.serving import PAGE_SIZE, Inputs
+from jaxnsa.batch_tracker import BatchTracker
 from jaxnsa.metadata import FIELDS, Extent, ForwardMode, NSAMetadata
 
 TOPK = 2048
 """The indexer's top-k of DeepSeek V3.2, in tokens."""
+_LENGTHS = ("seq_lens", "num_draft_tokens", "extend_seq_lens", "max_total_tokens")
+"""What a tracker is told of a step."""
 
 
 class Contender(Protocol):
@@ -28,6 +31,8 @@ class Contender(Protocol):
     name: str
     in_place: bool
     """Whether it writes live columns only, over what was there."""
+    incremental: bool
+    """Whether it leaves live columns alone that are there from the step before."""
 
     def given(self, inputs: Inputs) -> Any:
         """A step's inputs as it takes them, of the same device."""
@@ -65,7 +70,7 @@ def expected(inputs: Inputs, num_backends: int, out: tuple | None) -> tuple[NSAM
 
 def modes(inputs: Inputs, num_backends: int) -> Iterator[tuple[ForwardMode, dict[str, Any]]]:
     """The forward modes of a step, with what the broadcast takes in them."""
-    seq_lens, accepted, indices, pool = inputs
+    seq_lens, accepted, indices, pool, _ = inputs
     shared = {"req_pool_indices": indices, "req_to_token": pool, "real_page_size": PAGE_SIZE}
     yield ForwardMode.DECODE, {"seq_lens": seq_lens} | shared
     drafts = {"seq_lens": seq_lens, "num_draft_tokens": num_backends}
@@ -93,7 +98,10 @@ def contenders(
       inputs: of a step.
     """
     found: list[Contender] = [
-        Library(implementation, chosen, num_backends, inputs),
+        *(
+            Library(implementation, chosen, num_backends, inputs, incremental=incremental)
+            for incremental in (False, True)
+        ),
         PlainJax(num_backends),
     ]
     if importlib.util.find_spec("torch") is not None:
@@ -103,59 +111,100 @@ def contenders(
     return found
 
 
-class Library:
-    """This library in a jitted step, in place."""
+class _Jitted:
+    """A jitted step.
+
+    Attributes:
+      held: what the last step computed, by its forward modes.
+    """
+
+    held: list[Any]
+
+    def given(self, inputs: Inputs) -> Inputs:
+        """The inputs as they are."""
+        return inputs
+
+    def wait(self, result: jax.Array) -> None:
+        """Waits for what the step returns."""
+        jax.block_until_ready((self.held, result))
+
+    def metadata(self) -> list[NSAMetadata]:
+        """All that was computed."""
+        return [metadata for backends in self.held for metadata in backends]
+
+
+class Library(_Jitted):
+    """This library in a jitted step, in place.
+
+    If it is incremental, a `BatchTracker` for each mode tells what the step before has written.
+    """
 
     in_place = True
 
-    def __init__(self, implementation: str | None, chosen: str, num_backends: int, inputs: Inputs):
-        self.name = f"jaxnsa: {chosen}"
+    def __init__(
+        self,
+        implementation: str | None,
+        chosen: str,
+        num_backends: int,
+        inputs: Inputs,
+        *,
+        incremental: bool,
+    ):
+        self.name = f"jaxnsa: {chosen}" + (", what is new" if incremental else "")
+        self.incremental = incremental
         compute: Any = functools.partial(
             operations.fused_metadata_precompute_and_broadcast,
             nsa_index_topk=TOPK,
             implementation=implementation,
         )
 
-        def step(held: list[Any], inputs: Inputs) -> tuple[list[Any], jax.Array]:
-            filled = [
-                compute(num_backends=len(out), forward_mode=mode, out=out, **arguments)
-                for out, (mode, arguments) in zip(held, modes(inputs, num_backends), strict=True)
-            ]
-            return filled, _read(filled)
+        def step(held: list[Any], trackers: list[BatchTracker | None], inputs: Inputs) -> Any:
+            filled, after = [], []
+            each = zip(held, trackers, modes(inputs, num_backends), strict=True)
+            for out, tracker, (mode, arguments) in each:
+                if tracker is not None:
+                    lengths = {k: v for k, v in arguments.items() if k in _LENGTHS}
+                    ids = inputs.request_ids
+                    written, tracker = tracker.step(ids, forward_mode=mode, **lengths)
+                    arguments["written_lens"] = written
+                filled.append(
+                    compute(num_backends=len(out), forward_mode=mode, out=out, **arguments)
+                )
+                after.append(tracker)
+            return filled, after, _read(filled)
 
         self._step = jax.jit(step, donate_argnums=0)
         zeros = jax.tree.map(jnp.zeros_like, expected(inputs, num_backends, None))
         decode, *others = (tuple([one]) for one in zeros)
         copies = tuple(jax.tree.map(jnp.copy, decode[0]) for _ in range(num_backends))
-        self._held: list[Any] = [copies, *others]
+        self.held = [copies, *others]
+        self._trackers: list[BatchTracker | None] = [
+            BatchTracker.empty(len(out[0].seqlens_expanded)) if incremental else None
+            for out in self.held
+        ]
+        self._next_trackers = self._trackers
 
     def given(self, inputs: Inputs) -> Inputs:
-        """The inputs as they are."""
+        """The inputs as they are, of a next step, which may run several times."""
+        self._trackers = self._next_trackers
         return inputs
 
     def run(self, given: Inputs) -> jax.Array:
         """The step, jitted."""
-        self._held, read = self._step(self._held, given)
+        self.held, self._next_trackers, read = self._step(self.held, self._trackers, given)
         return read
-
-    def wait(self, result: jax.Array) -> None:
-        """Waits for what the step returns."""
-        jax.block_until_ready((self._held, result))
-
-    def metadata(self) -> list[NSAMetadata]:
-        """All that was filled."""
-        return [metadata for backends in self._held for metadata in backends]
 
     def launches(self, given: Inputs) -> int:
         """Of the compiled step."""
-        return count_launches(self._step.lower(self._held, given).compile())
+        return count_launches(self._step.lower(self.held, self._trackers, given).compile())
 
 
-class PlainJax:
+class PlainJax(_Jitted):
     """Plain `jax.numpy` under `jax.jit`, each of N backends computed for itself."""
 
     name = "plain jnp x N"
     in_place = False
+    incremental = False
 
     def __init__(self, num_backends: int):
         self._num_backends = num_backends
@@ -173,24 +222,12 @@ class PlainJax:
             return results, _read(results)
 
         self._step = jax.jit(step)
-        self._last: list[Any] = []
-
-    def given(self, inputs: Inputs) -> Inputs:
-        """The inputs as they are."""
-        return inputs
+        self.held = []
 
     def run(self, given: Inputs) -> jax.Array:
         """The step, jitted."""
-        self._last, read = self._step(given)
+        self.held, read = self._step(given)
         return read
-
-    def wait(self, result: jax.Array) -> None:
-        """Waits for what the step returns."""
-        jax.block_until_ready((self._last, result))
-
-    def metadata(self) -> list[NSAMetadata]:
-        """All that was computed."""
-        return [metadata for each in self._last for metadata in each]
 
     def launches(self, given: Inputs) -> int:
         """Of the compiled step."""

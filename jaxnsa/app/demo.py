@@ -34,9 +34,11 @@ class Row:
       device_us: microseconds of a step's kernels; None on a CPU.
       launches: of a step; None where nobody can tell.
       mismatches: steps in which an array was not the reference's.
+      incremental: whether columns that are there already were left alone.
     """
 
     name: str
+    incremental: bool
     latencies: list[float] = dataclasses.field(default_factory=list)
     device_us: float | None = None
     launches: float | None = None
@@ -56,7 +58,7 @@ class Report:
 
     Attributes:
       tokens: that were accepted.
-      bytes_moved: by a step on average: live elements read once and written wherever they go.
+      bytes_moved: by a full step on average: live elements read once and written wherever they go.
       bandwidth: bytes a second of a large copy.
       rows: of each contender, the library first.
     """
@@ -68,9 +70,9 @@ class Report:
 
 
 def bytes_needed(batch_size: int, num_backends: int) -> int:
-    """Memory that the demo takes: pools, the tables of up to four contenders and of the check."""
+    """Memory that the demo takes: pools, the tables of up to five contenders and of the check."""
     table = batch_size * CONTEXT_LENGTH * 4
-    tables = 4 * 3 * num_backends + 2 * num_backends + 1
+    tables = 5 * 3 * num_backends + 2 * num_backends + 1
     return 2 * table + tables * (table + table // PAGE_SIZE)
 
 
@@ -101,7 +103,7 @@ def run(
     """
     batch = Batch(requests, batch_size, num_backends, np.random.default_rng(seed))
     found = contenders(implementation, chosen, num_backends, batch.host)
-    rows = [Row(contender.name) for contender in found]
+    rows = [Row(contender.name, contender.incremental) for contender in found]
     held = jax.tree.map(np.zeros_like, expected(batch.host, num_backends, None))
     tokens, bytes_moved = 0, 0
     for step in range(steps):

@@ -24,12 +24,14 @@ class Inputs(NamedTuple):
       accepted: int32 [bs], the drafts of each request that the step accepts, 1 and more.
       req_pool_indices: int32 [bs], each request's row in the pool, a shuffle of all rows.
       req_to_token: int32 [bs, CONTEXT_LENGTH].
+      request_ids: int32 [bs], a number for each request that no other ever has.
     """
 
     seq_lens: np.ndarray | jax.Array
     accepted: np.ndarray | jax.Array
     req_pool_indices: np.ndarray | jax.Array
     req_to_token: np.ndarray | jax.Array
+    request_ids: np.ndarray | jax.Array
 
 
 class Batch:
@@ -59,7 +61,9 @@ class Batch:
             self._accepted(batch_size),
             rng.permutation(batch_size).astype(np.int32),
             np.zeros((batch_size, CONTEXT_LENGTH), np.int32),
+            np.zeros(batch_size, np.int32),
         )
+        self._admitted = 0
         for i in range(batch_size):
             self._admit(i)
             first, last = self.host.seq_lens[i], self._last_lens[i]
@@ -69,7 +73,7 @@ class Batch:
 
     def step(self) -> int:
         """Appends the accepted tokens, replaces requests that are done; returns those tokens."""
-        seq_lens, accepted, indices, pool = self.host
+        seq_lens, accepted, indices, pool, ids = self.host
         tokens = int(accepted.sum())
         seq_lens += accepted
         new = np.flatnonzero(seq_lens >= self._last_lens).tolist()
@@ -81,14 +85,18 @@ class Batch:
         next_accepted = self._accepted(len(seq_lens))
         device = self.device
         lengths = _appended(device.seq_lens, device.accepted)
-        table = device.req_to_token
+        table, device_ids = device.req_to_token, device.request_ids
         for i in new:
-            lengths = _set_length(lengths, i, seq_lens[i])
+            lengths = _set_element(lengths, i, seq_lens[i])
+            device_ids = _set_element(device_ids, i, ids[i])
         for row in rows:
             table = _set_row(table, row, pool[row])
         self.host = self.host._replace(accepted=next_accepted)
         self.device = device._replace(
-            seq_lens=lengths, accepted=jnp.array(next_accepted), req_to_token=table
+            seq_lens=lengths,
+            accepted=jnp.array(next_accepted),
+            req_to_token=table,
+            request_ids=device_ids,
         )
         return tokens
 
@@ -97,6 +105,8 @@ class Batch:
 
     def _admit(self, i: int) -> None:
         request = next(self._requests)
+        self._admitted += 1
+        self.host.request_ids[i] = self._admitted
         longest = CONTEXT_LENGTH - 2 * self._drafts
         self.host.seq_lens[i] = min(request.prompt_tokens, longest)
         self._last_lens[i] = min(request.prompt_tokens + request.output_tokens, longest)
@@ -119,8 +129,8 @@ def _appended(seq_lens: jax.Array, accepted: jax.Array) -> jax.Array:
 
 
 @compiled
-def _set_length(seq_lens: jax.Array, i: int, length: int) -> jax.Array:
-    return seq_lens.at[i].set(length)
+def _set_element(array: jax.Array, i: int, value: int) -> jax.Array:
+    return array.at[i].set(value)
 
 
 _set_row = compiled(lambda pool, row, values: pool.at[row].set(values), donate_argnums=0)

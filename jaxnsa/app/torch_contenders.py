@@ -32,6 +32,8 @@ def contenders(num_backends: int, inputs: Inputs) -> list[Contender]:
 class _Tensors:
     """A contender that fills tensors."""
 
+    incremental = False
+
     def __init__(
         self,
         name: str,

@@ -21,7 +21,7 @@ from jaxnsa.interop.launches import (
 from jaxnsa.interop.registration import Registered
 from jaxnsa.interop.tensor_checks import Checked, exchange_api
 from jaxnsa.metadata import ForwardMode
-from jaxnsa.spec import MAX_LEN, Rows
+from jaxnsa.spec import INT32_MAX, MAX_LEN, Rows
 
 _REMEMBERED = frozenset((int, types.NoneType))
 """Types of arguments whose values cannot change from step to step."""
@@ -119,7 +119,7 @@ class DirectPath:
             return False
         most = MAX_LEN
         if max_new_tokens is not None:
-            if type(max_new_tokens) is not int or max_new_tokens < 0:
+            if type(max_new_tokens) is not int or not 0 <= max_new_tokens <= INT32_MAX:
                 return False
             if written_lens is None and request_ids is None:
                 return False

@@ -11,30 +11,14 @@ Each function raises ValueError or TypeError, before anything is written, where 
 wrong, and RuntimeError where the library was not built.
 """
 
-import functools
-from typing import Any, NamedTuple
-
 import torch
 
 from jaxnsa import argument_checks
 from jaxnsa.implementations.native_library import unavailable
-from jaxnsa.interop.copies import CopyCache
-from jaxnsa.interop.fills import CheckedInputs, FillCache, Inputs
-from jaxnsa.interop.launch_cache import key_of
 from jaxnsa.interop.replacement import Replacement
-from jaxnsa.interop.tensor_checks import Checked, checked, checked_pool, checked_vector
+from jaxnsa.interop.sglang_copies import Arrays, copy
+from jaxnsa.interop.sglang_fills import Step, fill
 from jaxnsa.metadata import ForwardMode
-from jaxnsa.spec import MAX_LEN, Rows, Spec
-
-_FILLS = FillCache()
-_COPIES = CopyCache()
-
-_ARGUMENTS = {
-    "nsa_cache_seqlens": "dsa_cache_seqlens",
-    "nsa_cu_seqlens_k": "dsa_cu_seqlens_k",
-    "page_indices": "page_table_1",
-}
-"""SGLang's names of fields, where they differ."""
 
 
 def fused_dsa_decode_metadata(
@@ -70,7 +54,7 @@ def fused_dsa_decode_metadata(
       dsa_index_topk: the indexer's top-k, in tokens.
       physical_page_size: tokens in a physical page.
     """
-    step = _Step(ForwardMode.DECODE, bs, None, None, max_len, dsa_index_topk, physical_page_size)
+    step = Step(ForwardMode.DECODE, bs, None, None, max_len, dsa_index_topk, physical_page_size)
     inputs = (seq_lens, req_pool_indices, req_to_token, None)
     outputs = {
         "cache_seqlens": cache_seqlens,
@@ -78,7 +62,7 @@ def fused_dsa_decode_metadata(
         "nsa_cache_seqlens": dsa_cache_seqlens,
         "nsa_cu_seqlens_k": dsa_cu_seqlens_k,
     }
-    _fill(step, inputs, outputs, page_table_1, real_page_table)
+    fill(step, inputs, outputs, page_table_1, real_page_table)
 
 
 def fused_dsa_target_verify_metadata(
@@ -114,7 +98,7 @@ def fused_dsa_target_verify_metadata(
       paged_mqa_ctx_lens_2d: int32 [bs, next_n], contiguous, filled with the lengths of
         cache_seqlens; or None.
     """
-    step = _Step(
+    step = Step(
         ForwardMode.TARGET_VERIFY,
         bs,
         next_n,
@@ -133,7 +117,7 @@ def fused_dsa_target_verify_metadata(
     }
     if paged_mqa_ctx_lens_2d is not None:
         outputs["paged_mqa_ctx_lens"] = paged_mqa_ctx_lens_2d
-    _fill(step, inputs, outputs, page_table_1, real_page_table)
+    fill(step, inputs, outputs, page_table_1, real_page_table)
 
 
 def fused_dsa_draft_extend_metadata(
@@ -176,9 +160,14 @@ def fused_dsa_draft_extend_metadata(
         nothing here: rows follow extend_seq_lens either way.
     """
     del static_extend_len
-    step = _Step(
-        *(ForwardMode.DRAFT_EXTEND, bs, None, (total_len, max_extend_len, max_total_len)),
-        *(max_seqlen_k, dsa_index_topk, physical_page_size),
+    step = Step(
+        ForwardMode.DRAFT_EXTEND,
+        bs,
+        None,
+        (total_len, max_extend_len, max_total_len),
+        max_seqlen_k,
+        dsa_index_topk,
+        physical_page_size,
     )
     inputs = (seq_lens, req_pool_indices, req_to_token, extend_seq_lens)
     outputs = {
@@ -188,7 +177,7 @@ def fused_dsa_draft_extend_metadata(
         "nsa_cache_seqlens": dsa_cache_seqlens,
         "nsa_cu_seqlens_k": dsa_cu_seqlens_k,
     }
-    _fill(step, inputs, outputs, page_table_1, real_page_table)
+    fill(step, inputs, outputs, page_table_1, real_page_table)
 
 
 def fused_metadata_copy_cuda(
@@ -243,17 +232,29 @@ def fused_metadata_copy_cuda(
     """
     decode = argument_checks.integer("forward_mode", forward_mode, 0, 2) == 0
     size, columns = (bs, max_len) if decode else (seqlens_expanded_size, max_seqlen_k)
-    source = (
-        *(cache_seqlens_src, cu_seqlens_k_src, page_indices_src, dsa_cache_seqlens_src),
-        *(seqlens_expanded_src, dsa_cu_seqlens_k_src, real_page_table_src),
-        *(flashmla_num_splits_src, flashmla_metadata_src),
+    source = Arrays(
+        cache_seqlens=cache_seqlens_src,
+        cu_seqlens_k=cu_seqlens_k_src,
+        page_indices=page_indices_src,
+        dsa_cache_seqlens=dsa_cache_seqlens_src,
+        seqlens_expanded=seqlens_expanded_src,
+        dsa_cu_seqlens_k=dsa_cu_seqlens_k_src,
+        real_page_table=real_page_table_src,
+        flashmla_num_splits=flashmla_num_splits_src,
+        flashmla_metadata=flashmla_metadata_src,
     )
-    destination = (
-        *(cache_seqlens_dst, cu_seqlens_k_dst, page_table_1_dst, dsa_cache_seqlens_dst),
-        *(seqlens_expanded_dst, dsa_cu_seqlens_k_dst, real_page_table_dst),
-        *(flashmla_num_splits_dst, flashmla_metadata_dst),
+    destination = Arrays(
+        cache_seqlens=cache_seqlens_dst,
+        cu_seqlens_k=cu_seqlens_k_dst,
+        page_indices=page_table_1_dst,
+        dsa_cache_seqlens=dsa_cache_seqlens_dst,
+        seqlens_expanded=seqlens_expanded_dst,
+        dsa_cu_seqlens_k=dsa_cu_seqlens_k_dst,
+        real_page_table=real_page_table_dst,
+        flashmla_num_splits=flashmla_num_splits_dst,
+        flashmla_metadata=flashmla_metadata_dst,
     )
-    _copy(decode, bs, size, columns, source, {"dst": destination})
+    copy(decode, bs, size, columns, source, {"dst": destination})
 
 
 def fused_metadata_copy_multi_cuda(
@@ -302,30 +303,53 @@ def fused_metadata_copy_multi_cuda(
     a decode step has bs rows.
     """
     del seqlens_expanded_size
-    source = (
-        *(cache_seqlens_src, cu_seqlens_k_src, page_indices_src, dsa_cache_seqlens_src),
-        *(None, dsa_cu_seqlens_k_src),
-        None if real_page_table_dst0 is None else real_page_table_src,
-        *(flashmla_num_splits_src, flashmla_metadata_src),
+    source = Arrays(
+        cache_seqlens=cache_seqlens_src,
+        cu_seqlens_k=cu_seqlens_k_src,
+        page_indices=page_indices_src,
+        dsa_cache_seqlens=dsa_cache_seqlens_src,
+        seqlens_expanded=None,
+        dsa_cu_seqlens_k=dsa_cu_seqlens_k_src,
+        real_page_table=None if real_page_table_dst0 is None else real_page_table_src,
+        flashmla_num_splits=flashmla_num_splits_src,
+        flashmla_metadata=flashmla_metadata_src,
     )
     destinations = {
-        "dst0": (
-            *(cache_seqlens_dst0, cu_seqlens_k_dst0, page_table_1_dst0, dsa_cache_seqlens_dst0),
-            *(None, dsa_cu_seqlens_k_dst0, real_page_table_dst0),
-            *(flashmla_num_splits_dst0, flashmla_metadata_dst0),
+        "dst0": Arrays(
+            cache_seqlens=cache_seqlens_dst0,
+            cu_seqlens_k=cu_seqlens_k_dst0,
+            page_indices=page_table_1_dst0,
+            dsa_cache_seqlens=dsa_cache_seqlens_dst0,
+            seqlens_expanded=None,
+            dsa_cu_seqlens_k=dsa_cu_seqlens_k_dst0,
+            real_page_table=real_page_table_dst0,
+            flashmla_num_splits=flashmla_num_splits_dst0,
+            flashmla_metadata=flashmla_metadata_dst0,
         ),
-        "dst1": (
-            *(cache_seqlens_dst1, cu_seqlens_k_dst1, page_table_1_dst1, dsa_cache_seqlens_dst1),
-            *(None, dsa_cu_seqlens_k_dst1, real_page_table_dst1),
-            *(flashmla_num_splits_dst1, flashmla_metadata_dst1),
+        "dst1": Arrays(
+            cache_seqlens=cache_seqlens_dst1,
+            cu_seqlens_k=cu_seqlens_k_dst1,
+            page_indices=page_table_1_dst1,
+            dsa_cache_seqlens=dsa_cache_seqlens_dst1,
+            seqlens_expanded=None,
+            dsa_cu_seqlens_k=dsa_cu_seqlens_k_dst1,
+            real_page_table=real_page_table_dst1,
+            flashmla_num_splits=flashmla_num_splits_dst1,
+            flashmla_metadata=flashmla_metadata_dst1,
         ),
-        "dst2": (
-            *(cache_seqlens_dst2, cu_seqlens_k_dst2, page_table_1_dst2, dsa_cache_seqlens_dst2),
-            *(None, dsa_cu_seqlens_k_dst2, real_page_table_dst2),
-            *(flashmla_num_splits_dst2, flashmla_metadata_dst2),
+        "dst2": Arrays(
+            cache_seqlens=cache_seqlens_dst2,
+            cu_seqlens_k=cu_seqlens_k_dst2,
+            page_indices=page_table_1_dst2,
+            dsa_cache_seqlens=dsa_cache_seqlens_dst2,
+            seqlens_expanded=None,
+            dsa_cu_seqlens_k=dsa_cu_seqlens_k_dst2,
+            real_page_table=real_page_table_dst2,
+            flashmla_num_splits=flashmla_num_splits_dst2,
+            flashmla_metadata=flashmla_metadata_dst2,
         ),
     }
-    _copy(True, bs, bs, max_len, source, destinations)
+    copy(True, bs, bs, max_len, source, destinations)
 
 
 _KERNELS = "sglang.kernels.ops.attention.dsa"
@@ -375,227 +399,3 @@ def uninstall() -> tuple[str, ...]:
       What holds SGLang's own functions again, as "module.attribute"; empty if nothing was replaced.
     """
     return _REPLACEMENT.uninstall()
-
-
-class _Step(NamedTuple):
-    """The numbers of a step, as they came.
-
-    Attributes:
-      mode: how rows map to requests.
-      bs: requests.
-      next_n: in target verify, rows of each request.
-      total_len: in draft extend, the rows, the most of a request, and the most of all.
-      max_len: columns of the page table, in tokens.
-      dsa_index_topk: the indexer's top-k.
-      physical_page_size: tokens in a page.
-    """
-
-    mode: ForwardMode
-    bs: int
-    next_n: int | None
-    total_len: tuple[int, int, int] | None
-    max_len: int
-    dsa_index_topk: int
-    physical_page_size: int
-
-    def rows(self) -> Rows:
-        """The rows of a step whose numbers are checked here."""
-        integer = argument_checks.integer
-        bs = integer("bs", self.bs, 0)
-        if self.next_n is not None:
-            return Rows.of(self.mode, bs, num_draft_tokens=integer("next_n", self.next_n, 1))
-        if self.total_len is None:
-            return Rows.of(self.mode, bs)
-        total_len, max_extend_len, max_total_len = self.total_len
-        most = min(
-            bs * integer("max_extend_len", max_extend_len, 0),
-            integer("max_total_len", max_total_len, 0),
-        )
-        count = integer("total_len", total_len, 0, most) if bs else 0
-        return Rows.of(self.mode, bs, max_total_tokens=count)
-
-
-def _fill(
-    step: _Step,
-    inputs: Inputs,
-    outputs: dict[str, Any],
-    page_table_1: torch.Tensor | None,
-    real_page_table: torch.Tensor | None,
-) -> None:
-    """Fills the outputs of a step, those of `outputs` by field and the others as they came."""
-    if page_table_1 is not None:
-        outputs["page_indices"] = page_table_1
-    if step.physical_page_size != 1:
-        outputs["real_page_table"] = real_page_table
-    key = key_of(inputs[0], outputs.values(), (step, *outputs))
-    if _FILLS.try_launch(key, inputs):
-        return
-    rows = step.rows()
-    bs = rows.requests
-    seq_lens, req_pool_indices, req_to_token, extend_seq_lens = inputs
-    inputs = (
-        _first(seq_lens, bs),
-        _first(req_pool_indices, bs),
-        req_to_token,
-        _first(extend_seq_lens, bs),
-    )
-    if _FILLS.try_launch(key, inputs):
-        return
-    lengths = checked_vector("seq_lens", inputs[0], None, bs)
-    device = lengths.tensor.device
-    ragged = rows.rows_per_request is None
-    read = CheckedInputs(
-        lengths,
-        checked_vector("req_pool_indices", inputs[1], device, bs),
-        checked_pool(req_to_token, device),
-        checked_vector("extend_seq_lens", inputs[3], device, bs) if ragged else None,
-    )
-    width = "max_len" if step.mode is ForwardMode.DECODE else "max_seqlen_k"
-    columns = min(read.req_to_token.shape[1], MAX_LEN)
-    spec = Spec(
-        rows=rows,
-        max_len=argument_checks.integer(width, step.max_len, 1, columns),
-        nsa_index_topk=argument_checks.integer("dsa_index_topk", step.dsa_index_topk, 1),
-        real_page_size=argument_checks.integer("physical_page_size", step.physical_page_size, 1),
-        wide_table=page_table_1 is not None,
-        tail="keep",
-    )
-    if not spec.wide_table and not spec.real_table:
-        raise ValueError("page_table_1: got None, expected a tensor as physical_page_size is 1")
-    written = {
-        field: checked(
-            _ARGUMENTS.get(field, field),
-            outputs[field],
-            device=device,
-            dimensions=len(array.shape),
-            at_least=array.shape,
-        )
-        for field, array in spec.shapes().items()
-        if field in outputs
-    }
-    if (ctx_lens := outputs.get("paged_mqa_ctx_lens")) is not None:
-        name, shape = "paged_mqa_ctx_lens_2d", (bs, rows.added_tokens)
-        written["paged_mqa_ctx_lens"] = checked(
-            name, ctx_lens, device=device, dimensions=2, shape=shape
-        )
-        if not ctx_lens.is_contiguous():
-            raise ValueError(f"{name}: got strides {ctx_lens.stride()}, expected contiguous rows")
-    _FILLS.launch(key, spec, read, [written], requests_are_items=True)
-
-
-def _first(value: Any, bs: int) -> Any:
-    """The first `bs` elements of a vector that has as many, contiguous; anything else as it is."""
-    if isinstance(value, torch.Tensor) and value.dim() == 1 and len(value) >= bs:
-        return value[:bs].contiguous()
-    return value
-
-
-_COPIED = (
-    *("cache_seqlens", "cu_seqlens_k", "page_indices", "dsa_cache_seqlens", "seqlens_expanded"),
-    *("dsa_cu_seqlens_k", "real_page_table", "flashmla_num_splits", "flashmla_metadata"),
-)
-"""What is copied, in the order of the arguments."""
-
-_Arrays = tuple[Any, ...]
-"""A tensor or None for each of `_COPIED`."""
-
-
-@functools.cache
-def _wanted(
-    decode: bool, real_page_table: bool, num_splits: bool, metadata: bool
-) -> tuple[int, ...]:
-    """Positions in `_COPIED` of what is copied."""
-    absent = {
-        "seqlens_expanded": decode,
-        "real_page_table": not real_page_table,
-        "flashmla_num_splits": not num_splits,
-        "flashmla_metadata": not (num_splits and metadata),
-    }
-    return tuple(k for k, name in enumerate(_COPIED) if not absent.get(name))
-
-
-def _copy(
-    decode: bool,
-    bs: int,
-    size: int,
-    columns: int,
-    source: _Arrays,
-    destinations: dict[str, _Arrays],
-) -> None:
-    """Copies from one tuple of arrays to others.
-
-    Args:
-      decode: whether the mode is decode.
-      bs: requests.
-      size: rows, of the arrays that have an element for each.
-      columns: of page_indices.
-      source: what is copied.
-      destinations: what it is copied to, by the end of the arguments' names.
-    """
-    *_, real_page_table, num_splits, metadata = source
-    wanted = _wanted(
-        decode, real_page_table is not None, num_splits is not None, metadata is not None
-    )
-    tensors = [arrays[k] for arrays in (source, *destinations.values()) for k in wanted]
-    key = key_of(source[0], tensors, (decode, bs, size, columns, *wanted))
-    if _COPIES.try_copy(key):
-        return
-    integer = argument_checks.integer
-    bs = integer("bs", bs, 0)
-    size = integer("seqlens_expanded_size", size, 0)
-    width = "max_len" if decode else "max_seqlen_k"
-    columns = integer(width, columns, 0, MAX_LEN)
-    ends = {
-        "cache_seqlens": bs,
-        "cu_seqlens_k": bs + 1,
-        "dsa_cache_seqlens": size,
-        "seqlens_expanded": size,
-        "dsa_cu_seqlens_k": size + 1,
-        "flashmla_num_splits": size + 1,
-    }
-    read: list[Checked] = []
-    written: dict[str, list[Checked]] = {end: [] for end in destinations}
-    rows = bs
-    for k in wanted:
-        name, value = _COPIED[k], source[k]
-        device = read[0].tensor.device if read else None
-        if isinstance(value, torch.Tensor) and not value.is_contiguous():
-            key, value = None, value.contiguous()
-        if name == "flashmla_metadata":
-            value = _flat(f"{name}_src", value)
-        dimensions = 2 if name in ("page_indices", "real_page_table") else 1
-        whole = checked(f"{name}_src", value, device=device, dimensions=dimensions)
-        if name == "page_indices":
-            rows = bs if decode else whole.shape[0]
-            if whole.shape[1] != columns:
-                raise ValueError(
-                    f"{name}_src: got shape {whole.shape}, expected {columns} columns, as {width} "
-                    f"says"
-                )
-        shape = (rows, whole.shape[1]) if dimensions == 2 else (ends.get(name, *whole.shape),)
-        first = name in ("cu_seqlens_k", "dsa_cu_seqlens_k")
-        read.append(_part(f"{name}_src", value, whole.tensor.device, shape, first))
-        for end, arrays in destinations.items():
-            target = f"{'page_table_1' if name == 'page_indices' else name}_{end}"
-            value = _flat(target, arrays[k]) if name == "flashmla_metadata" else arrays[k]
-            written[end].append(_part(target, value, whole.tensor.device, shape, first))
-    _COPIES.copy(key, read, list(written.values()))
-
-
-def _flat(name: str, value: Any) -> Any:
-    """A tensor as a vector; anything else as it is."""
-    if not isinstance(value, torch.Tensor):
-        return value
-    if not value.is_contiguous():
-        raise ValueError(f"{name}: got strides {value.stride()}, expected a contiguous tensor")
-    return value.view(-1)
-
-
-def _part(
-    name: str, value: Any, device: torch.device, shape: tuple[int, ...], first: bool
-) -> Checked:
-    """What is copied of `value`, which has at least `shape`; with `first`, all but one element."""
-    part = checked(name, value, device=device, dimensions=len(shape), at_least=shape)
-    if not first:
-        return part
-    return part._replace(start=part.start + value.itemsize, shape=(shape[0] - 1,))

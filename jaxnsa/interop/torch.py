@@ -1,9 +1,11 @@
 """PyTorch tensors: metadata handed over without copies, and an engine's static buffers filled."""
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import jax
+import numpy as np
 import torch
 
 from jaxnsa import argument_checks
@@ -22,8 +24,8 @@ from jaxnsa.interop.tensor_checks import (
 )
 from jaxnsa.metadata import ForwardMode
 from jaxnsa.schedules import Schedules
-from jaxnsa.spec import INT32_MAX, INT32_MIN, Rows
-from jaxnsa.value_checks import check_values
+from jaxnsa.spec import INT32_MAX, INT32_MIN, Inputs, Rows
+from jaxnsa.value_checks import check_inputs
 
 __all__ = ["BackendBuffers", "DlpackOptions", "from_torch", "to_torch"]
 
@@ -106,12 +108,13 @@ class BackendBuffers:
     rows, for `request_ids`, is in memory of its own, which every update writes.
 
     There are two paths. "direct" launches one kernel of the native library on PyTorch's current
-    stream, without JAX; `torch.cuda.graph` captures it. The library itself looks at the tensors of
-    a step, and Python only at those that are not as they should be, or at all of them before
-    PyTorch 2.10, at some microseconds more. "dlpack" runs any implementation through JAX on a
-    stream of JAX's own, which waits for PyTorch's current one and that one for it. It is compiled
-    for the registered sizes, pads smaller batches, and cannot be captured. A schedule is that of
-    the batch itself: with schedules it pads none, and compiles for each size when it first comes.
+    stream, with schedules one for each 8 backends, without JAX; `torch.cuda.graph` captures it. The
+    library itself looks at the tensors of a step, and Python only at those that are not as they
+    should be, or at all of them before PyTorch 2.10, at some microseconds more. "dlpack" runs any
+    implementation through JAX on a stream of JAX's own, which waits for PyTorch's current one and
+    that one for it. It is compiled for the registered sizes, pads smaller batches, and cannot be
+    captured. A schedule is that of the batch itself: with schedules it pads none, and compiles for
+    each size when it first comes.
 
     With the setting `validate`, of `jaxnsa.override` at an update or of the environment at
     registration, each update reads its inputs on the host and checks their values first.
@@ -288,14 +291,13 @@ class BackendBuffers:
         if on_cuda and torch.cuda.is_current_stream_capturing():
             raise RuntimeError("validate: got True while a CUDA graph is captured, expected False")
         spec = self._registered.spec
+
+        def values(checked: Checked | None) -> Any:
+            return None if checked is None else checked.tensor.cpu().numpy()
+
         pool_rows, pool_columns = pool.shape
-        check_values(
-            rows,
-            lengths.tensor.cpu().numpy(),
-            indices.tensor.cpu().numpy(),
-            None if extend is None else extend.tensor.cpu().numpy(),
-            pool_rows=pool_rows,
-            max_len=min(spec.max_len, pool_columns),
-            nsa_index_topk=spec.nsa_index_topk,
+        check_inputs(
+            Inputs(values(lengths), values(indices), np.empty((pool_rows, 0)), values(extend)),
+            dataclasses.replace(spec, rows=rows, max_len=min(spec.max_len, pool_columns)),
             debug=False,
         )
