@@ -76,7 +76,8 @@ def pytest_collection_modifyitems(config, items):
     """On a GPU all cases of a test run; without one, those that cover its parameters' values.
 
     Every pair of values of two parameters that occurs in all of its cases occurs in those that run;
-    where kernels are interpreted, every value of each parameter.
+    where kernels are interpreted, every value of each parameter. Neither there nor by XLA run those
+    that differ in blocks alone.
     """
     if ON_GPU:
         return
@@ -85,7 +86,10 @@ def pytest_collection_modifyitems(config, items):
     for item in items:
         parameters = item.callspec.params if hasattr(item, "callspec") else {}
         interpreted = item.get_closest_marker("interpreted") is not None
-        if interpreted and item.get_closest_marker("large"):
+        has_no_blocks = interpreted or parameters.get("implementation") == "xla"
+        if (interpreted and item.get_closest_marker("large")) or (
+            has_no_blocks and item.get_closest_marker("blocks")
+        ):
             dropped.add(item)
         elif parameters and item not in dropped:
             key = (item.function, parameters.get("implementation"), 1 if interpreted else 2)

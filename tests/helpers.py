@@ -15,17 +15,23 @@ DEFAULT = jaxnsa.get_kernel_info()["default"]
 """What computes a broadcast to a few requests where nothing is named."""
 
 
-def large(*values):
-    """Values of a parameter with which an interpreter of kernels takes too long."""
-    return [pytest.param(value, marks=pytest.mark.large) for value in values]
+def of_blocks(*values):
+    """Values of a parameter that differ from smaller ones in a kernel's blocks and tiles alone."""
+    return [pytest.param(value, marks=pytest.mark.blocks) for value in values]
 
 
 TABLE_MODES = [mode for mode in ForwardMode if mode is not ForwardMode.EXTEND]
 """Those with tables of their own: prefill's are decode's, and test_prefill.py is about the rest."""
 
+TABLE_MODES_OR_ONE = [
+    TABLE_MODES[0],
+    *(pytest.param(mode, marks=pytest.mark.large) for mode in TABLE_MODES[1:]),
+]
+"""The same, but for interpreters of kernels, where a test is about what all modes share."""
+
 BATCH_SIZES = (
-    *(0, 1, 2, 3, 6, 7, 31, 33),
-    *large(32, 100, 127, 128, 129, 255, 256, 257, 1000, 2049),
+    *(0, 1, 3, 33),
+    *of_blocks(2, 31, 32, 127, 128, 129, 255, 256, 257, 1000, 2049),
 )
 
 

@@ -11,7 +11,7 @@ from click.testing import CliRunner
 import jaxnsa
 from jaxnsa import BatchTracker
 from jaxnsa.app.command_line import main
-from jaxnsa.app.fuzz import kinds, program, search, steps
+from jaxnsa.app.fuzz import kinds, program, search, smaller, steps
 from jaxnsa.app.fuzz.steps import BROADCAST, Call, Session
 from jaxnsa.implementations import IMPLEMENTATIONS, xla
 
@@ -130,6 +130,10 @@ def test_what_fails_once_is_a_finding_and_time_is_none(monkeypatch):
     monkeypatch.setattr(search.time, "monotonic", lambda: float(len(ran)))
     assert search.search(20.5, "0", ["xla"], io.StringIO()).finding is None
     assert len(ran) == 21
+
+
+def test_needless_steps_are_dropped():
+    assert smaller.without_steps([1, 2, 3, 4], lambda steps: {2, 4} <= set(steps)) == [2, 4]
 
 
 def test_what_is_wrong_and_taken_is_found():

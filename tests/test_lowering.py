@@ -5,10 +5,10 @@ import re
 
 import jax
 import pytest
-from helpers import TABLE_MODES, inputs, lowered_operations, mode_options, on_device
+from helpers import inputs, lowered_operations, mode_options, on_device
 
 import jaxnsa
-from jaxnsa import reference
+from jaxnsa import ForwardMode, reference
 from jaxnsa.implementations import triton
 
 
@@ -20,17 +20,14 @@ def name(request):
     return request.param
 
 
-@pytest.mark.parametrize("mode", TABLE_MODES)
-@pytest.mark.parametrize("in_place", (False, True))
-@pytest.mark.parametrize("stacked", (False, True))
 @pytest.mark.parametrize(
-    "bs, max_len, page, wide_table",
+    "mode, in_place, stacked, bs, max_len, page, wide_table",
     (
-        (7, 2048, 64, True),
-        (7, 1001, 48, True),
-        (1, 37, 1, True),
-        (7, 100, 64, False),
-        (7, 2000, 2, False),
+        (ForwardMode.DECODE, True, False, 7, 2048, 64, True),
+        (ForwardMode.TARGET_VERIFY, False, True, 7, 1001, 48, True),
+        (ForwardMode.DRAFT_EXTEND, True, True, 1, 37, 1, True),
+        (ForwardMode.TARGET_VERIFY, False, False, 7, 100, 64, False),
+        (ForwardMode.DRAFT_EXTEND, True, False, 7, 2000, 2, False),
     ),
 )
 def test_broadcast_is_one_custom_call(name, mode, in_place, stacked, bs, max_len, page, wide_table):
@@ -79,35 +76,21 @@ def test_destinations_pass_a_barrier(kernels, function):
     assert len(re.findall(r"tensor<[0-9x]+xi32>", barrier)) == len(jax.tree.leaves(out))
 
 
-@pytest.mark.parametrize(
-    "mode, lengths",
-    (
-        (jaxnsa.ForwardMode.TARGET_VERIFY, "topk"),
-        (jaxnsa.ForwardMode.DRAFT_EXTEND, "nsa_cache_seqlens"),
-    ),
-)
-def test_schedules_belong_to_the_same_custom_call(name, mode, lengths):
+@pytest.mark.parametrize("lengths", ("topk", "nsa_cache_seqlens"))
+def test_schedules_belong_to_the_same_custom_call(name, lengths):
     schedules = jaxnsa.Schedules(
         jaxnsa.PagedMqaSchedule(132, "sm90"),
         jaxnsa.TopkPlan.h200(),
         jaxnsa.FlashMlaSchedule(132, lengths),
     )
-    options = mode_options(mode, 7)
-    extend = options.pop("extend_seq_lens", None)
     compute = functools.partial(
-        jaxnsa.fused_metadata_precompute_and_broadcast,
-        num_backends=2,
-        backend_offsets=(0, 1),
-        forward_mode=mode,
+        jaxnsa.precompute_target_verify_metadata,
+        num_draft_tokens=2,
         schedules=schedules,
-        index_kpool=3,
+        wide_table=False,
         implementation=name,
-        **options,
     )
-    operations = lowered_operations(
-        lambda extend, *a: compute(*a, extend_seq_lens=extend), extend, *inputs(7, pool_cols=256)
-    )
-    assert operations == ["custom_call"]
+    assert lowered_operations(compute, *inputs(7, pool_cols=256)) == ["custom_call"]
 
 
 def test_every_function_is_one_custom_call(name):

@@ -73,24 +73,29 @@ def check(lengths, schedules, implementation, *, mode=ForwardMode.DECODE, **opti
 @pytest.mark.parametrize(
     "k, mode, bs, options",
     [
-        (0, ForwardMode.DECODE, 33, {}),
         (
             0,
-            ForwardMode.DRAFT_EXTEND,
+            ForwardMode.DECODE,
             3,
             {"in_place": True, "num_backends": 2, "backend_offsets": (0, 70)},
         ),
-        (0, ForwardMode.EXTEND, 3, {"index_kpool": 2}),
         (1, ForwardMode.TARGET_VERIFY, 7, {"stacked": True, "num_backends": 2}),
-        (1, ForwardMode.DECODE, 2, {"index_kpool": 4, "in_place": True, "tail": "zero"}),
         (2, ForwardMode.DRAFT_EXTEND, 7, {"index_kpool": 3, "tail": "zero"}),
-        (2, ForwardMode.TARGET_VERIFY, 33, {"index_kpool": 2, "in_place": True}),
-        (3, ForwardMode.TARGET_VERIFY, 2, {"in_place": True, "tail": "copy", "wide_table": False}),
         (3, ForwardMode.DECODE, 1, {}),
-        (3, ForwardMode.DECODE, 3, {"num_backends": 3, "backend_offsets": (1, 0, 1)}),
-        (4, ForwardMode.TARGET_VERIFY, 7, {"in_place": True, "stacked": True, "num_backends": 2}),
         (5, ForwardMode.DECODE, 0, {"index_kpool": 2}),
         (5, ForwardMode.TARGET_VERIFY, 0, {"in_place": True}),
+        *(
+            pytest.param(*values, marks=pytest.mark.large)
+            for values in (
+                (0, ForwardMode.DECODE, 33, {}),
+                (0, ForwardMode.EXTEND, 3, {"index_kpool": 2}),
+                (1, ForwardMode.DECODE, 2, {"index_kpool": 4, "in_place": True, "tail": "zero"}),
+                (2, ForwardMode.TARGET_VERIFY, 33, {"index_kpool": 2, "in_place": True}),
+                (3, ForwardMode.TARGET_VERIFY, 2, {"in_place": True, "wide_table": False}),
+                (3, ForwardMode.DECODE, 3, {"num_backends": 3, "backend_offsets": (1, 0, 1)}),
+                (4, ForwardMode.DRAFT_EXTEND, 7, {"stacked": True, "num_backends": 2}),
+            )
+        ),
     ],
 )
 def test_schedules(k, mode, bs, options, implementation):
@@ -111,7 +116,13 @@ def test_schedules(k, mode, bs, options, implementation):
 
 @pytest.mark.parametrize(
     "layout, next_n",
-    [("legacy", 3), ("atoms", 1), ("atoms", 5), ("sm90", 2), ("sm90", 7), ("sm100", 8)],
+    [
+        ("legacy", 3),
+        ("atoms", 5),
+        ("sm90", 7),
+        *(pytest.param(*v, marks=pytest.mark.large) for v in (("atoms", 1), ("sm90", 2))),
+        pytest.param("sm100", 8, marks=pytest.mark.large),
+    ],
 )
 def test_layouts_of_several_rows(layout, next_n, implementation):
     schedules = Schedules(paged_mqa=PagedMqaSchedule(13, layout))

@@ -5,7 +5,7 @@ import logging
 import jax
 import jax.extend
 import pytest
-from helpers import TABLE_MODES, check_broadcast, inputs, large, mode_options
+from helpers import TABLE_MODES, check_broadcast, inputs, mode_options, of_blocks
 
 import jaxnsa
 from jaxnsa import operations
@@ -17,10 +17,10 @@ from jaxnsa.implementations import IMPLEMENTATIONS, xla
 @pytest.mark.parametrize("mode", TABLE_MODES)
 @pytest.mark.parametrize("stacked", (False, True))
 @pytest.mark.parametrize("tail, in_place", (("copy", False), ("keep", True), ("zero", True)))
-@pytest.mark.parametrize("bs", (2, *large(64)))
+@pytest.mark.parametrize("bs", (2, *of_blocks(64)))
 def test_same_bits(strategy, mode, stacked, tail, in_place, bs, implementation):
     check_broadcast(
-        inputs(bs, pool_cols=128 if bs > 6 else 20),
+        inputs(bs, pool_cols=128 if bs > 6 else 9),
         implementation=implementation,
         strategy=strategy,
         in_place=in_place,

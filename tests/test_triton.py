@@ -11,7 +11,7 @@ import interpreted
 import jax
 import jax.numpy as jnp
 import pytest
-from helpers import TABLE_MODES, assert_same, held, inputs, lowered_operations, on_device
+from helpers import assert_same, held, inputs, lowered_operations, on_device
 from interpreted import TRITON
 
 import jaxnsa
@@ -99,16 +99,23 @@ def fused_metadata(mode, *, max_len=64, tail="copy"):
     )
 
 
-@pytest.mark.parametrize("mode", TABLE_MODES)
-@pytest.mark.parametrize("tail", ("copy", "zero", "keep"))
-@pytest.mark.parametrize("max_len, width", ((4096, "v4.b32"), (4095, "b32")))
-def test_the_whole_computation_compiles_to_ptx(mode, tail, max_len, width, compiled):
+@pytest.mark.parametrize(
+    "compiled, mode, tail, max_len, width",
+    [
+        (90, ForwardMode.DECODE, "copy", 4096, "v4.b32"),
+        (80, ForwardMode.TARGET_VERIFY, "zero", 4095, "b32"),
+        (90, ForwardMode.DRAFT_EXTEND, "keep", 4096, "v4.b32"),
+    ],
+    indirect=["compiled"],
+)
+def test_the_whole_computation_compiles_to_ptx(compiled, mode, tail, max_len, width):
     fused_metadata(mode, max_len=max_len, tail=tail)
     ptx = compiled["_fused_metadata"]
     assert "ld.global.v4.b32" in ptx
     assert f"st.global.cs.{width}" in ptx
 
 
+@pytest.mark.parametrize("compiled", (80,), indirect=True)
 def test_the_other_functions_compile_to_ptx(compiled):
     from jaxnsa.implementations import triton_kernels
 
