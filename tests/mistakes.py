@@ -540,6 +540,20 @@ MISTAKES = [
     ),
     # CUDA, in the simulator.
     Mistake(
+        "cuda: what rows hold is written before all blocks have read it",
+        "ffi/cuda/batch_tracker.cuh",
+        "atomicInc(&tracker.readers[i], gridDim.x - 1) == gridDim.x - 1",
+        "atomicInc(&tracker.readers[i], gridDim.x - 1) == 0",
+        "test_request_ids.py::test_histories",
+    ),
+    Mistake(
+        "cuda: rows of no request are remembered",
+        "ffi/cuda/batch_tracker.cuh",
+        "row < tracker.count; row += kThreads",
+        "row < first; row += kThreads",
+        "test_request_ids.py::test_what_is_written_again",
+    ),
+    Mistake(
         "cuda: an access ends past the live columns",
         "ffi/cuda/tables.cuh",
         "column + kWidth <= shortest.end && equal",
@@ -549,8 +563,8 @@ MISTAKES = [
     Mistake(
         "cuda: the first padding row is not cleared",
         "ffi/cuda/tables.cuh",
-        "int64_t row = total + i;",
-        "int64_t row = total + i + 1;",
+        "pads ? total + i + int64_t{j - count}",
+        "pads ? total + i + 1 + int64_t{j - count}",
         operations("ffi", "in_place"),
     ),
     Mistake(
@@ -563,8 +577,8 @@ MISTAKES = [
     Mistake(
         "cuda: vectors in rows that are not aligned",
         "ffi/cuda/fused_metadata.cu",
-        "allows = allows && args.tables[kPageIndices].stride % 4 == 0;",
-        "",
+        "args.tables[kPageIndices].stride % 4 == 0;",
+        "true;",
         operations("ffi", "in_place"),
     ),
     Mistake(
@@ -1002,8 +1016,8 @@ MISTAKES = [
     Mistake(
         "strategies: what follows a plan is overwritten",
         "jaxnsa/strategies.py",
-        "topk_plan=jnp.where(is_planned, plan, held)",
-        "topk_plan=plan",
+        "and not partly_kept",
+        "",
         schedules("xla"),
     ),
     # The same in Pallas.
@@ -1251,7 +1265,7 @@ MISTAKES = [
         "native: drafts are held",
         "ffi/batch_tracker.h",
         "{request_id, Min(kv_len, Max(seq_len, 0))}",
-        "{request_id, kv_len}",
+        "{request_id, seq_len < 0 ? 0 : kv_len}",
         "test_request_ids.py -k 'not dlpack'",
     ),
     Mistake(
@@ -1293,8 +1307,8 @@ MISTAKES = [
     Mistake(
         "cuda: a part that begins on a boundary is inside",
         "ffi/cuda/flash_mla.cuh",
-        "Divide(distance - 1, steps.step)",
-        "Divide(distance, steps.step)",
+        "Whole(cost - 1) + 1",
+        "Whole(cost) + 1",
         schedules("ffi"),
     ),
     Mistake(
@@ -1314,7 +1328,7 @@ MISTAKES = [
     Mistake(
         "cuda: backends see what the shortest does",
         "ffi/cuda/tables.cuh",
-        "kWhole ? shortest : request.row(j, args.backend_offsets[b])",
+        "kWhole ? shortest : content(args.backend_offsets[b])",
         "shortest",
         incremental("ffi"),
     ),
