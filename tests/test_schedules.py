@@ -133,7 +133,12 @@ def test_layouts_of_several_rows(layout, next_n, implementation):
 
 
 @pytest.mark.parametrize(
-    "strategy, tail", (("fast", "copy"), ("fast", "keep"), ("fallback", "zero"))
+    "strategy, tail",
+    (
+        ("fast", "keep"),
+        pytest.param("fast", "copy", marks=pytest.mark.large),
+        pytest.param("fallback", "zero", marks=pytest.mark.large),
+    ),
 )
 def test_strategies_leave_what_follows_the_plan(strategy, tail, implementation):
     options = {"strategy": strategy, "tail": tail, "in_place": True, "num_backends": 2}
