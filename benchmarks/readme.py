@@ -365,6 +365,42 @@ def _dispatch(report: Report) -> list[str]:
     return lines + table(*report.pivot("issue_us"))
 
 
+def _incremental(report: Report) -> list[str]:
+    """A line for each history, and one for each shape: there, of the fewest columns that change."""
+    lines = [
+        "Decode steps that write what changed (N = 3, both tables): microseconds of their kernels, "
+        "on a CPU end to end, and megabytes of the pool and the tables. The last column is the "
+        "share of live columns from which on a full refresh is as fast.",
+        "",
+    ]
+    header = ["history", "slots", "bs", "max_len", "live", "changed", "by", "MB", "mean", "p50"]
+    header += ["p99", "full: MB", "mean", "as fast at"]
+    cells, shapes = [], set()
+    for case, by_name in report.rows():
+        shape = case["history"], case["slots"], case["bs"], case["max_len"], case["live"]
+        if shape in shapes:
+            continue
+        shapes.add(shape)
+        for name, metrics in by_name.items():
+            full = by_name.get(f"{name}, full")
+            if full is None:
+                continue
+            even = metrics.get("break_even_percent")
+            cells.append(
+                [
+                    *(f"{value:,}" if isinstance(value, int) else value for value in shape),
+                    f"{case['changed_percent']:g}%",
+                    name,
+                    f"{metrics['bytes_moved'] / 1e6:.3g}",
+                    *(f"{metrics[key]:.2f}" for key in ("step_us", "step_us_p50", "step_us_p99")),
+                    f"{full['bytes_moved'] / 1e6:.3g}",
+                    f"{full['step_us']:.2f}",
+                    "-" if even is None else f"{even:.0f}%",
+                ]
+            )
+    return lines + table(header, cells)
+
+
 SECTIONS = {
     "roofline": _roofline,
     "pages": _pages,
@@ -372,6 +408,7 @@ SECTIONS = {
     "draft-extend": _draft_extend,
     "prefill": _prefill,
     "schedules": _schedules,
+    "incremental": _incremental,
     "prefix-sum": _prefix_sum,
     "torch": _torch,
     "dispatch": _dispatch,

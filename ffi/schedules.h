@@ -52,7 +52,8 @@ struct PagedMqaSchedule {
   }
 
   // The first unit of multiprocessor s, of which each has `quotient` and `remainder` one more.
-  JAXNSA_HOST_DEVICE int64_t first_unit(int32_t s, int64_t quotient, int32_t remainder) const {
+  template <typename T>
+  JAXNSA_HOST_DEVICE T first_unit(int32_t s, T quotient, int32_t remainder) const {
     const bool last_ones = layout == PagedMqaLayout::kSm90;
     return s * quotient + (last_ones ? Max(0, s - (num_sms - remainder)) : Min(s, remainder));
   }

@@ -54,6 +54,8 @@ def _as_array(name: str, value: Any) -> np.ndarray:
     """What is no array, such as a list of numbers, as one."""
     if type(value).__module__.partition(".")[0] == "torch":
         raise TypeError(f"{name}: got a torch tensor, expected an array; see jaxnsa.interop.torch")
+    if isinstance(value, (list, tuple)) and not value:
+        return np.zeros(0, np.int32)  # which NumPy takes for floats
     try:
         converted = None if isinstance(value, np.ma.MaskedArray) else np.asarray(value)
     except (TypeError, ValueError, RuntimeError):  # ragged, or of traced or deleted values

@@ -28,7 +28,8 @@ class BatchTracker:
     A row that belongs to the same request as in the step before keeps what it has; all others are
     written anew. Tokens that a step appends for a while, drafts that may be rejected, do not count
     as written, and neither does what lies past a length that has become shorter. Where the pool's
-    entries for tokens that are written change, `invalidate` says so.
+    entries for tokens that are written change, `invalidate` says so. What a tracker is not told
+    leaves old columns in place and touches nothing else.
 
     Attributes:
       request_ids: int32 [rows, 2], the request of each row in the last step, its low word first.

@@ -323,8 +323,8 @@ def fused_metadata_precompute_and_broadcast(
         drafts may each see one token more; of 2^30 at most, and None is all 0.
       strategy: "ultra_fast" one launch, of "ffi" with schedules one for each 8 backends; "fast" one
         computation and N copies; "fallback" N computations, which "fast" stands for too with
-        `written_lens` or `backend_offsets`; None: what the settings say, by default "ultra_fast".
-        All give the same bits.
+        `written_lens` or `backend_offsets`, and in place with `max_total_keys` or a top-k plan;
+        None: what the settings say, by default "ultra_fast". All give the same bits.
 
     Returns:
       N NSAMetadata, or one with `stacked`; its docstring gives the shapes.

@@ -4,18 +4,14 @@ The last two exist to compare with and to bisect. On a CPU, XLA drops the barrie
 steps and merges steps that are equal: copies and computations into fresh results.
 """
 
-import dataclasses
-
 import jax
-import jax.numpy as jnp
 from jax import lax
 
 from jaxnsa.config import Strategy
 from jaxnsa.constant_schedules import with_constants
 from jaxnsa.implementations import computations
 from jaxnsa.implementations.lowering import computed_by
-from jaxnsa.metadata import NSAMetadata
-from jaxnsa.row_owners import Owners
+from jaxnsa.metadata import Extent, NSAMetadata
 from jaxnsa.spec import Inputs, Spec, saturated
 
 
@@ -36,7 +32,7 @@ def fused_metadata(
 
     backends: list[NSAMetadata] = []
     source: Inputs | NSAMetadata = inputs
-    if strategy == "fast" and inputs.written_lens is None and spec.backend_offsets is None:
+    if strategy == "fast" and _are_copies(inputs, out, spec):
         (source,) = module.fused_metadata(inputs, None, spec.of_backend(0))
 
     def step(
@@ -44,8 +40,6 @@ def fused_metadata(
     ) -> tuple[NSAMetadata, ...]:
         if isinstance(source, NSAMetadata):
             live = one if spec.tail == "keep" else None
-            source = _up_to_the_plans_end(source, destination)
-            source = _with_held_keys(source, destination, live)
             return module.copy(source, destination, num_backends=1, live=live)
         return module.fused_metadata(source, destination, one)
 
@@ -57,26 +51,7 @@ def fused_metadata(
     return spec.joined(backends)
 
 
-def _with_held_keys(
-    source: NSAMetadata, destination: tuple[NSAMetadata] | None, live: Spec | None
-) -> NSAMetadata:
-    """`source`, with what a destination holds in place of padding keys that are to be kept."""
-    keys = source.flat_page_indices
-    if destination is None or keys is None or live is None:
-        return source
-    total = Owners.of(jnp.asarray(source.cache_seqlens), len(keys)).total
-    held = jnp.asarray(destination[0].flat_page_indices)
-    kept = jnp.where(jnp.arange(len(keys)) < total, keys, held)
-    return dataclasses.replace(source, flat_page_indices=kept)
-
-
-def _up_to_the_plans_end(
-    source: NSAMetadata, destination: tuple[NSAMetadata] | None
-) -> NSAMetadata:
-    """`source`, past the end of its top-k plan with what a destination holds there."""
-    if destination is None or source.topk_plan is None:
-        return source
-    plan = jnp.asarray(source.topk_plan)
-    is_planned = jnp.arange(len(plan))[:, None] <= plan[0, 1]
-    held = jnp.asarray(destination[0].topk_plan)
-    return dataclasses.replace(source, topk_plan=jnp.where(is_planned, plan, held))
+def _are_copies(inputs: Inputs, out: tuple[NSAMetadata, ...] | None, spec: Spec) -> bool:
+    """Whether every backend gets what one computed alone has: in full, or its live columns."""
+    partly_kept = out is not None and spec.fields(Extent.KEYS, Extent.PLANNED_ROWS)
+    return inputs.written_lens is None and spec.backend_offsets is None and not partly_kept

@@ -315,6 +315,12 @@ def test_fill_draft_extend_metadata_refuses():
         fill(np.full(4, 2**62), SEQ_LENS, nsa_index_topk=2)
 
 
+def test_an_empty_list_is_of_integers():
+    assert jaxnsa.prefix_sum([]).tolist() == [0]
+    (metadata,) = compute([], (), POOL, num_backends=1)
+    assert metadata.cu_seqlens_k.tolist() == [0]
+
+
 def test_prefix_sum_refuses():
     with pytest.raises(TypeError, match="x: got dtype float32"):
         jaxnsa.prefix_sum(jnp.ones(3))

@@ -153,7 +153,8 @@ def test_replays_of_traces(monkeypatch, tmp_path):
     monkeypatch.setattr(incremental, "runnable", lambda: [name])
     done = run("incremental", "--trace", str(trace), "--out", str(tmp_path), "--device-name", "x")
     assert done.exit_code == 0, done.output
-    records = Report.read(tmp_path / "x" / "incremental.json").records
+    found = Report.read(tmp_path / "x" / "incremental.json")
+    records = found.records
     assert {(r.case["history"], r.case["bs"], r.case["slots"]) for r in records} == {
         ("some", 32, "stay"),
         ("some", 32, "compacted"),
@@ -163,6 +164,8 @@ def test_replays_of_traces(monkeypatch, tmp_path):
     full = moved[f"{name}, full"]
     assert 16 * 32 * 31 < full < 32 * 32 * 39  # at least four columns, three of them written
     assert 16 * 32 < moved[name] < full
+    lines = readme.SECTIONS["incremental"](found)
+    assert {line.split(" | ")[1] for line in lines[4:]} == {"stay", "compacted"}
     assert run("incremental", "--trace", str(tmp_path / "none")).exit_code == 2
 
 

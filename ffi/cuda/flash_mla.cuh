@@ -11,6 +11,7 @@
 
 #include <cstdint>
 
+#include "item_lengths.cuh"
 #include "schedules.cuh"
 #include "shared_sums.cuh"
 
@@ -22,23 +23,27 @@ struct Snap {
   int32_t boundary;
 };
 
-// What follows from a schedule and the sum of all costs.
+// What follows from a schedule and the sum of all costs, of type T.
+template <typename T>
 struct FlashMlaSteps {
-  int64_t step;
-  int64_t overhead;
-  int64_t total;
+  T step;
+  int32_t overhead;
   int32_t items;
+  Divisor by_step;
 
-  __device__ FlashMlaSteps(const FlashMlaSchedule& schedule, int32_t items, int64_t total)
-      : step(Divide(total + schedule.num_sm_parts - 1, schedule.num_sm_parts)),
+  __device__ FlashMlaSteps(const FlashMlaSchedule& schedule, int32_t items, T total)
+      : step((total - 1) / schedule.num_sm_parts + 1),
         overhead(schedule.fixed_overhead_blocks),
-        total(total),
-        items(items) {}
+        items(items),
+        by_step(sizeof(T) == 4 ? Divisor::Of(static_cast<int32_t>(step)) : Divisor{}) {}
 
-  // Whether the end of a part snaps to a boundary, the last one up to one overhead behind it.
-  __device__ bool Snaps(int64_t end, const Found& boundary) const {
-    return boundary.sum >= end || boundary.index == items;
+  // How many whole steps a cost is.
+  __device__ int32_t Whole(T cost) const {
+    return static_cast<int32_t>(sizeof(T) == 4 ? by_step.Divide(static_cast<int32_t>(cost))
+                                               : cost / step);
   }
+  // How many steps a cost needs.
+  __device__ int32_t Needed(T cost) const { return Whole(cost - 1) + 1; }
 };
 
 // Some neighbouring snaps, in shared memory.
@@ -74,26 +79,26 @@ struct ListedSnaps {
 
 // Writes the parts from the first snap up to the last, and the splits up to the items from the
 // first's boundary up to the last's.
-template <typename Costs, typename Length, typename StoreRow, typename StoreSplits>
-__device__ void WriteBetweenSnaps(const FlashMlaSchedule& schedule, const FlashMlaSteps& steps,
+template <typename T, typename Costs, typename Length, typename StoreRow, typename StoreSplits>
+__device__ void WriteBetweenSnaps(const FlashMlaSchedule& schedule, const FlashMlaSteps<T>& steps,
                                   const Costs& costs, const ListedSnaps& snaps, Length length,
                                   StoreRow store_row, StoreSplits store_splits) {
   const Snap& behind = snaps[snaps.count];
-  const auto place = [&](int64_t begin, const Found& at, int32_t since, int64_t base) {
+  const auto place = [&](T begin, const Found<T>& at, int32_t since, T base) {
     const auto block = static_cast<int32_t>(begin - at.sum);
     // Parts after the snap that begin in an earlier item, or before this one.
-    const auto earlier = static_cast<int32_t>(Divide(at.sum > base ? at.sum - base : 0, steps.step));
+    const int32_t earlier = at.sum > base ? steps.Whole(at.sum - base) : 0;
     return FlashMlaPlace{at.index, block, block > 0 ? since - earlier : 0};
   };
   for (int32_t part = snaps[0].part + static_cast<int32_t>(threadIdx.x); part < behind.part;
        part += kThreads) {
     const int32_t k = snaps.OfPart(part);
     const Snap at = snaps[k], next = snaps[k + 1];
-    const int64_t base = costs[at.boundary];
+    const T base = costs[at.boundary];
     const int32_t since = part - at.part;
-    const int64_t begin = base + since * steps.step;
-    const int64_t end = part + 1 == next.part ? costs[next.boundary] : begin + steps.step;
-    Found found[2];
+    const T begin = base + since * steps.step;
+    const T end = part + 1 == next.part ? costs[next.boundary] : begin + steps.step;
+    Found<T> found[2];
     costs.Find({begin, end}, found);
     const FlashMlaPlace first = place(begin, found[0], since, base);
     const FlashMlaPlace last = place(end, found[1], since + 1, base);
@@ -108,9 +113,7 @@ __device__ void WriteBetweenSnaps(const FlashMlaSchedule& schedule, const FlashM
     const Snap at = snaps[k];
     int32_t inside = 0;  // parts after the snap that begin before this boundary
     if (i > at.boundary) {
-      const int64_t distance = costs[i] - costs[at.boundary];
-      inside = Min(static_cast<int32_t>(Divide(distance - 1, steps.step)),
-                   snaps[k + 1].part - at.part - 1);
+      inside = Min(steps.Needed(costs[i] - costs[at.boundary]), snaps[k + 1].part - at.part) - 1;
     }
     store_splits(i, i + at.part - (snaps.earlier + k) + inside);
   }
@@ -129,99 +132,113 @@ __device__ void WritePartsPastTheEnd(const FlashMlaSchedule& schedule, int32_t i
   }
 }
 
-// The snap that follows each boundary where it is one of the next parts'.
-struct NearSnaps {
-  static constexpr int kParts = 4;
+// Neighbouring snaps that a warp found.
+struct SnapList {
+  static constexpr int kSnaps = 256;  // where there are as many, it goes no further
 
-  // Of a boundary, the next one and behind it the parts between; 0 where it is further.
-  uint32_t hops[kMostSums];
-
-  template <typename Sums>
-  __device__ void Find(const Sums& costs, const FlashMlaSteps& steps) {
-    for (int32_t i = threadIdx.x; i < steps.items; i += kThreads) {
-      int64_t numbers[kParts];
-      Found found[kParts];
-      const int64_t base = costs[i];
-#pragma unroll
-      for (int k = 0; k < kParts; ++k) {
-        numbers[k] = base + (k + 1) * steps.step + steps.overhead;
-      }
-      costs.Find(numbers, found);
-      uint32_t hop = 0;
-#pragma unroll
-      for (int k = kParts - 1; k >= 0; --k) {
-        if (!steps.Snaps(numbers[k] - steps.overhead, found[k])) continue;
-        hop = static_cast<uint32_t>(found[k].index) << 8 | (k + 1);
-      }
-      hops[i] = hop;
-    }
-  }
+  Snap snaps[kSnaps + kWarpThreads];
+  int32_t count;  // without the last one, with which the next list begins
 };
 
-// The snap after one, found by a warp that looks at 32 parts at a time.
-template <typename Sums>
-__device__ Snap NextSnap(const Sums& costs, const FlashMlaSteps& steps, Snap at, int32_t first) {
-  const int64_t base = costs[at.boundary];
-  for (int32_t k = first + static_cast<int32_t>(threadIdx.x % kWarpThreads);; k += kWarpThreads) {
-    Found found[1];
-    const int64_t end = base + k * steps.step;
+// The snap after one, found by a warp that looks at the ends of 32 parts at a time.
+template <typename T, typename Sums>
+__device__ Snap NextSnap(const Sums& costs, const FlashMlaSteps<T>& steps, Snap at) {
+  const T base = costs[at.boundary];
+  for (int32_t k = 1 + static_cast<int32_t>(threadIdx.x % kWarpThreads);; k += kWarpThreads) {
+    Found<T> found[1];
+    const T end = base + k * steps.step;
     costs.Find({end + steps.overhead}, found);
-    const uint32_t snaps = __ballot_sync(kWholeWarp, steps.Snaps(end, found[0]));
-    if (snaps == 0) continue;
-    const int lane = __ffs(snaps) - 1;
+    const bool snaps = found[0].sum >= end || found[0].index == steps.items;
+    const uint32_t snapping = __ballot_sync(kWholeWarp, snaps);
+    if (snapping == 0) continue;
+    const int lane = __ffs(snapping) - 1;
     return {at.part + __shfl_sync(kWholeWarp, k, lane),
             __shfl_sync(kWholeWarp, found[0].index, lane)};
   }
 }
 
-// Of items of any lengths.
-template <typename Length, typename StoreRow, typename StoreSplits>
+// Lists the snaps from one on. Where all sums are kept the warp looks at 32 boundaries at a time: items
+// cost more than an overhead, so that the end of a part can snap to but one of them. Parts that follow
+// a snap on their very end begin where they would have begun without it: all snaps up to the first
+// other one are found at once.
+template <typename T, typename Sums>
+__device__ void ListSnaps(const Sums& costs, const FlashMlaSteps<T>& steps, Snap at,
+                          SnapList& list) {
+  const auto lane = static_cast<int32_t>(threadIdx.x % kWarpThreads);
+  int32_t count = 0, next = at.boundary + 1;
+  if (lane == 0) list.snaps[0] = at;
+#pragma unroll 1
+  while (count < SnapList::kSnaps && at.boundary < steps.items) {
+    if (!costs.has_all()) {
+      at = NextSnap(costs, steps, at);
+      ++count;
+      if (lane == 0) list.snaps[count] = at;
+      continue;
+    }
+    const int32_t boundary = Min(next + lane, steps.items);
+    const bool is_last = boundary == steps.items;
+    const T cost = costs[boundary] - costs[at.boundary];
+    const int32_t parts = steps.Needed(cost - steps.overhead);
+    const T behind = cost - parts * steps.step;  // the end of the last of these parts
+    uint32_t snapping = __ballot_sync(kWholeWarp, behind >= 0 || is_last);
+    const uint32_t shifting = __ballot_sync(kWholeWarp, behind > 0 || is_last);
+    snapping &= shifting ^ (shifting - 1);  // all where none shifts
+    const Snap snap{at.part + parts, boundary};
+    const int32_t earlier = __popc(snapping & ((1u << lane) - 1));
+    if (snapping >> lane & 1) list.snaps[count + earlier + 1] = snap;
+    next = shifting == 0 ? next + kWarpThreads : next + __ffs(shifting);
+    if (snapping == 0) continue;
+    count += __popc(snapping);
+    const int last = 31 - __clz(static_cast<int32_t>(snapping));
+    at = {__shfl_sync(kWholeWarp, snap.part, last), __shfl_sync(kWholeWarp, snap.boundary, last)};
+  }
+  if (lane == 0) list.count = count;
+}
+
+// Of items of any costs, whose sums are of type T; `length(item)` is its length.
+template <typename T, typename Costs, typename Length, typename StoreRow, typename StoreSplits>
+__device__ void WriteItems(SumsMemory& memory, const FlashMlaSchedule& schedule, int32_t items,
+                           const Costs& costs_of, Length length, StoreRow store_row,
+                           StoreSplits store_splits) {
+  __shared__ SnapList list;
+  const SharedSums<T, Costs> costs(memory, items, costs_of);
+  const FlashMlaSteps<T> steps(schedule, items, costs.total());
+  Snap at{0, 0};
+  int32_t before = 0;
+  while (at.boundary < items) {
+    __syncthreads();
+    if (threadIdx.x < kWarpThreads) ListSnaps(costs, steps, at, list);
+    __syncthreads();
+    const int32_t count = list.count;
+    at = list.snaps[count];
+    WriteBetweenSnaps(schedule, steps, costs, ListedSnaps{list.snaps, count, before}, length,
+                      store_row, store_splits);
+    before += count;
+  }
+  WritePartsPastTheEnd(schedule, items, at.part, length(items - 1), store_row);
+}
+
+// Of items of any lengths, which `of` makes of KV lengths.
+template <typename Lengths, typename Of, typename StoreRow, typename StoreSplits>
 __device__ void WriteFlashMla(SumsMemory& memory, const FlashMlaSchedule& schedule, int32_t items,
-                              Length length, StoreRow store_row, StoreSplits store_splits) {
+                              const Lengths& lengths, Of of, StoreRow store_row,
+                              StoreSplits store_splits) {
   if (items == 0) {
     WritePartsPastTheEnd(schedule, 0, 0, 0, store_row);
     if (threadIdx.x == 0) store_splits(0, 0);
     return;
   }
-  constexpr int kSnaps = 256;  // that are listed at a time
-  const int32_t overhead = schedule.fixed_overhead_blocks;
-  const auto cost = [&](int32_t i) -> int64_t {
-    return FlashMlaSchedule::blocks(length(i)) + overhead;
+  const auto length = [&](int32_t item) { return of(lengths(item)); };
+  const auto cost_of = [&](int32_t kv_len) {
+    return FlashMlaSchedule::blocks(of(kv_len)) + schedule.fixed_overhead_blocks;
   };
-  __shared__ NearSnaps near;
-  __shared__ Snap list[kSnaps + 1];
-  __shared__ int32_t count;
-  const SharedSums<decltype(cost)> costs(memory, items, cost);
-  const FlashMlaSteps steps(schedule, items, costs.total());
-  const bool knows_near = items <= kMostSums;
-  if (knows_near) near.Find(costs, steps);
-  Snap at{0, 0};
-  int32_t before = 0;
-  while (at.boundary < items) {
-    __syncthreads();
-    if (threadIdx.x < kWarpThreads) {
-      int32_t k = 0;
-      for (; k < kSnaps && at.boundary < items; ++k) {
-        if (threadIdx.x == 0) list[k] = at;
-        const uint32_t hop = knows_near ? near.hops[at.boundary] : 0;
-        if (hop != 0) {
-          at = {at.part + static_cast<int32_t>(hop & 0xff), static_cast<int32_t>(hop >> 8)};
-        } else {
-          at = NextSnap(costs, steps, at, knows_near ? NearSnaps::kParts + 1 : 1);
-        }
-      }
-      if (threadIdx.x == 0) {
-        list[k] = at;
-        count = k;
-      }
-    }
-    __syncthreads();
-    at = list[count];
-    WriteBetweenSnaps(schedule, steps, costs, ListedSnaps{list, count, before}, length, store_row,
-                      store_splits);
-    before += count;
+  const ItemValues<Lengths, decltype(cost_of)> costs{lengths, cost_of};
+  // A warp looks up to so many steps past the end.
+  if (costs.HaveShortSum(items, 2 * kWarpThreads)) {
+    WriteItems<int32_t>(memory, schedule, items, costs, length, store_row, store_splits);
+  } else {
+    WriteItems<int64_t>(memory, schedule, items, costs, length, store_row, store_splits);
   }
-  WritePartsPastTheEnd(schedule, items, at.part, length(items - 1), store_row);
 }
 
 }  // namespace jaxnsa

@@ -68,12 +68,11 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor)
   WriteTables<kWidth, kTablesRagged, kWhole>(args, i);
 }
 
-// Whether four columns of every table can be moved at once.
+// Whether four columns of `page_indices` can be moved at once; without it no columns are.
 bool AllowsVectors(const FusedMetadataArguments& args) {
-  bool allows = args.pool.stride % 4 == 0 && IsAligned(args.pool.req_to_token);
-  if (args.backends[0].tables.page_indices != nullptr) {
-    allows = allows && args.tables[kPageIndices].stride % 4 == 0;
-  }
+  if (args.backends[0].tables.page_indices == nullptr) return true;
+  bool allows = args.pool.stride % 4 == 0 && IsAligned(args.pool.req_to_token) &&
+                args.tables[kPageIndices].stride % 4 == 0;
   if (args.backends[0].tables.real_page_table != nullptr) {
     allows = allows && args.tables[kRealPageTable].tokens_per_column % 4 == 0;
   }
@@ -155,7 +154,7 @@ void LaunchFusedMetadata(Stream stream, const FusedMetadataArguments& args) {
           ? std::min(args.max_new_tokens + (wide ? kWidth - 1 : 0), args.max_len)
           : args.max_len;
   const int64_t tile_tokens =
-      wide ? kTileColumns : int64_t{kThreads} * parameters.page_size.value;
+      wide ? kTileColumns<kWidth> : int64_t{kThreads} * parameters.page_size.value;
   const int64_t tiles = std::max<int64_t>(1, CeilDiv(tokens, tile_tokens));
   const int64_t table_requests = parameters.table_requests;
   const int64_t blocks = std::clamp(table_requests * tiles / 2, kFewestBlocks, kMostBlocks);
@@ -188,16 +187,16 @@ void LaunchFusedMetadata(Stream stream, const FusedMetadataArguments& args) {
 }
 
 // Each kernel costs seconds of compilation: a full refresh has one of its own only where columns
-// move four at once, to few backends.
+// move four at once, to few backends, without schedules.
 template <int kCapacity, bool kSchedules>
 void LaunchForBackends(Stream stream, const FusedMetadataArguments& args) {
   if (!AllowsVectors(args)) {
     LaunchFusedMetadata<1, false, kCapacity, kSchedules>(stream, args);
     return;
   }
-  if constexpr (kCapacity == kFewBackends) {
+  if constexpr (kCapacity == kFewBackends && !kSchedules) {
     if (IsWhole(args)) {
-      LaunchFusedMetadata<4, true, kCapacity, kSchedules>(stream, args);
+      LaunchFusedMetadata<4, true, kCapacity, false>(stream, args);
       return;
     }
   }
@@ -213,7 +212,7 @@ void LoadForRows() {
 
 template <int kCapacity, bool kSchedules>
 void LoadForBackends() {
-  if constexpr (kCapacity == kFewBackends) LoadForRows<4, true, kCapacity, kSchedules>();
+  if constexpr (kCapacity == kFewBackends && !kSchedules) LoadForRows<4, true, kCapacity, false>();
   LoadForRows<4, false, kCapacity, kSchedules>();
   LoadForRows<1, false, kCapacity, kSchedules>();
 }

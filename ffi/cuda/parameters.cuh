@@ -23,7 +23,7 @@ struct Divisor {
   int32_t shift;
   uint32_t multiplier;
 
-  static Divisor Of(int32_t value) {
+  static JAXNSA_HOST_DEVICE Divisor Of(int32_t value) {
     int32_t bits = 0;
     while ((int64_t{1} << bits) < value) ++bits;
     const uint64_t multiplier = (uint64_t{1} << (31 + bits)) / value + 1;

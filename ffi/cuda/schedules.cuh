@@ -6,7 +6,7 @@
 #include <cub/block/block_scan.cuh>
 
 #include "parameters.cuh"
-#include "row_lengths.cuh"
+#include "item_lengths.cuh"
 #include "shared_sums.cuh"
 
 namespace jaxnsa {
@@ -14,50 +14,60 @@ namespace jaxnsa {
 constexpr int kWarpThreads = 32;
 constexpr uint32_t kWholeWarp = 0xffffffff;
 
-// Writes DeepGEMM's schedule of items of next_n rows; `store(index, value)` stores a number.
-template <typename Length, typename Store>
-__device__ void WritePagedMqaSchedule(SumsMemory& memory, const PagedMqaSchedule& schedule,
-                                      int32_t items, int32_t next_n, Length length, Store store) {
-  const int32_t units = schedule.units_per_segment(next_n);
-  const auto units_of = [&](int32_t i) -> int64_t {
-    return int64_t{PagedMqaSchedule::segments(length(i))} * units;
-  };
-  const SharedSums<decltype(units_of)> starts(memory, items, units_of);
-  const int64_t quotient = Divide(starts.total(), schedule.num_sms);
+// Writes DeepGEMM's schedule of items of so many units; `segments(item)` are its segments, and
+// `store(index, value)` stores a number. T is the type of sums of units.
+template <typename T, typename Units, typename Segments, typename Store>
+__device__ void WriteUnits(SumsMemory& memory, const PagedMqaSchedule& schedule, int32_t items,
+                           int32_t units, const Units& units_of, Segments segments, Store store) {
+  const SharedSums<T, Units> starts(memory, items, units_of);
+  const T quotient = starts.total() / schedule.num_sms;
   const auto remainder = static_cast<int32_t>(starts.total() - quotient * schedule.num_sms);
-  for (int32_t first = threadIdx.x; first <= schedule.num_sms; first += 2 * kThreads) {
-    const int64_t numbers[2] = {
-        schedule.first_unit(first, quotient, remainder),
-        schedule.first_unit(Min(first + kThreads, schedule.num_sms), quotient, remainder)};
-    Found found[2];
-    starts.Find(numbers, found);
-#pragma unroll
-    for (int k = 0; k < 2; ++k) {
-      const int32_t s = first + k * kThreads, i = found[k].index;
-      if (s > schedule.num_sms) return;
-      const int32_t segments = i < items ? PagedMqaSchedule::segments(length(i)) : 0;
-      const PagedMqaRow row =
-          schedule.row(i, static_cast<int32_t>(numbers[k] - found[k].sum), segments, units);
-      store(2 * int64_t{s}, row.item);
-      store(2 * int64_t{s} + 1, row.segment);
-    }
+#pragma unroll 1
+  for (int32_t s = threadIdx.x; s <= schedule.num_sms; s += kThreads) {
+    const T unit = schedule.first_unit<T>(s, quotient, remainder);
+    Found<T> found[1];
+    starts.Find({unit}, found);
+    const int32_t i = found[0].index;
+    const PagedMqaRow row = schedule.row(i, static_cast<int32_t>(unit - found[0].sum),
+                                         i < items ? segments(i) : 0, units);
+    store(2 * int64_t{s}, row.item);
+    store(2 * int64_t{s} + 1, row.segment);
+  }
+}
+
+// Of items of next_n rows; `of` makes an item's context length of its KV length.
+template <typename Lengths, typename Of, typename Store>
+__device__ void WritePagedMqaSchedule(SumsMemory& memory, const PagedMqaSchedule& schedule,
+                                      int32_t items, int32_t next_n, const Lengths& lengths, Of of,
+                                      Store store) {
+  const int32_t units = schedule.units_per_segment(next_n);
+  const auto of_length = [&](int32_t kv_len) {
+    return int64_t{PagedMqaSchedule::segments(of(kv_len))} * units;
+  };
+  const ItemValues<Lengths, decltype(of_length)> units_of{lengths, of_length};
+  const auto segments = [&](int32_t item) { return PagedMqaSchedule::segments(of(lengths(item))); };
+  if (units_of.HaveShortSum(items, 1)) {
+    WriteUnits<int32_t>(memory, schedule, items, units, units_of, segments, store);
+  } else {
+    WriteUnits<int64_t>(memory, schedule, items, units, units_of, segments, store);
   }
 }
 
 // The threshold of a top-k plan, which every thread receives.
-template <typename Length>
-__device__ int32_t TopkThreshold(const TopkPlan& plan, int32_t rows, Length length) {
+template <typename Lengths>
+__device__ int32_t TopkThreshold(const TopkPlan& plan, int32_t rows, const Lengths& lengths) {
   constexpr int kWarps = kThreads / kWarpThreads;
   __shared__ int32_t counts[kWarps][kWarpThreads];
   const auto lane = static_cast<int32_t>(threadIdx.x % kWarpThreads);
   int32_t count = 0;  // of the rows that this warp sees, those longer than this lane's threshold
-#pragma unroll 8
+#pragma unroll 1
   for (int32_t first = 0; first < rows; first += kThreads) {
     const auto row = first + static_cast<int32_t>(threadIdx.x);
-    const int32_t n = row < rows ? length(row) : 0;
-    if (__ballot_sync(kWholeWarp, n > plan.thresholds[0]) == 0) continue;
+    const int32_t n = row < rows ? lengths(row) : 0;
+#pragma unroll 1
     for (int k = 0; k < plan.num_pairs; ++k) {
       const int32_t longer = __popc(__ballot_sync(kWholeWarp, n > plan.thresholds[k]));
+      if (longer == 0) break;
       if (lane == k) count += longer;
     }
   }
@@ -73,43 +83,37 @@ __device__ int32_t TopkThreshold(const TopkPlan& plan, int32_t rows, Length leng
 }
 
 // Writes a top-k plan; `store(index, value)` stores a number.
-template <typename Length, typename Store>
-__device__ void WriteTopkPlan(const TopkPlan& plan, int32_t rows, bool is_fresh, Length length,
-                              Store store) {
-  const int32_t threshold = TopkThreshold(plan, rows, length);
+template <typename Lengths, typename Store>
+__device__ void WriteTopkPlan(const TopkPlan& plan, int32_t rows, bool is_fresh,
+                              const Lengths& lengths, Store store) {
+  const int32_t threshold = TopkThreshold(plan, rows, lengths);
+  const Share share(rows);
+  int32_t longer = 0;
+  lengths.ForEach(share.first, share.end, [&](int32_t, int32_t kv_len) {
+    longer += kv_len > threshold;
+    return true;
+  });
   using Scan = cub::BlockScan<int32_t, kThreads, cub::BLOCK_SCAN_WARP_SCANS>;
   __shared__ typename Scan::TempStorage temp;
-  // Neighbouring rows are one thread's, so that all threads go through them in few steps.
-  constexpr int kRows = 8;
-  int64_t planned = 0;
-  for (int32_t first = 0; first < rows; first += kRows * kThreads) {
-    const int32_t here = first + static_cast<int32_t>(threadIdx.x) * kRows;
-    int32_t lengths[kRows], longer = 0;
-#pragma unroll
-    for (int k = 0; k < kRows; ++k) {
-      lengths[k] = here + k < rows ? length(here + k) : 0;
-      longer += lengths[k] > threshold;
-    }
-    int32_t end, all;
-    Scan(temp).InclusiveSum(longer, end, all);
-    int64_t place = planned + end - longer;
-#pragma unroll
-    for (int k = 0; k < kRows; ++k) {
-      if (lengths[k] <= threshold) continue;
+  int32_t before, planned;
+  Scan(temp).ExclusiveSum(longer, before, planned);
+  int64_t place = before;
+  if (longer > 0) {
+    lengths.ForEach(share.first, share.end, [&](int32_t row, int32_t kv_len) {
+      if (kv_len <= threshold) return true;
       ++place;
-      store(2 * place, here + k);
-      store(2 * place + 1, lengths[k]);
-    }
-    planned += all;
-    __syncthreads();
+      store(2 * place, row);
+      store(2 * place + 1, kv_len);
+      return true;
+    });
   }
   if (threadIdx.x == 0) {
     store(0, threshold);
-    store(1, static_cast<int32_t>(planned));
+    store(1, planned);
   }
   if (!is_fresh) return;
   const int64_t size = 2 * (int64_t{rows} + 1);
-  for (int64_t k = 2 * (planned + 1) + threadIdx.x; k < size; k += kThreads) store(k, 0);
+  for (int64_t k = 2 * (int64_t{planned} + 1) + threadIdx.x; k < size; k += kThreads) store(k, 0);
 }
 
 }  // namespace jaxnsa

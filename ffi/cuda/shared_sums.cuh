@@ -10,69 +10,85 @@
 namespace jaxnsa {
 
 // The last index whose sum is at most a number, and that sum.
+template <typename T>
 struct Found {
   int32_t index;
-  int64_t sum;
+  T sum;
+};
+
+// Of `count` items, those that are this thread's: neighbours, and as many as any other thread's.
+struct Share {
+  int32_t first;
+  int32_t end;
+
+  __device__ explicit Share(int32_t count) {
+    const int64_t size = CeilDiv(count, kThreads), begin = threadIdx.x * size;
+    first = static_cast<int32_t>(begin < count ? begin : count);
+    end = count - first > size ? static_cast<int32_t>(first + size) : count;
+  }
 };
 
 constexpr int kMostSums = 1024;
 
 using SumsMemory = int64_t[kMostSums + 1];
 
-// 0 and the inclusive prefix sums of `value(0)` to `value(count - 1)`, none of them negative. Where
-// there are more than fit, every so many of them; a lookup then adds values up by itself.
-template <typename Value>
+// 0 and the inclusive prefix sums of `count` values, none of them negative, which
+// `values.ForEach(first, end, body)` gives with their indices until body returns false. Where there are
+// more than fit, every so many of them; a lookup then adds values up by itself. No sum exceeds T.
+//
+// One block does this, once, and what it waits for are its instructions: loops are not unrolled, and
+// what is seldom called is not inlined.
+template <typename T, typename Values>
 class SharedSums {
  public:
   // Called by all threads of the block.
-  __device__ SharedSums(SumsMemory& memory, int32_t count, Value value)
-      : sums_(memory), count_(count), value_(value) {
-    constexpr int kItems = kMostSums / kThreads;
+  __device__ SharedSums(SumsMemory& memory, int32_t count, Values values)
+      : sums_(reinterpret_cast<T*>(memory)), count_(count), values_(values) {
     group_ = Max(static_cast<int32_t>(CeilDiv(count, kMostSums)), 1);
     groups_ = static_cast<int32_t>(CeilDiv(count, group_));
-    const auto share = static_cast<int32_t>(CeilDiv(groups_, kThreads));  // at most kItems
-    const int32_t first = static_cast<int32_t>(threadIdx.x) * share;
-    int64_t items[kItems], sum = 0;
-#pragma unroll
-    for (int k = 0; k < kItems; ++k) {
-      items[k] = k < share && first + k < groups_ && group_ == 1 ? value(first + k) : 0;
-    }
-    if (group_ > 1) {
-#pragma unroll
-      for (int k = 0; k < kItems; ++k) {
-        if (k < share && first + k < groups_) items[k] = GroupSum(first + k);
-      }
-    }
-#pragma unroll
-    for (int k = 0; k < kItems; ++k) sum += items[k];
-    using Scan = cub::BlockScan<int64_t, kThreads, cub::BLOCK_SCAN_WARP_SCANS>;
+    const Share share(groups_);
+    T sum = 0;
+    int32_t group = share.first, in_group = 0;
+    T group_sum = 0;
+    values.ForEach(share.first * group_, AtMost(int64_t{share.end} * group_, count),
+                   [&](int32_t, T value) {
+                     group_sum += value;
+                     sum += value;
+                     if (++in_group < group_) return true;
+                     sums_[group++] = group_sum;
+                     group_sum = 0;
+                     in_group = 0;
+                     return true;
+                   });
+    if (in_group > 0) sums_[group] = group_sum;
+    using Scan = cub::BlockScan<T, kThreads, cub::BLOCK_SCAN_WARP_SCANS>;
     __shared__ typename Scan::TempStorage temp;
-    int64_t end;
-    Scan(temp).InclusiveSum(sum, end, total_);
-    int64_t before = end - sum;
-#pragma unroll
-    for (int k = 0; k < kItems; ++k) {
-      if (k < share && first + k < groups_) sums_[first + k] = before;
-      before += items[k];
+    T before;
+    Scan(temp).ExclusiveSum(sum, before, total_);
+#pragma unroll 4
+    for (int32_t g = share.first; g < share.end; ++g) {
+      const T next = before + sums_[g];
+      sums_[g] = before;
+      before = next;
     }
     if (threadIdx.x == 0) sums_[groups_] = total_;
     __syncthreads();
   }
 
-  __device__ int32_t count() const { return count_; }
-  __device__ int64_t total() const { return total_; }
+  __device__ T total() const { return total_; }
+
+  // Whether none has to be added up.
+  __device__ bool has_all() const { return group_ == 1; }
 
   // The sum before an index, up to that of all.
-  __device__ int64_t operator[](int32_t index) const {
+  __device__ T operator[](int32_t index) const {
     if (group_ == 1) return sums_[index];
-    int64_t sum = sums_[index / group_];
-    for (int32_t i = index / group_ * group_; i < index; ++i) sum += value_(i);
-    return sum;
+    return sums_[index / group_] + Sum(index / group_ * group_, index);
   }
 
   // Looks several numbers up at once, none of them negative.
   template <int kNumbers>
-  __device__ void Find(const int64_t (&numbers)[kNumbers], Found (&found)[kNumbers]) const {
+  __device__ void Find(const T (&numbers)[kNumbers], Found<T> (&found)[kNumbers]) const {
     int32_t at[kNumbers] = {};
     for (int32_t step = HighestBit(groups_); step > 0; step /= 2) {
 #pragma unroll
@@ -91,35 +107,35 @@ class SharedSums {
  private:
   static __device__ int32_t HighestBit(int32_t x) { return x > 0 ? 1 << (31 - __clz(x)) : 0; }
 
-  __device__ int64_t GroupSum(int32_t group) const {
-    int64_t sum = 0;
-    const int32_t end = Min((group + 1) * group_, count_);
-    for (int32_t i = group * group_; i < end; ++i) sum += value_(i);
+  static __device__ int32_t AtMost(int64_t a, int32_t b) {
+    return a < b ? static_cast<int32_t>(a) : b;
+  }
+
+  __device__ __attribute__((noinline)) T Sum(int32_t first, int32_t end) const {
+    T sum = 0;
+    values_.ForEach(first, end, [&](int32_t, T value) {
+      sum += value;
+      return true;
+    });
     return sum;
   }
 
   // From the first index of a group on.
-  __device__ void FindInGroup(int64_t number, Found* found) const {
+  __device__ __attribute__((noinline)) void FindInGroup(T number, Found<T>* found) const {
     found->index = Min(found->index * group_, count_);
-    while (found->index < count_) {
-      const int64_t next = found->sum + value_(found->index);
-      if (next > number) return;
-      found->sum = next;
-      ++found->index;
-    }
+    values_.ForEach(found->index, count_, [&](int32_t i, T value) {
+      const T next = found->sum + value;
+      if (next > number) return false;
+      *found = {i + 1, next};
+      return true;
+    });
   }
 
-  int64_t* sums_;
+  T* sums_;
   int32_t count_, group_, groups_;
-  int64_t total_;
-  Value value_;
+  T total_;
+  Values values_;
 };
-
-// Of positive numbers, rounded down; 32 bits are divided where that is enough.
-__device__ inline int64_t Divide(int64_t a, int64_t b) {
-  if ((a | b) >> 32 == 0) return static_cast<uint32_t>(a) / static_cast<uint32_t>(b);
-  return a / b;
-}
 
 }  // namespace jaxnsa
 

@@ -11,7 +11,8 @@
 namespace jaxnsa {
 
 // Columns of a tile, a part of a row of `page_indices` that a block moves at once.
-constexpr int kTileColumns = 4 * kThreads;
+template <int kWidth>
+constexpr int kTileColumns = kWidth * kThreads;
 
 // kWidth neighbouring elements, moved by one access.
 template <int kWidth>
@@ -97,71 +98,58 @@ __device__ __forceinline__ void StorePage(const Parameters<kCapacity, kSchedules
   }
 }
 
-// What a thread moves of a tile, in registers.
+// What a thread moves of a tile: kWidth columns from `column` on.
 template <int kWidth>
-struct Tile {
-  static constexpr int kAccesses = kTileColumns / kThreads / kWidth;
-
-  int32_t value[kAccesses][kWidth];
-
-  // The first column of this thread's u-th access in the tile that begins at `begin`.
-  static __device__ int32_t Column(int32_t begin, int u) {
-    return begin + (u * kThreads + static_cast<int32_t>(threadIdx.x)) * kWidth;
-  }
+struct Columns {
+  int32_t column;
+  int32_t value[kWidth];
 
   // Loads columns from `first` to before `live`.
-  __device__ void Load(const int32_t* source, int32_t begin, int32_t first, int32_t live) {
+  __device__ Columns(const int32_t* source, int32_t column, int32_t first, int32_t live)
+      : column(column) {
+    if (column >= first && column + kWidth <= live) {
+      Access<kWidth>::Load(source + column, value);
+      return;
+    }
 #pragma unroll
-    for (int u = 0; u < kAccesses; ++u) {
-      const int32_t column = Column(begin, u);
-      if (column >= first && column + kWidth <= live) {
-        Access<kWidth>::Load(source + column, value[u]);
-        continue;
-      }
-#pragma unroll
-      for (int e = 0; e < kWidth; ++e) {
-        value[u][e] = column + e >= first && column + e < live ? source[column + e] : 0;
-      }
+    for (int e = 0; e < kWidth; ++e) {
+      value[e] = column + e >= first && column + e < live ? source[column + e] : 0;
     }
   }
 
-  // Stores the tile in a row of `page_indices`, and the pages that begin in it in
-  // `real_page_table` if that is wanted. A page begins with an access or in none.
+  // Stores them in a row of `page_indices`, and the page that begins with them in `real_page_table`
+  // if that is wanted. A page begins with an access or in none.
   template <int kCapacity, bool kSchedules, typename OfBackend>
-  __device__ void Store(const Parameters<kCapacity, kSchedules>& args, int32_t begin, int64_t row,
+  __device__ void Store(const Parameters<kCapacity, kSchedules>& args, int64_t row,
                         const RowContents<OfBackend>& contents) const {
-    const int32_t backends = args.num_backends;
     const RowContent shortest = contents.shortest, longest = contents.longest;
+    const int64_t offset = row * args.page_indices_stride + column;
+    const bool equal = column + kWidth <= shortest.live || column >= longest.live;
+    if (column >= contents.first && column + kWidth <= shortest.end && equal) {
+      int32_t stored[kWidth];
 #pragma unroll
-    for (int u = 0; u < kAccesses; ++u) {
-      const int32_t column = Column(begin, u);
-      const int64_t offset = row * args.page_indices_stride + column;
-      const bool equal = column + kWidth <= shortest.live || column >= longest.live;
-      if (column >= contents.first && column + kWidth <= shortest.end && equal) {
-        int32_t stored[kWidth];
+      for (int e = 0; e < kWidth; ++e) stored[e] = column < shortest.live ? value[e] : 0;
+      ForEach(args.tables, args.num_backends, [&](const Tables& to, int) {
+        Access<kWidth>::Store(to.page_indices + offset, stored);
+      });
+    } else if (column < longest.end) {
+#pragma unroll 1
+      for (int b = 0; b < args.num_backends; ++b) {
+        const RowContent content = contents.of_backend(b);
 #pragma unroll
-        for (int e = 0; e < kWidth; ++e) stored[e] = column < shortest.live ? value[u][e] : 0;
-        ForEach(args.tables, backends, [&](const Tables& to, int) {
-          Access<kWidth>::Store(to.page_indices + offset, stored);
-        });
-      } else if (column < longest.end) {
-        ForEach(args.tables, backends, [&](const Tables& to, int b) {
-          const RowContent content = contents.of_backend(b);
-#pragma unroll
-          for (int e = 0; e < kWidth; ++e) {
-            if (column + e >= contents.first && column + e < content.end) {
-              to.page_indices[offset + e] = column + e < content.live ? value[u][e] : 0;
-            }
+        for (int e = 0; e < kWidth; ++e) {
+          if (column + e >= contents.first && column + e < content.end) {
+            args.tables[b].page_indices[offset + e] = column + e < content.live ? value[e] : 0;
           }
-        });
+        }
       }
-      const int32_t page = args.page_size.Divide(column);
-      if (args.tables[0].real_page_table == nullptr || page * args.page_size.value != column ||
-          column < contents.first || column >= longest.end) {
-        continue;
-      }
-      StorePage(args, row, page, column, args.page_size.Divide(value[u][0]), contents);
     }
+    const int32_t page = args.page_size.Divide(column);
+    if (args.tables[0].real_page_table == nullptr || page * args.page_size.value != column ||
+        column < contents.first || column >= longest.end) {
+      return;
+    }
+    StorePage(args, row, page, column, args.page_size.Divide(value[0]), contents);
   }
 };
 
@@ -208,35 +196,35 @@ __device__ void WriteTables(const Parameters<kCapacity, kSchedules>& args, int32
   const int32_t greatest_offset = kWhole ? 0 : args.greatest_offset;
   const RowContent longest =
       !kRagged || count > 0 ? request.longest(greatest_offset) : padding;
-  // Calls `write` with every row and what it gets.
+  // Calls `write` with every row and what it gets: those of the request, then padding rows.
   const auto for_rows = [&](auto write) {
 #pragma unroll 1
-    for (int32_t j = 0; j < count; ++j) {
-      const RowContent shortest = request.row(j, least_offset);
-      const RowContent longest = kWhole ? shortest : request.row(j, greatest_offset);
-      const auto of_backend = [&](int b) {
-        return kWhole ? shortest : request.row(j, args.backend_offsets[b]);
+    for (int32_t j = 0;; ++j) {
+      const bool pads = j >= count;
+      if (!kRagged && pads) return;
+      const int64_t row =
+          pads ? total + i + int64_t{j - count} * args.table_requests : first_row + j;
+      if (kRagged && row >= args.rows.count) return;
+      const auto content = [&](int32_t offset) {
+        return kRagged && pads ? padding : request.row(j, offset);
       };
-      write(first_row + j, RowContents<decltype(of_backend)>{first, shortest, longest, of_backend});
-    }
-    if constexpr (kRagged) {
-      const auto of_backend = [&](int) { return padding; };
-      const RowContents<decltype(of_backend)> contents{0, padding, padding, of_backend};
-#pragma unroll 1
-      for (int64_t row = total + i; row < args.rows.count; row += args.table_requests) {
-        write(row, contents);
-      }
+      const RowContent shortest = content(least_offset);
+      const RowContent longest = kWhole ? shortest : content(greatest_offset);
+      const auto of_backend = [&](int b) {
+        return kWhole ? shortest : content(args.backend_offsets[b]);
+      };
+      write(row, RowContents<decltype(of_backend)>{pads ? 0 : first, shortest, longest, of_backend});
     }
   };
 
   const auto block = static_cast<int32_t>(blockIdx.x), blocks = static_cast<int32_t>(gridDim.x);
   if (args.tables[0].page_indices != nullptr) {
 #pragma unroll 1
-    for (int32_t begin = first / kWidth * kWidth + block * kTileColumns; begin < longest.end;
-         begin += blocks * kTileColumns) {
-      Tile<kWidth> tile;
-      tile.Load(source, begin, first, longest.live);
-      for_rows([&](int64_t row, const auto& contents) { tile.Store(args, begin, row, contents); });
+    for (int32_t column = first / kWidth * kWidth + block * kTileColumns<kWidth> +
+                          static_cast<int32_t>(threadIdx.x) * kWidth;
+         column < longest.end; column += blocks * kTileColumns<kWidth>) {
+      const Columns<kWidth> columns(source, column, first, longest.live);
+      for_rows([&](int64_t row, const auto& contents) { columns.Store(args, row, contents); });
     }
     return;
   }

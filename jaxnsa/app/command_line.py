@@ -1,7 +1,6 @@
 """The command line: `jaxnsa demo`, `jaxnsa verify`, `jaxnsa info`."""
 
 import collections
-import functools
 import importlib.util
 import itertools
 import os
@@ -328,26 +327,29 @@ def _shapes(texts: tuple[str, ...], platform: str) -> list[tuple[int, int, int]]
 
 def _explain(bs: int, max_len: int, num_backends: int, kernels: dict[str, Any]) -> None:
     platform, here = kernels["platform"], settings()
-    say = functools.partial(console.print, soft_wrap=True, markup=False, highlight=False)
+
+    def detail(text: str) -> None:
+        click.echo(click.wrap_text(text, console.width, "  ", "  "))
+
     tried = candidates(None, here, platform, requests=bs)
     try:
         name = choose(None, here, platform, requests=bs)
         taken = f"takes {name}"
     except ImplementationUnavailableError:
         name, taken = None, "finds nothing that can run"
-    say(f"bs {bs}, max_len {max_len}, N {num_backends} on this {platform}: {taken}")
+    click.echo(f"bs {bs}, max_len {max_len}, N {num_backends} on this {platform}: {taken}")
     decided = rule(platform, FUSED_METADATA, bs)
     if here.implementation is not None:
-        say(f"  the settings name {', '.join(tried)}")
+        detail(f"the settings name {', '.join(tried)}")
     else:
-        say(f"  order: {', '.join(tried)}: {decided.reason}")
+        detail(f"order: {', '.join(tried)}: {decided.reason}")
     for skipped in tried[: tried.index(name) if name else None]:
         reason = kernels["implementations"][skipped]["reason"]
-        say(f"  {skipped} cannot run here: {reason}")
+        detail(f"{skipped} cannot run here: {reason}")
     m = nearest(platform, bs, max_len, num_backends)
     times = sorted(m.microseconds.items(), key=lambda item: item[1])
-    say(
-        f"  nearest shape measured ({MEASURED_ON[measured_platform(platform)]}): "
+    detail(
+        f"nearest shape measured ({MEASURED_ON[measured_platform(platform)]}): "
         f"bs {m.bs}, max_len {m.max_len}, N {m.num_backends}, live {m.live}: "
         + ", ".join(f"{name} {time:g}" for name, time in times)
         + " microseconds"

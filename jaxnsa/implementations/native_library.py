@@ -9,7 +9,10 @@ import importlib.machinery
 import importlib.metadata
 import importlib.util
 import itertools
+import json
+import shlex
 import sysconfig
+import urllib.parse
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol, get_args
@@ -268,8 +271,13 @@ def library_path(platform: str) -> Path:
 
 
 def how_to_rebuild() -> str:
-    """The command that builds the libraries anew."""
-    return "pip install --force-reinstall --no-deps PATH_TO_JAXNSA"
+    """The command that builds the libraries anew, from the folder that was installed if known."""
+    folder = "PATH_TO_JAXNSA"
+    if origin := importlib.metadata.distribution("jaxnsa").read_text("direct_url.json"):
+        path = urllib.parse.unquote(urllib.parse.urlparse(json.loads(origin)["url"]).path)
+        if Path(path, "pyproject.toml").exists():
+            folder = shlex.quote(path)
+    return f"pip install --force-reinstall --no-deps {folder}"
 
 
 @functools.cache

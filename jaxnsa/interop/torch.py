@@ -224,7 +224,8 @@ class BackendBuffers:
             to the same request as in the update before keeps what it has, all others are written
             anew, and so are all after an update without `request_ids`. As with
             `jaxnsa.BatchTracker`, `req_to_token` is the same pool in each update, and `invalidate`
-            says where its entries for tokens that are written have changed.
+            says where its entries for tokens that are written have changed. A wrong id leaves old
+            columns in place and touches nothing else.
 
         Raises:
           ValueError, TypeError: an argument is wrong, or a registered tensor has been freed or

@@ -75,9 +75,10 @@ class Buffers:
 
     def spec(self, rows: Rows) -> Spec:
         """A computation of so many rows, with tables as wide as the pool and the tensors allow."""
+        pages = -(-self.max_len // self.page)
         return Spec(
             rows=rows,
-            max_len=min(self.max_len, self.pool[1]),
+            max_len=min(self.max_len if self.wide else pages * self.page, self.pool[1]),
             nsa_index_topk=TOPK,
             real_page_size=self.page,
             wide_table=self.wide,

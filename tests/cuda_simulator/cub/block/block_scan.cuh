@@ -19,6 +19,8 @@ class BlockScan {
 
   void ExclusiveSum(T value, T& before) { before = Before(value, nullptr); }
 
+  void ExclusiveSum(T value, T& before, T& total) { before = Before(value, &total); }
+
   void InclusiveSum(T value, T& sum) { sum = Before(value, nullptr) + value; }
 
   void InclusiveSum(T value, T& sum, T& total) { sum = Before(value, &total) + value; }
