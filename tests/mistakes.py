@@ -563,8 +563,8 @@ MISTAKES = [
     Mistake(
         "cuda: the first padding row is not cleared",
         "ffi/cuda/tables.cuh",
-        "int64_t row = total + i;",
-        "int64_t row = total + i + 1;",
+        "pads ? total + i + int64_t{j - count}",
+        "pads ? total + i + 1 + int64_t{j - count}",
         operations("ffi", "in_place"),
     ),
     Mistake(
@@ -577,8 +577,8 @@ MISTAKES = [
     Mistake(
         "cuda: vectors in rows that are not aligned",
         "ffi/cuda/fused_metadata.cu",
-        "allows = allows && args.tables[kPageIndices].stride % 4 == 0;",
-        "",
+        "args.tables[kPageIndices].stride % 4 == 0;",
+        "true;",
         operations("ffi", "in_place"),
     ),
     Mistake(
@@ -1016,8 +1016,8 @@ MISTAKES = [
     Mistake(
         "strategies: what follows a plan is overwritten",
         "jaxnsa/strategies.py",
-        "topk_plan=jnp.where(is_planned, plan, held)",
-        "topk_plan=plan",
+        "and not partly_kept",
+        "",
         schedules("xla"),
     ),
     # The same in Pallas.
@@ -1307,8 +1307,8 @@ MISTAKES = [
     Mistake(
         "cuda: a part that begins on a boundary is inside",
         "ffi/cuda/flash_mla.cuh",
-        "Divide(distance - 1, steps.step)",
-        "Divide(distance, steps.step)",
+        "Whole(cost - 1) + 1",
+        "Whole(cost) + 1",
         schedules("ffi"),
     ),
     Mistake(
@@ -1328,8 +1328,8 @@ MISTAKES = [
     Mistake(
         "cuda: backends see what the shortest does",
         "ffi/cuda/tables.cuh",
-        "kWhole ? shortest : request.row(j, args.backend_offsets[b])",
-        "shortest",
+        ": content(args.backend_offsets[b])",
+        ": content(b < 0 ? 0 : least_offset)",
         incremental("ffi"),
     ),
     Mistake(

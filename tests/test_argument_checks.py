@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import types
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +12,8 @@ from helpers import inputs, on_device
 
 import jaxnsa
 from jaxnsa import ForwardMode, reference
+from jaxnsa.checked_calls import compute_as_before
+from jaxnsa.spec import Inputs
 
 compute = jaxnsa.fused_metadata_precompute_and_broadcast
 SEQ_LENS, INDICES, POOL = inputs(4)
@@ -225,6 +228,16 @@ def test_inputs_must_be_alive(name):
     ):
         with pytest.raises(ValueError, match=f"{name}: got a deleted array, expected one not don"):
             function(**given, **options)
+
+
+def test_nobody_asks_for_the_platform_of_a_deleted_array():
+    """JAX ends the process then, but not always."""
+    asked = []
+    gone = types.SimpleNamespace(
+        aval=jnp.zeros(3).aval, is_deleted=lambda: True, platform=lambda: asked.append("cpu")
+    )
+    assert compute_as_before(Inputs(gone, gone, gone, None), (), ()) is None
+    assert not asked
 
 
 def test_other_inputs_must_be_alive():

@@ -92,8 +92,10 @@ def test_a_tracker_that_claims_too_much_is_found(monkeypatch):
     call = Call(BROADCAST, "xla", 2, (4, 30), DECODE, True, "jit", written=True)
     steps.track(Session(), call, seed=1, more=9)
     monkeypatch.setattr(BatchTracker, "invalidate", lambda tracker, ids: tracker)
+    steps._tracking.cache_clear()
     with pytest.raises(AssertionError, match="page_indices"):
         steps.track(Session(), call, seed=1, more=9)
+    steps._tracking.cache_clear()
 
 
 def test_a_seed_draws_the_same_programs(monkeypatch):

@@ -382,15 +382,22 @@ def test_wrong_arguments_are_refused_before_anything_is_written(device):
     copy, shapes = copied(make, 1)
     copy |= destination(make, shapes, "dst") | {"forward_mode": 1}
     shared = make.out(12)
+    apart = torch.ones(4, dtype=torch.int32, device=device)[::2]
+    table = torch.ones((40, 9), dtype=torch.int32, device=device).T
+    for shrunk in (apart, table):
+        shrunk.untyped_storage().resize_(8)
     for name, good, changes in (
         (
             NAMES[0],
             decode,
             (
                 ({"seq_lens": [1]}, "seq_lens: got list, expected a torch.Tensor"),
+                ({"seq_lens": apart}, "seq_lens: got a tensor whose memory was freed"),
+                ({"seq_lens": decode["seq_lens"].to("meta")}, "seq_lens: got a tensor on meta"),
                 ({"seq_lens": decode["seq_lens"].float()}, "seq_lens: got torch.float32"),
                 ({"bs": 3}, r"seq_lens: got shape \(2,\), expected \(3,\)"),
                 ({"bs": -1}, "bs: got -1, expected an int in"),
+                ({"dsa_index_topk": [64]}, r"dsa_index_topk: got \[64\], expected an int"),
                 ({"max_len": 9}, r"max_len: got 9, expected an int in \[1, 8\]"),
                 ({"dsa_index_topk": 0}, "dsa_index_topk: got 0"),
                 ({"physical_page_size": 0}, "physical_page_size: got 0"),
@@ -440,6 +447,8 @@ def test_wrong_arguments_are_refused_before_anything_is_written(device):
                 ({"cache_seqlens_src": None}, "cache_seqlens_src: got NoneType"),
                 ({"cache_seqlens_dst": None}, "cache_seqlens_dst: got NoneType"),
                 ({"seqlens_expanded_src": None}, "seqlens_expanded_src: got NoneType"),
+                ({"page_indices_src": table}, "page_indices_src: got a tensor whose memory was"),
+                ({"bs": [5]}, r"bs: got \[5\], expected an int"),
                 ({"max_seqlen_k": 39}, r"page_indices_src: got shape .*, expected 39 columns, as"),
                 ({"seqlens_expanded_size": 10}, r"dsa_cache_seqlens_src: got shape \(9,\)"),
                 ({"page_table_1_dst": make.out(9, 30)[:, :30]}, "page_table_1_dst: got shape"),

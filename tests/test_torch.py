@@ -849,10 +849,11 @@ def test_what_cannot_cross_is_named(device):
     array.delete()
     with pytest.raises(ValueError, match="tree: got a deleted array"):
         to_torch(array)
-    freed = torch.ones(3, dtype=torch.int32, device=device)
-    freed.untyped_storage().resize_(0)
-    with pytest.raises(ValueError, match="tree: got a tensor whose memory was freed"):
-        from_torch(freed)
+    for size in (0, 8):
+        freed = torch.ones(3, dtype=torch.int32, device=device)
+        freed.untyped_storage().resize_(size)
+        with pytest.raises(ValueError, match="tree: got a tensor whose memory was freed"):
+            from_torch(freed)
 
 
 def test_int64_lengths_cross(device):

@@ -104,8 +104,7 @@ def demo(
     step is checked, every element, against the NumPy reference.
 
     The roof is the bytes of all live columns, which a full refresh moves, over the bandwidth of a
-    large copy; what is new is a small part of them. Exits with status 1
-    on any mismatch.
+    large copy; an incremental one writes only what is new. Exits with status 1 on any mismatch.
     """
     try:
         name = choose(implementation, settings(), jax.default_backend(), requests=batch_size)

@@ -150,7 +150,7 @@ class Library(_Jitted):
         *,
         incremental: bool,
     ):
-        self.name = f"jaxnsa: {chosen}" + (", what is new" if incremental else "")
+        self.name = f"jaxnsa: {chosen}" + (", incremental" if incremental else "")
         self.incremental = incremental
         compute: Any = functools.partial(
             operations.fused_metadata_precompute_and_broadcast,

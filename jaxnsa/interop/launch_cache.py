@@ -46,7 +46,10 @@ class LaunchCache(Generic[Prepared]):
 
     def get(self, key: Key | None) -> Prepared | None:
         """What is known for a key."""
-        return None if key is None else self._known.get(key)
+        try:
+            return None if key is None else self._known.get(key)
+        except TypeError:  # a list for a number, say, which the checks are to find
+            return None
 
     def add(self, key: Key, prepared: Prepared) -> None:
         """Remembers what was checked, instead of the oldest if there are too many."""

@@ -8,7 +8,7 @@ import torch
 from jaxnsa import argument_checks
 from jaxnsa.interop.copies import CopyCache
 from jaxnsa.interop.launch_cache import key_of
-from jaxnsa.interop.tensor_checks import Checked, checked
+from jaxnsa.interop.tensor_checks import Checked, check_memory, checked
 from jaxnsa.spec import MAX_LEN
 
 _COPIES = CopyCache()
@@ -90,6 +90,7 @@ def copy(
         name, value = Arrays._fields[k], source[k]
         device = read[0].tensor.device if read else None
         if isinstance(value, torch.Tensor) and not value.is_contiguous():
+            check_memory(f"{name}_src", value)
             key, value = None, value.contiguous()
         if name == "flashmla_metadata":
             value = _flat(f"{name}_src", value)

@@ -7,7 +7,7 @@ import torch
 from jaxnsa import argument_checks
 from jaxnsa.interop.fills import CheckedInputs, FillCache, Inputs
 from jaxnsa.interop.launch_cache import key_of
-from jaxnsa.interop.tensor_checks import checked, checked_pool, checked_vector
+from jaxnsa.interop.tensor_checks import check_memory, checked, checked_pool, checked_vector
 from jaxnsa.metadata import ForwardMode
 from jaxnsa.spec import MAX_LEN, Rows, Spec
 
@@ -78,10 +78,10 @@ def fill(
     bs = rows.requests
     seq_lens, req_pool_indices, req_to_token, extend_seq_lens = inputs
     inputs = (
-        _first(seq_lens, bs),
-        _first(req_pool_indices, bs),
+        _first("seq_lens", seq_lens, bs),
+        _first("req_pool_indices", req_pool_indices, bs),
         req_to_token,
-        _first(extend_seq_lens, bs),
+        _first("extend_seq_lens", extend_seq_lens, bs),
     )
     if _FILLS.try_launch(key, inputs):
         return
@@ -127,8 +127,9 @@ def fill(
     _FILLS.launch(key, spec, read, [written], requests_are_items=True)
 
 
-def _first(value: Any, bs: int) -> Any:
+def _first(name: str, value: Any, bs: int) -> Any:
     """The first `bs` elements of a vector that has as many, contiguous; anything else as it is."""
     if isinstance(value, torch.Tensor) and value.dim() == 1 and len(value) >= bs:
+        check_memory(name, value)
         return value[:bs].contiguous()
     return value

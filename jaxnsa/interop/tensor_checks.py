@@ -72,7 +72,10 @@ def checked(
     if not isinstance(value, torch.Tensor):
         raise TypeError(f"{name}: got {type(value).__name__}, expected a torch.Tensor")
     if device is None:
-        platform_of(value.device)
+        if value.device.type not in ("cpu", "cuda"):
+            raise ValueError(
+                f"{name}: got a tensor on {value.device}, expected a CUDA device or the CPU"
+            )
     elif value.device != device:
         raise ValueError(f"{name}: got a tensor on {value.device}, expected {device}")
     if value.layout is not torch.strided:
@@ -165,6 +168,16 @@ class WrittenMemory:
                 )
 
 
+def check_memory(name: str, tensor: torch.Tensor) -> None:
+    """Raises ValueError where a tensor, of any strides, lies outside its storage."""
+    if tensor.layout is not torch.strided or not tensor.numel():
+        return
+    steps = zip(tensor.shape, tensor.stride(), strict=True)
+    last = tensor.storage_offset() + sum((size - 1) * stride for size, stride in steps)
+    if tensor.untyped_storage().nbytes() < (last + 1) * tensor.itemsize:
+        raise ValueError(f"{name}: got a tensor whose memory was freed")
+
+
 def check_for_jax(name: str, tensor: torch.Tensor) -> None:
     """Raises ValueError where JAX does not take a tensor by DLPack."""
     if not tensor.is_contiguous():
@@ -180,16 +193,8 @@ def check_for_jax(name: str, tensor: torch.Tensor) -> None:
 
 
 def platform_of(device: torch.device) -> str:
-    """The native library that a device takes: "cpu" or "gpu".
-
-    Raises:
-      ValueError: there is none.
-    """
-    if device.type == "cuda":
-        return "gpu"
-    if device.type == "cpu":
-        return "cpu"
-    raise ValueError(f"got tensors on {device}, expected a CUDA device or the CPU")
+    """The native library that tensors on a device take: "cpu" or "gpu"."""
+    return "gpu" if device.type == "cuda" else "cpu"
 
 
 @functools.cache

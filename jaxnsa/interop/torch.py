@@ -18,6 +18,7 @@ from jaxnsa.interop.registration import Registered
 from jaxnsa.interop.tensor_checks import (
     Checked,
     check_for_jax,
+    check_memory,
     checked_pool,
     checked_vector,
     platform_of,
@@ -85,8 +86,7 @@ def from_torch(tree: Any) -> Any:
         if not isinstance(tensor, torch.Tensor):
             raise TypeError(f"{name}: got {type(tensor).__name__}, expected a torch.Tensor")
         check_for_jax(name, tensor)
-        if tensor.numel() and not tensor.data_ptr():
-            raise ValueError(f"{name}: got a tensor whose memory was freed")
+        check_memory(name, tensor)
         if tensor.dtype is torch.int64 and not jax.config.jax_enable_x64:  # type: ignore[attr-defined]
             tensor = tensor.clamp(INT32_MIN, INT32_MAX).to(torch.int32)
         return jax.dlpack.from_dlpack(tensor)

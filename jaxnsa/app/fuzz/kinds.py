@@ -179,7 +179,8 @@ def call(rng: random.Random, implementation: str) -> Call:
     in_place = function not in (FILL, SUM, RAGGED) and rng.random() < 0.5
     written = in_place and function != COPY and rng.random() < 0.4
     pool = (rng.randint(bs if written else 1, bs + 3), rng.choice([1, 7, 63, 64, 70, 200]))
-    transforms = ["eager"] * 4 + ["jit"] * 2
+    # Eagerly, these are many operations that are compiled one by one.
+    transforms = ["eager"] * 3 + ["jit"] * (9 if function == RAGGED or written else 3)
     if bs and not in_place and function != COPY:
         transforms += ["vmap", "shard_map"]
     kind = Call(
@@ -191,7 +192,7 @@ def call(rng: random.Random, implementation: str) -> Call:
         in_place,
         rng.choice(transforms),
         rng.choice(["numpy", "jax"]),
-        surroundings=rng.choice(["plain"] * 6 + list(SURROUNDINGS)),
+        surroundings=rng.choice(["plain"] * 9 + list(SURROUNDINGS)),
         written=written,
     )
     if kind.surroundings == "x64" or (kind.transform, kind.arrays) == ("eager", "numpy"):
@@ -204,13 +205,15 @@ def call(rng: random.Random, implementation: str) -> Call:
     return dataclasses.replace(kind, options=tuple(options.items()))
 
 
-def arguments(call: Call) -> list[str]:
-    """The names of what a call is made with, of which there are illegal values."""
+def wrong(call: Call) -> list[tuple[str, str]]:
+    """The arguments of a call, each with each of its illegal values."""
     given, options = arguments_of(call, 0, dict.fromkeys(highest(call.pool), [0] * call.bs))
     names = {name for name, value in given.items() if value is not None} | options.keys()
     names |= {"out"} if call.in_place else set()
     names |= {"implementation"} if call.function != RAGGED else set()
-    return sorted(names & WRONG.keys())
+    pairs = [(name, value) for name in sorted(names & WRONG.keys()) for value in WRONG[name]]
+    legal = ("extend_seq_lens", "None")  # one token of each request
+    return [pair for pair in pairs if call.function != RAGGED or pair != legal]
 
 
 def plain_values() -> Options:

@@ -215,9 +215,9 @@ def _steps(rng: random.Random, implementations: Sequence[str]) -> list[Any]:
         return st.tuples(st.just(name), st.fixed_dictionaries(keywords))
 
     def wrong_call(call: Any) -> Any:
-        pairs = [(name, value) for name in kinds.arguments(call) for value in kinds.WRONG[name]]
         eager = dataclasses.replace(call, transform="eager")
-        return step("wrong_call", call=st.just(eager), wrong=st.sampled_from(pairs), **seed)
+        pairs = st.sampled_from(kinds.wrong(call))
+        return step("wrong_call", call=st.just(eager), wrong=pairs, **seed)
 
     any_call = st.sampled_from(calls)
     tracked = st.sampled_from([call for call in calls if kinds.is_tracked(call)])

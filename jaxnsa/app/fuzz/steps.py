@@ -224,24 +224,33 @@ def track(session: Session, call: Call, *, seed: int = 0, more: int = 0) -> None
       call: in place, with `written_lens`, eager or jitted.
     """
     batch = Batch(seed, call.pool)
-    (_, options), mode = arguments_of(call, seed, {}), dict(call.options)
-    rows = Rows.of(call.mode, call.bs, mode["num_draft_tokens"], mode["max_total_tokens"])
-    tracker = BatchTracker.empty(rows.tables.count + seed % 3)
-    static = {n: v for n, v in mode.items() if n in parameters(BatchTracker.step)}
-    step = functools.partial(BatchTracker.step, **static | {"forward_mode": call.mode})
-    advance: Callable[..., Any] = jax.jit(step) if call.transform == "jit" else step
+    _, options = arguments_of(call, seed, {})
+    table_rows, step, invalidate = _tracking(call)
+    tracker = BatchTracker.empty(table_rows)
     out, twin = _destinations(session, call)
     session.held.pop(call)
     for _ in range(1 + (more if call.transform == "jit" else min(more, 3))):
         session.calls += 1
-        if len(moved := batch.step(call.bs)):
-            tracker = tracker.invalidate(moved)
+        for k in batch.step(call.bs):
+            tracker = invalidate(tracker, k[None])
         arguments = batch.arguments(is_ragged(call.mode))
         values = {n: v for n, v in arguments.items() if n in parameters(BatchTracker.step)}
-        written, tracker = advance(tracker, batch.ids, **values)
+        written, tracker = step(tracker, batch.ids, **values)
         out = _computed(call, arguments | {"written_lens": np.asarray(written)}, options, out)
         plain = {n: v for n, v in options.items() if n not in ("strategy", "max_new_tokens")}
         assert_same(out, getattr(reference, call.function)(**arguments, **plain, out=twin))
+
+
+@functools.lru_cache(maxsize=64)
+def _tracking(call: Call) -> tuple[int, Callable, Callable]:
+    """Table rows of a call, and the methods of the `BatchTracker` of such calls."""
+    options = dict(call.options)
+    rows = Rows.of(call.mode, call.bs, options["num_draft_tokens"], options["max_total_tokens"])
+    static = {n: v for n, v in options.items() if n in parameters(BatchTracker.step)}
+    step = functools.partial(BatchTracker.step, **static | {"forward_mode": call.mode})
+    if call.transform == "eager":
+        return rows.tables.count, step, BatchTracker.invalidate
+    return rows.tables.count, jax.jit(step), jax.jit(BatchTracker.invalidate)
 
 
 def is_ragged(mode: ForwardMode) -> bool:
