@@ -1328,8 +1328,8 @@ MISTAKES = [
     Mistake(
         "cuda: backends see what the shortest does",
         "ffi/cuda/tables.cuh",
-        "kWhole ? shortest : content(args.backend_offsets[b])",
-        "shortest",
+        ": content(args.backend_offsets[b])",
+        ": content(b < 0 ? 0 : least_offset)",
         incremental("ffi"),
     ),
     Mistake(

@@ -84,6 +84,13 @@ def test_demo_reports_mismatches(monkeypatch):
     assert cells(result.output, "jaxnsa: broken")[-1] == "3"
 
 
+def test_bytes_of_every_backend_count():
+    lengths = np.array([100, 65], np.int32)
+    step = types.SimpleNamespace(seqlens_expanded=lengths, cache_seqlens=lengths)
+    read, written = 165, 165 + 4  # tokens, and two pages of each
+    assert demo._bytes_moved((step, step, step), 3) == 4 * (3 * read + 5 * written)
+
+
 def test_demo_refuses(tmp_path):
     trace = tmp_path / "trace.csv"
     trace.write_text("TIMESTAMP,ContextTokens,GeneratedTokens\n,60,x\n")
