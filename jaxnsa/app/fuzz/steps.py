@@ -244,8 +244,9 @@ def track(session: Session, call: Call, *, seed: int = 0, more: int = 0) -> None
 @functools.lru_cache(maxsize=64)
 def _tracking(call: Call) -> tuple[int, Callable, Callable]:
     """Table rows of a call, and the methods of the `BatchTracker` of such calls."""
-    options = dict(call.options)
-    rows = Rows.of(call.mode, call.bs, options["num_draft_tokens"], options["max_total_tokens"])
+    _, options = arguments_of(call, 0, {})
+    counts = (options.get(name) for name in ("num_draft_tokens", "max_total_tokens"))
+    rows = Rows.of(call.mode, call.bs, *counts)
     static = {n: v for n, v in options.items() if n in parameters(BatchTracker.step)}
     step = functools.partial(BatchTracker.step, **static | {"forward_mode": call.mode})
     if call.transform == "eager":
