@@ -105,7 +105,7 @@ def search(seconds: float, seed: str, implementations: Sequence[str], log: IO[st
         max_examples=_PROGRAMS,
         stateful_step_count=_STEPS,
         deadline=None,
-        phases=(hypothesis.Phase.generate, hypothesis.Phase.shrink),
+        phases=(hypothesis.Phase.generate,),  # what fails is made smaller by `plainer`, sooner
         database=None,
         print_blob=False,
         report_multiple_bugs=False,
@@ -148,7 +148,7 @@ class _Running:
         return Session()
 
     def do(self, session: Session, step: Step) -> None:
-        """Runs a step, after the end only the first, or to make a program that failed smaller.
+        """Runs a step, after the end only the first, or of a program that failed once more.
 
         Raises:
           _OutOfTime: it is past the end.
