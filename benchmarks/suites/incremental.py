@@ -143,12 +143,15 @@ class _Tensors:
 
 
 def _ways() -> dict[str, Callable[[Shape], Any]]:
-    """Everything that refreshes here, by name."""
+    """Everything that refreshes here, by name; on a GPU, where launches tell steps apart, what has
+    equally many in each.
+    """
     ways: dict[str, Callable] = {}
     platform = "gpu" if on_gpu() else "cpu"
     if importlib.util.find_spec("torch") and not native_library.unavailable(platform):
         ways["direct"] = _Tensors
-    return ways | {name: functools.partial(_Arrays, name) for name in runnable()}
+    names = [name for name in runnable() if not (name == "xla" and on_gpu())]
+    return ways | {name: functools.partial(_Arrays, name) for name in names}
 
 
 @functools.lru_cache(1)

@@ -150,7 +150,7 @@ class Library(_Jitted):
         *,
         incremental: bool,
     ):
-        self.name = f"jaxnsa: {chosen}" + (", incremental" if incremental else "")
+        self.name = "  incremental" if incremental else f"jaxnsa: {chosen}"
         self.incremental = incremental
         compute: Any = functools.partial(
             operations.fused_metadata_precompute_and_broadcast,

@@ -176,7 +176,7 @@ def draw(report: Report, file: Path) -> None:
 
     figure, axes = pyplot.subplots(figsize=(7, 4), layout="constrained")
     for row in report.rows:
-        axes.plot(np.array(row.latencies) * 1e3, label=row.name, linewidth=1.2)
+        axes.plot(np.array(row.latencies) * 1e3, label=row.name.strip(), linewidth=1.2)
     axes.set_yscale("log")
     axes.set_xlabel("step")
     axes.set_ylabel("milliseconds")
