@@ -178,7 +178,7 @@ def call(rng: random.Random, implementation: str) -> Call:
     bs = rng.choice([0, 1, 2, 3, 5, 5, 8, 33])
     in_place = function not in (FILL, SUM, RAGGED) and rng.random() < 0.5
     written = in_place and function != COPY and rng.random() < 0.4
-    pool = (rng.randint(bs if written else 1, bs + 3), rng.choice([1, 7, 63, 64, 70, 200]))
+    pool = (rng.randint(max(bs, 1) if written else 1, bs + 3), rng.choice([1, 7, 63, 64, 70, 200]))
     # Eagerly, these are many operations that are compiled one by one.
     transforms = ["eager"] * 3 + ["jit"] * (9 if function == RAGGED or written else 3)
     if bs and not in_place and function != COPY:
