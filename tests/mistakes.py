@@ -576,14 +576,14 @@ MISTAKES = [
     ),
     Mistake(
         "cuda: vectors in rows that are not aligned",
-        "ffi/cuda/fused_metadata.cu",
+        "ffi/cuda/fused_kernel.cuh",
         "args.tables[kPageIndices].stride % 4 == 0;",
         "true;",
         operations("ffi", "in_place"),
     ),
     Mistake(
         "cuda: every block of lengths is a backend",
-        "ffi/cuda/fused_metadata.cu",
+        "ffi/cuda/fused_kernel.cuh",
         "b = blocks == 1 ? block : block / blocks;",
         "b = block;",
         operations("ffi", "batch_sizes"),

@@ -1,0 +1,231 @@
+// The kernel that is the whole computation, and its launches.
+//
+// Grid: rows of gridDim.x blocks each, counted by blockIdx.y and, beyond kGridRows, by blockIdx.z.
+//   The first rows hold a block for each schedule that is wanted, which writes it to all backends;
+//   then the blocks that write lengths and prefix sums, for each backend and every 128 requests so
+//   many that each thread has about one row, and those that write keys. After them comes a row of
+//   blocks for each request, which share its rows of the page tables: neighbouring blocks write
+//   neighbouring memory. No block waits for another.
+// Block: 128 threads.
+// Inputs: seq_lens, req_pool_indices, req_to_token, and extend_seq_lens where rows are ragged.
+// Outputs: the arrays of every backend that are not null.
+#ifndef JAXNSA_CUDA_FUSED_KERNEL_CUH_
+#define JAXNSA_CUDA_FUSED_KERNEL_CUH_
+
+#include <algorithm>
+
+#include "fused_launch.cuh"
+#include "keys.cuh"
+#include "launch.cuh"
+#include "lengths.cuh"
+#include "parameters.cuh"
+#include "tables.cuh"
+#include "write_schedules.cuh"
+
+namespace jaxnsa {
+namespace {
+
+constexpr const char* kName = "fused_metadata";
+
+// Bounds the registers: copies want many blocks in flight.
+constexpr int kBlocksPerMultiprocessor = 10;
+
+// Blocks that share the tables: half as many as there are tiles, within these bounds. Each costs
+// 0.6 nanoseconds of a Hopper GPU, whether its columns are live or not.
+constexpr int64_t kFewestBlocks = 1024, kMostBlocks = 8192;
+
+constexpr int kGridRows = 32768;
+
+// Blocks of a backend that write lengths, where rows are ragged.
+constexpr int64_t kMostLengthBlocks = 1024;
+
+// `kWhole`: no columns are held, and all backends are computed for the same lengths. `kSchedules`:
+// schedules or pooled arrays are wanted.
+template <int kWidth, bool kRagged, bool kTablesRagged, bool kWhole, int kCapacity, bool kSchedules>
+__global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor)
+    FusedMetadataKernel(const __grid_constant__ Parameters<kCapacity, kSchedules> args) {
+  const auto row = static_cast<int32_t>(blockIdx.z * kGridRows + blockIdx.y);
+  const int32_t i = row - args.length_rows;
+  if (i >= args.table_requests) return;
+  if (__builtin_expect(i < 0, 0)) {
+    int32_t block = row * gridDim.x + blockIdx.x;
+    if constexpr (kSchedules) {
+      if (block < args.schedules.blocks) {
+        WriteSchedule<kRagged>(args.schedules, args.rows, args.row_rules, args.num_backends, block);
+        return;
+      }
+      block -= args.schedules.blocks;
+    }
+    const int32_t groups = args.length_groups, shares = kRagged ? args.length_shares : 1;
+    const int32_t blocks = groups * shares, b = blocks == 1 ? block : block / blocks;
+    if (b < args.num_backends) {
+      const int32_t group = block % blocks / shares;
+      WriteLengths<kRagged>(args.rows, args.row_rules, {groups, group, shares, block % shares},
+                            kWhole ? 0 : args.backend_offsets[b], args.lengths[b]);
+      if (block == 0) ForgetOtherRows<kTablesRagged>(args.tracker, args.rows);
+    } else if (kRagged && !kTablesRagged) {
+      WriteKeys(args, block - args.num_backends * blocks);
+    }
+    return;
+  }
+  WriteTables<kWidth, kTablesRagged, kWhole>(args, i);
+}
+
+// Whether four columns of `page_indices` can be moved at once; without it no columns are.
+inline bool AllowsVectors(const FusedMetadataArguments& args) {
+  if (args.backends[0].tables.page_indices == nullptr) return true;
+  bool allows = args.pool.stride % 4 == 0 && IsAligned(args.pool.req_to_token) &&
+                args.tables[kPageIndices].stride % 4 == 0;
+  if (args.backends[0].tables.real_page_table != nullptr) {
+    allows = allows && args.tables[kRealPageTable].tokens_per_column % 4 == 0;
+  }
+  for (int b = 0; b < args.num_backends; ++b) {
+    allows = allows && IsAligned(args.backends[b].tables.page_indices);
+  }
+  return allows;
+}
+
+// Whether all backends are computed for the same lengths.
+inline bool HasEqualOffsets(const FusedMetadataArguments& args) {
+  const int32_t* const offsets = args.backend_offsets;
+  return std::all_of(offsets, offsets + args.num_backends,
+                     [=](int32_t offset) { return offset == offsets[0]; });
+}
+
+// Whether no columns are held and no backend is computed for other lengths than the requests have.
+inline bool IsWhole(const FusedMetadataArguments& args) {
+  return !args.may_hold_columns() && args.backend_offsets[0] == 0 && HasEqualOffsets(args);
+}
+
+template <int kCapacity>
+void TakeSchedules(const FusedMetadataArguments& args, ScheduleParameters<kCapacity>* parameters) {
+  const Schedules& wanted = args.schedules;
+  parameters->pages_per_pooled_page = Divisor::Of(args.index_kpool);
+  parameters->pooled_page_table_stride = args.tables[kPooledPageTable].stride;
+  const auto add = [&](ScheduleKind kind) { parameters->kinds[parameters->num_kinds++] = kind; };
+  if (wanted.flash_mla.num_sm_parts > 0) add(ScheduleKind::kFlashMla);
+  if (wanted.paged_mqa.num_sms > 0) add(ScheduleKind::kPagedMqa);
+  if (wanted.topk_plan.num_pairs > 0) add(ScheduleKind::kTopkPlan);
+  parameters->backends_per_block = HasEqualOffsets(args) ? args.num_backends : 1;
+  parameters->blocks = parameters->num_kinds * (args.num_backends / parameters->backends_per_block);
+  parameters->is_fresh = args.is_fresh;
+  parameters->flash_mla = args.flash_mla;
+  parameters->schedules = wanted;
+  for (int b = 0; b < args.num_backends; ++b) {
+    parameters->arrays[b] = args.backends[b].schedules;
+    parameters->offsets[b] = args.backend_offsets[b];
+  }
+}
+
+template <int kWidth, bool kWhole, int kCapacity, bool kSchedules>
+void LaunchFusedMetadata(Stream stream, const FusedMetadataArguments& args) {
+  const Rows& rows = args.rows;
+  const Tables& wanted = args.backends[0].tables;
+  Parameters<kCapacity, kSchedules> parameters{};
+  parameters.seq_lens = rows.seq_lens;
+  parameters.req_pool_indices = args.req_pool_indices;
+  parameters.table_requests = rows.tables_ragged() ? std::max(rows.requests, 1) : rows.requests;
+  parameters.rows_per_request = rows.prefill ? 1 : rows.rows_per_request;
+  parameters.added_tokens = rows.added_tokens;
+  parameters.pool = args.pool;
+  parameters.page_indices_stride = args.tables[kPageIndices].stride;
+  parameters.real_page_table_stride = args.tables[kRealPageTable].stride;
+  parameters.least.live = args.tail == Tail::kCopy ? args.max_len : 0;
+  parameters.least.end = args.tail == Tail::kKeep ? 0 : args.max_len;
+  parameters.max_len = args.max_len;
+  parameters.page_size = Divisor::Of(
+      wanted.real_page_table != nullptr ? args.tables[kRealPageTable].tokens_per_column : 1);
+  parameters.num_backends = args.num_backends;
+  parameters.requests_are_items = args.requests_are_items;
+  parameters.rows = rows;
+  parameters.row_rules = args.row_rules();
+  parameters.clears_padding = args.tail != Tail::kKeep;
+  for (int b = 0; b < args.num_backends; ++b) {
+    parameters.tables[b] = args.backends[b].tables;
+    parameters.lengths[b] = args.backends[b].lengths;
+    parameters.backend_offsets[b] = args.backend_offsets[b];
+  }
+  parameters.least_offset = args.least_offset();
+  parameters.greatest_offset =
+      *std::max_element(args.backend_offsets, args.backend_offsets + args.num_backends);
+  parameters.written_lens = args.written_lens;
+  parameters.tracker = args.tracker;
+  const bool wide = wanted.page_indices != nullptr;
+  // A tile begins with an access, at or before the first column that is written.
+  const int64_t tokens =
+      args.may_hold_columns()
+          ? std::min(args.max_new_tokens + (wide ? kWidth - 1 : 0), args.max_len)
+          : args.max_len;
+  const int64_t tile_tokens =
+      wide ? kTileColumns<kWidth> : int64_t{kThreads} * parameters.page_size.value;
+  const int64_t tiles = std::max<int64_t>(1, CeilDiv(tokens, tile_tokens));
+  const int64_t table_requests = parameters.table_requests;
+  const int64_t blocks = std::clamp(table_requests * tiles / 2, kFewestBlocks, kMostBlocks);
+  dim3 grid;
+  grid.x = std::clamp<int64_t>(blocks / std::max<int64_t>(table_requests, 1), 1, tiles);
+  const int64_t groups = std::max<int64_t>(1, CeilDiv(rows.requests, kThreads));
+  const int64_t most_shares = rows.ragged() ? std::max<int64_t>(1, kMostLengthBlocks / groups) : 1;
+  const int64_t shares = std::clamp<int64_t>(CeilDiv(rows.count, kThreads), 1, most_shares);
+  parameters.length_groups = static_cast<int32_t>(groups);
+  parameters.length_shares = static_cast<int32_t>(shares);
+  if (args.backends[0].lengths.flat_page_indices != nullptr) {
+    parameters.max_total_keys = args.max_total_keys;
+    parameters.key_blocks = CeilDiv(args.max_total_keys, kTileKeys);
+  }
+  int64_t first_blocks = groups * shares * args.num_backends + parameters.key_blocks;
+  if constexpr (kSchedules) {
+    TakeSchedules(args, &parameters.schedules);
+    first_blocks += parameters.schedules.blocks;
+  }
+  parameters.length_rows = CeilDiv(first_blocks, grid.x);
+  const int64_t grid_rows = parameters.length_rows + table_requests;
+  grid.y = std::min<int64_t>(grid_rows, kGridRows);
+  grid.z = CeilDiv(grid_rows, kGridRows);
+  const auto kernel =
+      rows.prefill ? FusedMetadataKernel<kWidth, true, false, kWhole, kCapacity, kSchedules>
+      : rows.ragged()
+          ? FusedMetadataKernel<kWidth, true, true, kWhole, kCapacity, kSchedules>
+          : FusedMetadataKernel<kWidth, false, false, kWhole, kCapacity, kSchedules>;
+  Launch(kName, stream, kernel, grid, kThreads, parameters);
+}
+
+}  // namespace
+
+// Each kernel costs seconds of compilation: a full refresh has one of its own only where columns
+// move four at once, to few backends, without schedules.
+template <int kCapacity, bool kSchedules>
+void LaunchForBackends(Stream stream, const FusedMetadataArguments& args) {
+  if (!AllowsVectors(args)) {
+    LaunchFusedMetadata<1, false, kCapacity, kSchedules>(stream, args);
+    return;
+  }
+  if constexpr (kCapacity == kFewBackends && !kSchedules) {
+    if (IsWhole(args)) {
+      LaunchFusedMetadata<4, true, kCapacity, false>(stream, args);
+      return;
+    }
+  }
+  LaunchFusedMetadata<4, false, kCapacity, kSchedules>(stream, args);
+}
+
+namespace {
+
+template <int kWidth, bool kWhole, int kCapacity, bool kSchedules>
+void LoadForRows() {
+  LoadKernels(kName, FusedMetadataKernel<kWidth, false, false, kWhole, kCapacity, kSchedules>,
+              FusedMetadataKernel<kWidth, true, true, kWhole, kCapacity, kSchedules>,
+              FusedMetadataKernel<kWidth, true, false, kWhole, kCapacity, kSchedules>);
+}
+
+}  // namespace
+
+template <int kCapacity, bool kSchedules>
+void LoadForBackends() {
+  if constexpr (kCapacity == kFewBackends && !kSchedules) LoadForRows<4, true, kCapacity, false>();
+  LoadForRows<4, false, kCapacity, kSchedules>();
+  LoadForRows<1, false, kCapacity, kSchedules>();
+}
+
+}  // namespace jaxnsa
+
+#endif  // JAXNSA_CUDA_FUSED_KERNEL_CUH_
