@@ -52,7 +52,7 @@ def test_demo(implementation):
     assert len(device) == (jax.default_backend() == "gpu")
     assert float(launches) >= 3
     assert "3 steps of decode, verify and draft extend" in result.output
-    *_, roof, mismatches = cells(result.output, "incremental  ")
+    *_, roof, mismatches = cells(result.output, "  incremental ")
     assert (roof, mismatches) == ("-", "0")
     assert float(cells(result.output, "plain jnp")[1]) > 0
     if importlib.util.find_spec("torch"):
