@@ -15,10 +15,10 @@ def unavailable(platform: str | None) -> str | None:
     """Why this cannot run on a platform; None where it can."""
     if missing := _missing():
         return f"{' and '.join(missing)} not installed; run: pip install jax-triton"
-    if platform is None:
-        return None
     if _interpreted():
-        return _interpreter_missing()
+        return None if platform is None else _interpreter_missing()
+    if platform is None:
+        return _import_error()
     return reason_to_refuse(platform, 8.0, "Ampere") or _import_error()
 
 

@@ -104,7 +104,7 @@ def import_jax_triton() -> ModuleType:
     It empties TRITON_CACHE_DIR for every user of Triton, which is put back here.
     """
     if not any(map(importlib.util.find_spec, _CUDA_PLUGINS)):
-        raise ImportError("JAX's CUDA plugin is not installed")
+        raise ImportError("JAX's CUDA plugin is not installed; run: pip install 'jax[cuda13]'")
     directory = os.environ.get("TRITON_CACHE_DIR")
     try:
         return importlib.import_module("jax_triton")
