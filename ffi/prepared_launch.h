@@ -48,9 +48,8 @@ class PreparedLaunch {
   void Watch(nanobind::handle exchange_api, nanobind::list tensors, bool unchanged,
              std::vector<Span> written, int64_t min_columns);
 
-  // Lets launches keep track of what table rows hold, in memory of theirs: `rows` elements, and one for
-  // each request,
-  // zeros at first, which stays where it is.
+  // Lets launches keep track of what table rows hold, in memory that stays where it is, zeros at
+  // first: `rows` elements of `held`, and one of `readers` for each request.
   void Track(HeldRow* held, int32_t rows, uint32_t* readers) {
     args_.tracker = {held, rows, readers, {}, true};
   }

@@ -237,8 +237,8 @@ std::vector<Field> FieldsOf(ffi::Span<const int64_t> indices) {
 
 // Operands: seq_lens, req_pool_indices, req_to_token, extend_seq_lens where rows_per_request is 0,
 // written_lens where `written`, FlashMLA's arrays one behind the other where they are constant, and
-// the destinations where they are filled in place. Results: the
-// arrays `fields` of every backend in their order; stacked ones lead with [num_backends].
+// the destinations where they are filled in place. Results: the arrays `fields` of every backend in
+// their order; stacked ones lead with [num_backends].
 // `tokens_per_column` and `slots_per_page` tell for each of `fields` what a column stands for, 0
 // where it is no table.
 void FusedMetadataOfBuffers(Stream stream, ffi::RemainingArgs operands, ffi::RemainingRets results,
