@@ -114,6 +114,23 @@ def test_schedules(k, mode, bs, options, implementation):
         )
 
 
+@pytest.mark.large
+def test_sums_past_int32_of_lengths_that_pooling_selects_from(implementation):
+    # A key more and the pool is full: one key is selected instead of a million.
+    bs, num_draft_tokens = 2048, 66
+    check(
+        np.full(bs, 2**20 - 1 - num_draft_tokens, np.int32),
+        Schedules(flash_mla=FlashMlaSchedule(3, "nsa_cache_seqlens", 0)),
+        implementation,
+        mode=ForwardMode.TARGET_VERIFY,
+        num_draft_tokens=num_draft_tokens,
+        index_kpool=2**20,
+        nsa_index_topk=1,
+        max_len=1,
+        wide_table=False,
+    )
+
+
 @pytest.mark.parametrize(
     "layout, next_n",
     [

@@ -218,7 +218,7 @@ __device__ void WriteItems(SumsMemory& memory, const FlashMlaSchedule& schedule,
   WritePartsPastTheEnd(schedule, items, at.part, length(items - 1), store_row);
 }
 
-// Of items of any lengths, which `of` makes of KV lengths.
+// Of items of any lengths, which `of` makes of KV lengths; they are not longer, or all equal.
 template <typename Lengths, typename Of, typename StoreRow, typename StoreSplits>
 __device__ void WriteFlashMla(SumsMemory& memory, const FlashMlaSchedule& schedule, int32_t items,
                               const Lengths& lengths, Of of, StoreRow store_row,
@@ -233,8 +233,11 @@ __device__ void WriteFlashMla(SumsMemory& memory, const FlashMlaSchedule& schedu
     return FlashMlaSchedule::blocks(of(kv_len)) + schedule.fixed_overhead_blocks;
   };
   const ItemValues<Lengths, decltype(cost_of)> costs{lengths, cost_of};
-  // A warp looks up to so many steps past the end.
-  if (costs.HaveShortSum(items, 2 * kWarpThreads)) {
+  // Pooling can make the longest item the cheaper one.
+  const int32_t longest = Max(of(Lengths::kShort), Lengths::kShort);
+  const int64_t most = FlashMlaSchedule::blocks(longest) + schedule.fixed_overhead_blocks;
+  // A warp looks at up to so many steps, which may be past the end.
+  if (lengths.HaveShortSum(2 * kWarpThreads * int64_t{items}, most)) {
     WriteItems<int32_t>(memory, schedule, items, costs, length, store_row, store_splits);
   } else {
     WriteItems<int64_t>(memory, schedule, items, costs, length, store_row, store_splits);

@@ -32,7 +32,9 @@ template <bool kRagged>
 class ItemOwners {
  public:
   __device__ ItemOwners(SumsMemory& memory, const Rows& rows, bool are_rows)
-      : rows_(rows), are_rows_(are_rows), first_rows_(memory, rows.requests, {rows}) {}
+      : rows_(rows),
+        are_rows_(are_rows),
+        first_rows_(memory, are_rows ? rows.requests : 0, {rows}) {}
 
   __device__ Item operator[](int32_t item) const {
     if (!are_rows_) return {item, 0};
@@ -113,9 +115,13 @@ class ItemLengths {
     __syncthreads();
   }
 
-  // Whether no item is longer than kShort, as far as is known.
   static constexpr int32_t kShort = 1 << 20;
-  __device__ bool are_short() const { return is_kept_ && !memory_.are_long; }
+
+  // Whether so many numbers add up to one of 32 bits; `most` is the greatest of an item that is no
+  // longer than kShort.
+  __device__ bool HaveShortSum(int64_t numbers, int64_t most) const {
+    return is_kept_ && !memory_.are_long && numbers * most <= kInt32Max;
+  }
 
   __device__ __attribute__((noinline)) int32_t operator()(int32_t item) const {
     return Of(owners_[item]);
@@ -150,12 +156,6 @@ template <typename Lengths, typename Of>
 struct ItemValues {
   const Lengths& lengths;
   Of of;
-
-  // Whether `factor` times the sum over all items is known to fit 32 bits, for an `of` that grows with
-  // the length.
-  __device__ bool HaveShortSum(int32_t items, int32_t factor) const {
-    return lengths.are_short() && items <= kInt32Max / factor / of(Lengths::kShort);
-  }
 
   template <typename Body>
   __device__ void ForEach(int32_t first, int32_t end, Body body) const {

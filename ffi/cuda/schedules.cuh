@@ -5,8 +5,8 @@
 #include <cstdint>
 #include <cub/block/block_scan.cuh>
 
-#include "parameters.cuh"
 #include "item_lengths.cuh"
+#include "parameters.cuh"
 #include "shared_sums.cuh"
 
 namespace jaxnsa {
@@ -35,7 +35,7 @@ __device__ void WriteUnits(SumsMemory& memory, const PagedMqaSchedule& schedule,
   }
 }
 
-// Of items of next_n rows; `of` makes an item's context length of its KV length.
+// Of items of next_n rows; `of` makes an item's context length, which is not longer, of its KV length.
 template <typename Lengths, typename Of, typename Store>
 __device__ void WritePagedMqaSchedule(SumsMemory& memory, const PagedMqaSchedule& schedule,
                                       int32_t items, int32_t next_n, const Lengths& lengths, Of of,
@@ -46,7 +46,7 @@ __device__ void WritePagedMqaSchedule(SumsMemory& memory, const PagedMqaSchedule
   };
   const ItemValues<Lengths, decltype(of_length)> units_of{lengths, of_length};
   const auto segments = [&](int32_t item) { return PagedMqaSchedule::segments(of(lengths(item))); };
-  if (units_of.HaveShortSum(items, 1)) {
+  if (lengths.HaveShortSum(items, of_length(Lengths::kShort))) {
     WriteUnits<int32_t>(memory, schedule, items, units, units_of, segments, store);
   } else {
     WriteUnits<int64_t>(memory, schedule, items, units, units_of, segments, store);
