@@ -97,9 +97,7 @@ def pytest_collection_modifyitems(config, items):
     for (*_, together), group in groups.items():
         dropped.update(set(group) - set(_covering(group, together)))
     config.hook.pytest_deselected(items=[item for item in items if item in dropped])
-    taken = [item for item in items if item not in dropped]
-    # An installation takes longest: at the end, everything else would wait for it.
-    items[:] = sorted(taken, key=lambda item: item.get_closest_marker("network") is None)
+    items[:] = [item for item in items if item not in dropped]
 
 
 def _covering(group, together):

@@ -23,7 +23,7 @@ PALLAS, TRITON = "interpreted pallas", "interpreted triton"
 def _triton_missing():
     missing = [n for n in ("triton", "torch") if importlib.util.find_spec(n) is None]
     if missing:
-        return f"runs where {' and '.join(missing)} are installed, as .ci/run does"
+        return f"runs with {' and '.join(missing)}, as .ci/run installs"
     number = tuple(map(int, importlib.metadata.version("triton").split(".")[:2]))
     return (
         None if number >= (3, 9) else "runs with Triton 3.9 or newer, whose interpreter wraps int32"
