@@ -47,6 +47,11 @@ bool IsRefusal() {
   nanobind::raise_python_error();
 }
 
+// What a method without arguments returns; null, with an exception set, where it fails.
+nanobind::object Call(PyObject* object, PyObject* method) {
+  return nanobind::steal(PyObject_CallMethodNoArgs(object, method));
+}
+
 }  // namespace
 
 const ExchangeApi* ExchangeApiOf(PyObject* capsule) {
@@ -70,6 +75,17 @@ bool Describe(const ExchangeApi& api, PyObject* object, Tensor* out) {
     out->strides[k] = k < from.dimensions ? from.strides[k] : 0;
   }
   return true;
+}
+
+bool StorageReaches(PyObject* tensor, uint64_t end) {
+  static PyObject* const kStorage = PyUnicode_InternFromString("untyped_storage");
+  static PyObject* const kAddress = PyUnicode_InternFromString("data_ptr");
+  static PyObject* const kBytes = PyUnicode_InternFromString("nbytes");
+  const nanobind::object storage = Call(tensor, kStorage);
+  const nanobind::object address = storage ? Call(storage.ptr(), kAddress) : storage;
+  const nanobind::object bytes = address ? Call(storage.ptr(), kBytes) : address;
+  if (!bytes) return !IsRefusal();
+  return end <= nanobind::cast<uint64_t>(address) + nanobind::cast<uint64_t>(bytes);
 }
 
 bool CurrentStream(const ExchangeApi& api, const Tensor& on_device, void** stream) {

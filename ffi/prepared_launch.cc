@@ -113,7 +113,7 @@ bool PreparedLaunch::TakeVector(nb::handle object, const char* name, int64_t siz
     return Decline(std::string(name) + ": of another type, size or stride than expected");
   }
   *out = {reinterpret_cast<const void*>(tensor.address), tensor.int_bits / 8};
-  return IsApart(name, tensor.address, tensor.address + size * out->itemsize);
+  return IsReadable(object, name, tensor.address, tensor.address + size * out->itemsize);
 }
 
 bool PreparedLaunch::TakePool(nb::handle object) {
@@ -128,14 +128,17 @@ bool PreparedLaunch::TakePool(nb::handle object) {
   args_.pool = Pool::Of(reinterpret_cast<const int32_t*>(tensor.address), rows, stride);
   args_.max_len = static_cast<int32_t>(std::min<int64_t>(max_len_, columns));
   const auto span = static_cast<uint64_t>((rows - 1) * stride + columns) * sizeof(int32_t);
-  return IsApart(kName, tensor.address, tensor.address + span);
+  return IsReadable(object, kName, tensor.address, tensor.address + span);
 }
 
-bool PreparedLaunch::IsApart(const char* name, uint64_t begin, uint64_t end) {
+bool PreparedLaunch::IsReadable(nb::handle tensor, const char* name, uint64_t begin,
+                                uint64_t end) {
+  if (begin == end) return true;
+  if (!StorageReaches(tensor.ptr(), end)) return Decline(std::string(name) + ": was freed");
   const auto next =
       std::upper_bound(written_.begin(), written_.end(), begin,
                        [](uint64_t address, const Span& span) { return address < span.second; });
-  if (begin == end || next == written_.end() || end <= next->first) return true;
+  if (next == written_.end() || end <= next->first) return true;
   return Decline(std::string(name) + ": touches memory that is written");
 }
 

@@ -79,7 +79,7 @@ class PreparedLaunch {
   bool DescribeInput(nanobind::handle object, const char* name, int32_t dimensions, Tensor* out);
   bool TakeVector(nanobind::handle object, const char* name, int64_t size, Vector* out);
   bool TakePool(nanobind::handle object);
-  bool IsApart(const char* name, uint64_t begin, uint64_t end);
+  bool IsReadable(nanobind::handle tensor, const char* name, uint64_t begin, uint64_t end);
 
   FusedMetadataArguments args_;
   const int32_t max_len_;

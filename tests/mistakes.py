@@ -557,7 +557,7 @@ MISTAKES = [
         "cuda: an access ends past the live columns",
         "ffi/cuda/tables.cuh",
         "column + kWidth <= shortest.end && equal",
-        "column < shortest.end && equal",
+        "column < shortest.end && (equal || column < shortest.live)",
         operations("ffi", "tiles_and_tails"),
     ),
     Mistake(
@@ -1271,8 +1271,8 @@ MISTAKES = [
     Mistake(
         "native: another request's columns are held",
         "ffi/batch_tracker.h",
-        "if (before.request_id != request_id) return 0;",
-        "",
+        "before.request_id != request_id",
+        "before.request_id != request_id && before.tokens < 0",
         "test_request_ids.py -k 'not dlpack'",
     ),
     # The same in CUDA.

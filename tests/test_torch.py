@@ -528,14 +528,19 @@ def wrong_updates(engine):
     other = torch.ones(3, dtype=torch.int32, device={"cpu": "meta", "cuda": "cpu"}[device.type])
     extend = ForwardMode.DRAFT_EXTEND
     verify = ForwardMode.TARGET_VERIFY
-    freed = torch.ones(3, dtype=torch.int32, device=device)
+    freed, shrunk = lengths.clone(), lengths.clone()
     freed.untyped_storage().resize_(0)
+    shrunk.untyped_storage().resize_(8)
+    shrunk_pool = engine.pool.clone()
+    shrunk_pool.untyped_storage().resize_(4 * shrunk_pool.numel() - 1)
     cases = [
         ({"seq_lens": [1, 2]}, "seq_lens: got list, expected a torch.Tensor"),
         ({"seq_lens": other}, f"seq_lens: got a tensor on {other.device}, expected {device}"),
         ({"seq_lens": lengths.float()}, "seq_lens: got torch.float32, expected torch.int32 or"),
         ({"seq_lens": lengths[None]}, r"seq_lens: got shape \(1, 3\), expected one dimension"),
         ({"seq_lens": freed}, "seq_lens: got a tensor whose memory was freed"),
+        ({"req_pool_indices": shrunk}, "req_pool_indices: got a tensor whose memory was freed"),
+        ({"req_to_token": shrunk_pool}, "req_to_token: got a tensor whose memory was freed"),
         (
             {"seq_lens": torch.ones(6, dtype=torch.int32, device=device)[::2]},
             "seq_lens: got stride 2, expected a contiguous vector",

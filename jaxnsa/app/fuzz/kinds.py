@@ -134,6 +134,7 @@ _NO_VECTORS = (
     "given.to('meta')",
     "given.to_sparse()",
     "freed(given)",
+    "freed(given, given.nbytes - 1)",
     "given.repeat(2)",
 )
 _NO_NUMBERS = ("-1", "'2'", "10**30", "2.5", "[1]")
@@ -145,7 +146,7 @@ WRONG_TENSORS: Mapping[str, Sequence[str]] = {
     ),
     "req_to_token": (
         *("None", "given[0]", "given.long()", "given[:, :0]", "given[:0]", "given.t()"),
-        *("freed(given)", "given.to('meta')"),
+        *("freed(given)", "freed(given, given.nbytes - 1)", "given.to('meta')"),
     ),
     "forward_mode": ("None", "'decode'", "0"),
     "num_draft_tokens": (*_NO_NUMBERS, "0", "2**31"),

@@ -265,10 +265,10 @@ def _is_verify(mode: ForwardMode) -> bool:
     return Rows.of(mode, 1, 1, 1).added_tokens > 0
 
 
-def freed(tensor: torch.Tensor) -> torch.Tensor:
-    """A tensor like the given one, but without memory."""
+def freed(tensor: torch.Tensor, size: int = 0) -> torch.Tensor:
+    """A tensor like the given one, whose storage has only so many bytes."""
     copy = torch.cat([tensor.reshape(-1), tensor.new_ones(1)])[: tensor.numel()].view(tensor.shape)
-    copy.untyped_storage().resize_(0)
+    copy.untyped_storage().resize_(size)
     return copy
 
 
