@@ -116,7 +116,7 @@ def generate(page: str, write: Callable[[Reports], list[str]], results: Path) ->
 
 
 def headlines(reports: Reports) -> list[str]:
-    """The README's table."""
+    """The README's table, and what the worked decode takes."""
     cells = []
     for row in HEADLINES:
         report = reports.get((row.device, row.suite))
@@ -133,7 +133,12 @@ def headlines(reports: Reports) -> list[str]:
                         f"{beside:,.1f} ({row.beside})",
                     ]
                 )
-    return [*table(["microseconds", "machine", "jaxnsa", "beside it"], cells), ""]
+    lines = [*table(["microseconds", "machine", "jaxnsa", "beside it"], cells), ""]
+    decode = reports.get(("nvidia-h200", "sparse-attention"))
+    if decode is not None:
+        link = f"[A whole decode](benchmarks/results/nvidia-h200/{decode.suite}.md)"
+        lines += [f"{link} on an {decode.device} keeps {_decode_costs(decode)}", ""]
+    return lines
 
 
 def every_table(reports: Reports) -> list[str]:
@@ -401,6 +406,33 @@ def _incremental(report: Report) -> list[str]:
     return lines + table(header, cells)
 
 
+def _decode_costs(report: Report) -> str:
+    """What a step of the worked decode accepts and takes."""
+    case, metrics = report.records[0].case, report.records[0].metrics
+    tokens = [record.metrics["tokens"] for record in report.records]
+    kept = f"{sum(tokens) / len(tokens):.2f} tokens of each of {case['requests']} requests a step"
+    if "metadata_us" not in metrics:
+        return f"{kept}. A step takes {metrics['step_us']:,.0f} microseconds end to end."
+    return (
+        f"{kept}. Of a step's {metrics['step_us']:,.0f} microseconds metadata takes "
+        f"{metrics['metadata_us']:.1f}, {metrics['metadata_us'] / metrics['step_us']:.1%}."
+    )
+
+
+def _sparse_attention(report: Report) -> list[str]:
+    steps = [f"{record.case['step']}" for record in report.records]
+    tokens = [f"{record.metrics['tokens']:.2f}" for record in report.records]
+    return [
+        "A whole sparse-attention decode, [in one file](../sparse_attention.py) from prefill to a "
+        "speculative loop in `lax.scan`, whose tokens equal those of an oracle without pages and "
+        "those of the same loop [in PyTorch](../sparse_attention_torch.py):",
+        "",
+        *table(["step", *steps], [["tokens a request", *tokens]]),
+        "",
+        f"It keeps {_decode_costs(report)}",
+    ]
+
+
 SECTIONS = {
     "roofline": _roofline,
     "pages": _pages,
@@ -409,6 +441,7 @@ SECTIONS = {
     "prefill": _prefill,
     "schedules": _schedules,
     "incremental": _incremental,
+    "sparse-attention": _sparse_attention,
     "prefix-sum": _prefix_sum,
     "torch": _torch,
     "dispatch": _dispatch,

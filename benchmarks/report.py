@@ -14,6 +14,7 @@ UNITS = {
     "latency_us": "microseconds from the call to its result on the device",
     "issue_us": "microseconds until the call returns",
     "step_us": "microseconds of a step's kernels, on a CPU until its result is there: the mean",
+    "tokens": "tokens that a request keeps of a step: the mean",
 }
 
 

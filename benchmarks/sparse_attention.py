@@ -1,4 +1,4 @@
-"""A DeepSeek sparse-attention decode, small and complete: `python -m benchmarks.sparse_attention`.
+"""A DeepSeek sparse-attention decode, small and complete: `python -m benchmarks sparse-attention`.
 
 One layer of a language model with greedy decoding. A paged cache holds, for each token, a latent
 that is both key and value of its attention, and a key of the indexer, which scores all tokens that
@@ -17,7 +17,6 @@ import jax.numpy as jnp
 import numpy as np
 
 import jaxnsa
-from benchmarks.measure import kernel_times, on_gpu
 
 DRAFTS = 3
 PAGE = 64
@@ -268,26 +267,3 @@ def scattered_pool(bs: int, max_len: int) -> Pool:
     tokens = np.arange(max_len)
     req_to_token = pages[:, tokens // PAGE] * PAGE + tokens % PAGE
     return Pool(jnp.arange(bs)[::-1], jnp.asarray(req_to_token, jnp.int32))
-
-
-def main() -> None:
-    """Prints what the steps of a speculative decode accept and, on a GPU, what metadata costs."""
-    bs, steps = (16, 12) if on_gpu() else (3, 6)
-    sizes = Sizes() if on_gpu() else Sizes(256, 64, 4, 32, 4, 16, 96, 8, 256)
-    weights, pool = Weights.random(sizes), scattered_pool(bs, sizes.max_len)
-    lens = jnp.full(bs, sizes.max_len // 128)
-    prompts = jax.random.randint(jax.random.key(1), (int(lens.sum()),), 0, sizes.vocabulary)
-    run = functools.partial(generate, weights, pool, prompts, lens, sizes=sizes, steps=steps)
-    _, _, kept = run(drafts=True)
-    print("| step | " + " | ".join(map(str, range(steps))) + " |")
-    print("| --- " * (steps + 1) + "|")
-    print("| tokens a request | " + " | ".join(f"{k:.2f}" for k in kept.mean(axis=1)) + " |")
-    if on_gpu():
-        kernels = kernel_times(lambda: run(drafts=True), calls=5)
-        spent = {k.name: k.launches * k.microseconds for k in kernels}
-        metadata = sum(us for name, us in spent.items() if "fused_metadata" in name)
-        print(f"metadata: {metadata / steps:.1f} of {sum(spent.values()) / steps:.0f} us a step")
-
-
-if __name__ == "__main__":
-    main()

@@ -11,6 +11,7 @@ from benchmarks.suites import (
     roofline,
     scale,
     schedules,
+    sparse_attention,
     torch_handoff,
 )
 
@@ -28,6 +29,7 @@ SUITES = {
         dispatch.SUITE,
         torch_handoff.SUITE,
         incremental.SUITE,
+        sparse_attention.SUITE,
         scale.SUITE,
     )
 }
