@@ -933,7 +933,7 @@ MISTAKES = [
         "jaxnsa/app/demo.py",
         "(live + -(-live // PAGE_SIZE)).sum() * copies",
         "(live + -(-live // PAGE_SIZE)).sum()",
-        "test_command_line.py -k demo",
+        "test_command_line.py -k bytes",
     ),
     Mistake(
         "benchmarks: wrong results are timed",
