@@ -47,6 +47,11 @@ struct PagedMqaSchedule {
     return layout == PagedMqaLayout::kSm100 ? next_n : (next_n + 1) / 2;
   }
 
+  // The context length of an item whose last row sees `kv_len` tokens.
+  static JAXNSA_HOST_DEVICE int32_t length(int32_t kv_len, const RowRules& rules) {
+    return rules.index_kpool == 1 ? kv_len : Max(rules.pooled(kv_len), 1);
+  }
+
   static JAXNSA_HOST_DEVICE int32_t segments(int32_t length) {
     return static_cast<int32_t>(CeilDiv(length, kKeysPerSegment));
   }
@@ -92,6 +97,11 @@ struct FlashMlaSchedule {
 
   JAXNSA_HOST_DEVICE int32_t items(const Rows& rows) const {
     return dense() ? rows.requests : rows.count;
+  }
+
+  // Rows of both arrays.
+  JAXNSA_HOST_DEVICE int64_t rows(const Rows& rows) const {
+    return int64_t{num_sm_parts} + items(rows) + 1;
   }
 
   // Elements of both arrays.

@@ -1235,9 +1235,9 @@ MISTAKES = [
     ),
     Mistake(
         "cpu: pooled keys may be none",
-        "ffi/cpu/write_schedules.h",
-        "length = Max(rules.pooled(length), 1);",
-        "length = rules.pooled(length);",
+        "ffi/schedules.h",
+        "Max(rules.pooled(kv_len), 1)",
+        "rules.pooled(kv_len)",
         schedules("ffi"),
     ),
     Mistake(
@@ -1291,24 +1291,17 @@ MISTAKES = [
         schedules("ffi"),
     ),
     Mistake(
-        "cuda: pooled keys may be none",
-        "ffi/cuda/write_schedules.cuh",
-        "Max(rules.pooled(kv_len), 1)",
-        "rules.pooled(kv_len)",
-        schedules("ffi"),
-    ),
-    Mistake(
         "cuda: splits of earlier items count",
         "ffi/cuda/flash_mla.cuh",
-        "block > 0 ? since - earlier : 0",
-        "block > 0 ? since + 0 * earlier : 0",
+        "begin.inside - inside + 1",
+        "begin.inside + 1",
         schedules("ffi"),
     ),
     Mistake(
         "cuda: a part that begins on a boundary is inside",
         "ffi/cuda/flash_mla.cuh",
-        "Whole(cost - 1) + 1",
-        "Whole(cost) + 1",
+        "item < items && behind < 0",
+        "item < items && behind <= 0",
         schedules("ffi"),
     ),
     Mistake(

@@ -107,9 +107,7 @@ inline void WriteSchedules(const FusedMetadataArguments& args, const StepLengths
   if (wanted.paged_mqa.num_sms > 0) {
     const int32_t next_n = wanted.paged_mqa.next_n(args.rows);
     std::vector<int32_t> items = next_n == 1 ? lengths.rows : lengths.requests;
-    if (rules.index_kpool > 1) {
-      for (int32_t& length : items) length = Max(rules.pooled(length), 1);
-    }
+    for (int32_t& length : items) length = PagedMqaSchedule::length(length, rules);
     store(PagedMqaRows(wanted.paged_mqa, next_n, items), to.paged_mqa_schedule);
   }
   if (wanted.topk_plan.num_pairs > 0) {

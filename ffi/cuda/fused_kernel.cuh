@@ -1,7 +1,7 @@
 // The kernel that is the whole computation, and its launches.
 //
 // Grid: rows of gridDim.x blocks each, counted by blockIdx.y and, beyond kGridRows, by blockIdx.z.
-//   The first rows hold a block for each schedule that is wanted, which writes it to all backends;
+//   The first rows hold blocks for each schedule that is wanted, which write it to all backends;
 //   then the blocks that write lengths and prefix sums, for each backend and every 128 requests so
 //   many that each thread has about one row, and those that write keys. After them comes a row of
 //   blocks for each request, which share its rows of the page tables: neighbouring blocks write
@@ -27,8 +27,9 @@ namespace {
 
 constexpr const char* kName = "fused_metadata";
 
-// Bounds the registers: copies want many blocks in flight.
-constexpr int kBlocksPerMultiprocessor = 10;
+// Bounds the registers: copies want many blocks in flight. Schedules' shared memory allows fewer.
+template <bool kSchedules>
+constexpr int kBlocksPerMultiprocessor = kSchedules ? 8 : 10;
 
 // Blocks that share the tables: half as many as there are tiles, within these bounds. Each costs
 // 0.6 nanoseconds of a Hopper GPU, whether its columns are live or not.
@@ -39,10 +40,13 @@ constexpr int kGridRows = 32768;
 // Blocks of a backend that write lengths, where rows are ragged.
 constexpr int64_t kMostLengthBlocks = 1024;
 
+// Blocks that share the rows of a schedule, each of which computes what all of them need.
+constexpr int64_t kMostScheduleShares = 16;
+
 // `kWhole`: no columns are held, and all backends are computed for the same lengths. `kSchedules`:
 // schedules or pooled arrays are wanted.
 template <int kWidth, bool kRagged, bool kTablesRagged, bool kWhole, int kCapacity, bool kSchedules>
-__global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor)
+__global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor<kSchedules>)
     FusedMetadataKernel(const __grid_constant__ Parameters<kCapacity, kSchedules> args) {
   const auto row = static_cast<int32_t>(blockIdx.z * kGridRows + blockIdx.y);
   const int32_t i = row - args.length_rows;
@@ -51,7 +55,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor)
     int32_t block = row * gridDim.x + blockIdx.x;
     if constexpr (kSchedules) {
       if (block < args.schedules.blocks) {
-        WriteSchedule<kRagged>(args.schedules, args.rows, args.row_rules, args.num_backends, block);
+        WriteSchedule<kRagged>(args.schedules, block);
         return;
       }
       block -= args.schedules.blocks;
@@ -102,12 +106,25 @@ void TakeSchedules(const FusedMetadataArguments& args, ScheduleParameters<kCapac
   const Schedules& wanted = args.schedules;
   parameters->pages_per_pooled_page = Divisor::Of(args.index_kpool);
   parameters->pooled_page_table_stride = args.tables[kPooledPageTable].stride;
-  const auto add = [&](ScheduleKind kind) { parameters->kinds[parameters->num_kinds++] = kind; };
-  if (wanted.flash_mla.num_sm_parts > 0) add(ScheduleKind::kFlashMla);
-  if (wanted.paged_mqa.num_sms > 0) add(ScheduleKind::kPagedMqa);
-  if (wanted.topk_plan.num_pairs > 0) add(ScheduleKind::kTopkPlan);
+  parameters->rows = args.rows;
+  parameters->rules = args.row_rules();
+  parameters->num_backends = args.num_backends;
+  int32_t num_kinds = 0;
+  int64_t rows = 1;  // of the longest arrays that blocks share
+  const auto add = [&](ScheduleKind kind, int64_t rows_of_kind) {
+    parameters->kinds[num_kinds++] = kind;
+    rows = std::max(rows, rows_of_kind);
+  };
+  if (wanted.flash_mla.num_sm_parts > 0) {
+    add(ScheduleKind::kFlashMla, wanted.flash_mla.rows(args.rows));
+  }
+  if (wanted.paged_mqa.num_sms > 0) add(ScheduleKind::kPagedMqa, wanted.paged_mqa.num_sms + 1);
+  if (wanted.topk_plan.num_pairs > 0) add(ScheduleKind::kTopkPlan, 1);
+  const auto shares = static_cast<int32_t>(std::min(CeilDiv(rows, kThreads), kMostScheduleShares));
   parameters->backends_per_block = HasEqualOffsets(args) ? args.num_backends : 1;
-  parameters->blocks = parameters->num_kinds * (args.num_backends / parameters->backends_per_block);
+  parameters->num_kinds = Divisor::Of(Max(num_kinds, 1));
+  parameters->shares = Divisor::Of(shares);
+  parameters->blocks = num_kinds * shares * (args.num_backends / parameters->backends_per_block);
   parameters->is_fresh = args.is_fresh;
   parameters->flash_mla = args.flash_mla;
   parameters->schedules = wanted;

@@ -55,14 +55,18 @@ constexpr int kScheduleKinds = 3;
 
 // What only launches have that write schedules or pooled arrays.
 template <int kCapacity>
-struct ScheduleParameters {
+struct alignas(16) ScheduleParameters {
   Divisor pages_per_pooled_page;
   int64_t pooled_page_table_stride;
-  int32_t num_kinds;
+  Divisor num_kinds;
   ScheduleKind kinds[kScheduleKinds];  // that are wanted
-  int32_t backends_per_block;          // that the block of a schedule writes: all equal ones
+  int32_t backends_per_block;          // that the blocks of a schedule write: all equal ones
+  Divisor shares;                      // blocks that share the rows of a schedule's arrays
   int32_t blocks;
   bool is_fresh;
+  int32_t num_backends;
+  Rows rows;
+  RowRules rules;
   const int32_t* flash_mla;
   Schedules schedules;
   int32_t offsets[kCapacity];

@@ -11,90 +11,78 @@
 
 namespace jaxnsa {
 
-// Copies parameters to shared memory: fetched one by one, each would be waited for.
-template <typename T>
-__device__ void Fetch(const T& parameters, T& copy) {
-  static_assert(sizeof(T) % 4 == 0);
-  for (int k = threadIdx.x; k < static_cast<int>(sizeof(T) / 4); k += kThreads) {
-    reinterpret_cast<int32_t*>(&copy)[k] = reinterpret_cast<const int32_t*>(&parameters)[k];
-  }
-}
-
-// Writes one schedule to the backends of a block. Not inlined: of the parameters it takes addresses.
+// Writes a block's share of one schedule to its backends. Not inlined: of the parameters it takes
+// addresses.
 template <bool kRagged, int kCapacity>
 __device__ __attribute__((noinline)) void WriteSchedule(
-    const ScheduleParameters<kCapacity>& parameters, const Rows& rows_parameters,
-    const RowRules& rules_parameters, int32_t num_backends, int32_t block) {
+    const ScheduleParameters<kCapacity>& parameters, int32_t block) {
+  // All parameters are fetched at once: one by one, each would be waited for.
   __shared__ ScheduleParameters<kCapacity> args;
-  __shared__ Rows rows;
-  __shared__ RowRules rules;
-  Fetch(parameters, args);
-  Fetch(rows_parameters, rows);
-  Fetch(rules_parameters, rules);
-  __shared__ SumsMemory sums, row_sums;
-  __shared__ ItemLengthsMemory kept;
-  if (threadIdx.x == 0) kept.are_long = false;
+  static_assert(sizeof(args) % sizeof(int4) == 0 && sizeof(args) <= kThreads * sizeof(int4));
+  if (threadIdx.x < sizeof(args) / sizeof(int4)) {
+    reinterpret_cast<int4*>(&args)[threadIdx.x] =
+        reinterpret_cast<const int4*>(&parameters)[threadIdx.x];
+  }
   __syncthreads();
-  const ScheduleKind kind = args.kinds[block % args.num_kinds];
-  const int32_t first = block / args.num_kinds * args.backends_per_block;
-  const int32_t end = Min(first + args.backends_per_block, num_backends);
-  const int32_t offset = args.offsets[first];
-  const auto store = [&](int32_t* ScheduleArrays::* array, int64_t index, int32_t value) {
+  const int32_t of_kind = args.num_kinds.Divide(block);
+  const ScheduleKind kind = args.kinds[block - of_kind * args.num_kinds.value];
+  const int32_t group = args.shares.Divide(of_kind);
+  const int32_t share = of_kind - group * args.shares.value;
+  const Stride stride(share, args.shares.value);
+  const int32_t first = group * args.backends_per_block;
+  const int32_t end = Min(first + args.backends_per_block, args.num_backends);
+  const Rows& rows = args.rows;
+  const RowRules& rules = args.rules;
+  // What stores a row of an array.
+  const auto store = [&](int32_t* ScheduleArrays::* array) {
+    return [&, array](int64_t row, const auto& columns) {
+      constexpr int kColumns = sizeof(columns) / sizeof(int32_t);
 #pragma unroll 1
-    for (int b = first; b < end; ++b) (args.arrays[b].*array)[index] = value;
+      for (int b = first; b < end; ++b) {
+        int32_t* const to = args.arrays[b].*array + row * kColumns;
+#pragma unroll
+        for (int k = 0; k < kColumns; ++k) to[k] = columns[k];
+      }
+    };
   };
-  const Schedules& wanted = args.schedules;
-  const FlashMlaSchedule& flash_mla = wanted.flash_mla;
+  const auto store_row = store(&ScheduleArrays::flash_mla_schedule);
+  const auto store_splits = store(&ScheduleArrays::flash_mla_num_splits);
+  const FlashMlaSchedule& flash_mla = args.schedules.flash_mla;
   if (kind == ScheduleKind::kFlashMla && args.flash_mla != nullptr) {
     const int64_t rows_size = 8 * int64_t{flash_mla.num_sm_parts}, size = flash_mla.size(rows);
 #pragma unroll 4
-    for (int64_t k = threadIdx.x; k < size; k += kThreads) {
-      const int32_t value = __ldg(args.flash_mla + k);
+    for (int64_t k = stride.first; k < size; k += stride.step) {
+      const int32_t value[] = {__ldg(args.flash_mla + k)};
       if (k < rows_size) {
-        store(&ScheduleArrays::flash_mla_schedule, k, value);
+        store(&ScheduleArrays::flash_mla_schedule)(k, value);
       } else {
-        store(&ScheduleArrays::flash_mla_num_splits, k - rows_size, value);
+        store_splits(k - rows_size, value);
       }
     }
     return;
   }
-  const int32_t next_n = wanted.paged_mqa.next_n(rows);
+  const PagedMqaSchedule& paged_mqa = args.schedules.paged_mqa;
+  const int32_t next_n = paged_mqa.next_n(rows);
   const bool items_are_rows = kind == ScheduleKind::kPagedMqa   ? next_n == 1
                               : kind == ScheduleKind::kFlashMla ? !flash_mla.dense()
                                                                 : true;
-  const ItemLengths<kRagged> lengths(kept, row_sums, rows, items_are_rows, offset);
+  __shared__ SumsMemory sums, row_sums;
+  const ItemLengths<kRagged> kv_len(row_sums, rows, items_are_rows, args.offsets[first]);
   if (kind == ScheduleKind::kPagedMqa) {
-    const auto context_length = [&](int32_t kv_len) {
-      return rules.index_kpool == 1 ? kv_len : Max(rules.pooled(kv_len), 1);
-    };
-    WritePagedMqaSchedule(sums, wanted.paged_mqa, wanted.paged_mqa.items(rows), next_n, lengths,
-                          context_length, [&](int64_t index, int32_t value) {
-                            store(&ScheduleArrays::paged_mqa_schedule, index, value);
-                          });
-    return;
+    WritePagedMqaSchedule(
+        sums, paged_mqa, paged_mqa.items(rows), next_n, stride,
+        [&](int32_t item) { return PagedMqaSchedule::length(kv_len(item), rules); },
+        store(&ScheduleArrays::paged_mqa_schedule));
+  } else if (kind == ScheduleKind::kTopkPlan) {
+    if (share > 0) return;
+    WriteTopkPlan(args.schedules.topk_plan, rows.count, args.is_fresh, kv_len,
+                  store(&ScheduleArrays::topk_plan));
+  } else {
+    WriteFlashMla(
+        sums, flash_mla, flash_mla.items(rows), stride,
+        [&](int32_t item) { return flash_mla.length(kv_len(item), rules); }, store_row,
+        store_splits);
   }
-  if (kind == ScheduleKind::kTopkPlan) {
-    WriteTopkPlan(wanted.topk_plan, rows.count, args.is_fresh, lengths,
-                  [&](int64_t index, int32_t value) {
-                    store(&ScheduleArrays::topk_plan, index, value);
-                  });
-    return;
-  }
-  const int32_t items = flash_mla.items(rows);
-  const auto store_row = [&](int32_t part, const int32_t (&row)[8]) {
-#pragma unroll 1
-    for (int b = first; b < end; ++b) {
-      int32_t* const to = args.arrays[b].flash_mla_schedule + 8 * int64_t{part};
-#pragma unroll
-      for (int k = 0; k < 8; ++k) to[k] = row[k];
-    }
-  };
-  const auto store_splits = [&](int32_t i, int32_t splits) {
-    store(&ScheduleArrays::flash_mla_num_splits, i, splits);
-  };
-  WriteFlashMla(sums, flash_mla, items, lengths,
-                [&](int32_t kv_len) { return flash_mla.length(kv_len, rules); }, store_row,
-                store_splits);
 }
 
 }  // namespace jaxnsa
