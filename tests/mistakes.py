@@ -1300,8 +1300,8 @@ MISTAKES = [
     Mistake(
         "cuda: a part that begins on a boundary is inside",
         "ffi/cuda/flash_mla.cuh",
-        "item < items && behind < 0",
-        "item < items && behind <= 0",
+        "Max(later - at, 0)",
+        "Max(later - at + 1, 0)",
         schedules("ffi"),
     ),
     Mistake(

@@ -3,8 +3,9 @@
 // FlashMLA hands out blocks part by part. An item costs its blocks and an overhead; a part has room
 // for `step` blocks and one overhead. In units of cost, with a boundary before each item and one
 // behind the last, a part that begins at p ends at p + step, or on the last boundary up to one
-// overhead behind that: it snaps there, and all that follow begin as much later. An item costs more
-// than an overhead: each of these then has the same last boundary in reach, or the next one.
+// overhead behind that: it snaps there, and all that follow begin as much later. Parts that snap
+// begin ever later than without snaps: one part begins as much later as, of those before it, the
+// last that snaps, the greatest of all. It may so have its next boundary in reach, and snap there.
 #ifndef JAXNSA_CUDA_FLASH_MLA_CUH_
 #define JAXNSA_CUDA_FLASH_MLA_CUH_
 
@@ -31,39 +32,45 @@ __device__ void FindPartBegins(const FlashMlaSchedule& schedule, int32_t items, 
   const int32_t parts = schedule.num_sm_parts, overhead = schedule.fixed_overhead_blocks;
   const int64_t step = CeilDiv(costs.total(), parts);
   const auto lane = static_cast<int32_t>(threadIdx.x % kWarpThreads);
-  int64_t later = 0;  // than without snaps
+  int64_t begin = lane * step;  // if none of these 32 snaps
   int32_t inside = 0;
 #pragma unroll 1
   for (int32_t part = lane; part - lane <= parts; part += kWarpThreads) {
-    const int64_t begin = part * step + later;
     const Found found = costs.Find(begin + overhead);
     int32_t item = found.index;
-    // How far the item's boundary is behind `begin`, and the next one, which is out of reach.
-    auto behind = static_cast<int32_t>(found.sum - begin);
+    // How far the item's boundary is behind `begin`, and the next one.
+    auto at = static_cast<int32_t>(found.sum - begin);
     int32_t next = 0;
     const auto reach = [&] {
-      next = item < items ? behind + static_cast<int32_t>(costs.value(item)) : kInt32Max;
-      if (item == items) behind = 0;
+      next = item < items ? at + static_cast<int32_t>(costs.value(item)) : kInt32Max;
+      if (item == items) at = 0;
     };
     reach();
+    int32_t later, latest;  // than `begin`: this part, if it does not snap, and those behind the 32
 #pragma unroll 1
-    while (const uint32_t snapping = __ballot_sync(kWholeWarp, behind > 0)) {
-      const int first = __ffs(static_cast<int32_t>(snapping)) - 1;
-      const int32_t by = __shfl_sync(kWholeWarp, behind, first);
-      later += by;
-      if (lane < first) continue;
-      behind -= by;
-      next -= by;
-      if (next > overhead) continue;
+    while (true) {
+      later = Max(at, 0);
+#pragma unroll
+      for (int distance = 1; distance < kWarpThreads; distance *= 2) {
+        const int32_t before = __shfl_sync(kWholeWarp, later, (lane - distance) & 31);
+        if (lane >= distance) later = Max(later, before);
+      }
+      latest = __shfl_sync(kWholeWarp, later, kWarpThreads - 1);
+      later = __shfl_sync(kWholeWarp, later, (lane - 1) & 31);
+      if (lane == 0) later = 0;
+      const bool reaches_next = next - later <= overhead;
+      if (__ballot_sync(kWholeWarp, reaches_next) == 0) break;
+      if (!reaches_next) continue;
       ++item;
-      behind = next;
+      at = next;
       reach();
     }
-    const bool is_inside = item < items && behind < 0;
-    const uint32_t are_inside = __ballot_sync(kWholeWarp, is_inside);
+    const int32_t block = item < items ? Max(later - at, 0) : 0;
+    const uint32_t are_inside = __ballot_sync(kWholeWarp, block > 0);
     const int32_t before = __popc(are_inside & ((1u << lane) - 1));
-    if (part <= parts) begins[part] = {item, is_inside ? -behind : 0, inside + before};
+    if (part <= parts) begins[part] = {item, block, inside + before};
     inside += __popc(are_inside);
+    begin += kWarpThreads * step + latest;
   }
 }
 
