@@ -1300,8 +1300,8 @@ MISTAKES = [
     Mistake(
         "cuda: a part that begins on a boundary is inside",
         "ffi/cuda/flash_mla.cuh",
-        "Max(later - at, 0)",
-        "Max(later - at + 1, 0)",
+        "Max(later.by - at, 0)",
+        "Max(later.by - at + 1, 0)",
         schedules("ffi"),
     ),
     Mistake(

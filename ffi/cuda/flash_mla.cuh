@@ -3,13 +3,14 @@
 // FlashMLA hands out blocks part by part. An item costs its blocks and an overhead; a part has room
 // for `step` blocks and one overhead. In units of cost, with a boundary before each item and one
 // behind the last, a part that begins at p ends at p + step, or on the last boundary up to one
-// overhead behind that: it snaps there, and all that follow begin as much later. Parts that snap
-// begin ever later than without snaps: one part begins as much later as, of those before it, the
-// last that snaps, the greatest of all. It may so have its next boundary in reach, and snap there.
+// overhead behind that: it snaps there, and all that follow begin as much later. How much later
+// than without snaps a part begins never falls from one to the next: it is the greatest of what the
+// parts before it snap by. That may bring its next boundary within reach, to which it then snaps.
 #ifndef JAXNSA_CUDA_FLASH_MLA_CUH_
 #define JAXNSA_CUDA_FLASH_MLA_CUH_
 
 #include <cstdint>
+#include <cub/block/block_scan.cuh>
 
 #include "schedules.cuh"
 #include "shared_sums.cuh"
@@ -25,17 +26,30 @@ struct PartBegin {
 
 using PartBegins = PartBegin[kMostParts + 1];
 
-// Finds where parts begin, 32 at a time, and behind them where the work ends. Called by one warp.
+// By how much parts begin later than without snaps.
+struct Later {
+  int32_t by;
+
+  friend __device__ Later operator+(Later a, Later b) { return {Max(a.by, b.by)}; }
+};
+
+// Finds where parts begin, 128 at a time, and behind them where the work ends. Called by all
+// threads of the block.
 template <typename Costs>
 __device__ void FindPartBegins(const FlashMlaSchedule& schedule, int32_t items, const Costs& costs,
                                PartBegins& begins) {
+  using LaterScan = cub::BlockScan<Later, kThreads, cub::BLOCK_SCAN_WARP_SCANS>;
+  using CountScan = cub::BlockScan<int32_t, kThreads, cub::BLOCK_SCAN_WARP_SCANS>;
+  __shared__ typename LaterScan::TempStorage later_temp;
+  __shared__ typename CountScan::TempStorage count_temp;
   const int32_t parts = schedule.num_sm_parts, overhead = schedule.fixed_overhead_blocks;
   const int64_t step = CeilDiv(costs.total(), parts);
-  const auto lane = static_cast<int32_t>(threadIdx.x % kWarpThreads);
-  int64_t begin = lane * step;  // if none of these 32 snaps
+  int64_t earlier = 0;  // by how much the parts before these begin later
   int32_t inside = 0;
 #pragma unroll 1
-  for (int32_t part = lane; part - lane <= parts; part += kWarpThreads) {
+  for (int32_t first = 0; first <= parts; first += kThreads) {
+    const int32_t part = first + static_cast<int32_t>(threadIdx.x);
+    const int64_t begin = Min(part, parts) * step + earlier;  // if none of these 128 snaps
     const Found found = costs.Find(begin + overhead);
     int32_t item = found.index;
     // How far the item's boundary is behind `begin`, and the next one.
@@ -46,31 +60,24 @@ __device__ void FindPartBegins(const FlashMlaSchedule& schedule, int32_t items, 
       if (item == items) at = 0;
     };
     reach();
-    int32_t later, latest;  // than `begin`: this part, if it does not snap, and those behind the 32
+    Later later, latest;  // this part, if it does not snap, and those behind the 128
 #pragma unroll 1
     while (true) {
-      later = Max(at, 0);
-#pragma unroll
-      for (int distance = 1; distance < kWarpThreads; distance *= 2) {
-        const int32_t before = __shfl_sync(kWholeWarp, later, (lane - distance) & 31);
-        if (lane >= distance) later = Max(later, before);
-      }
-      latest = __shfl_sync(kWholeWarp, later, kWarpThreads - 1);
-      later = __shfl_sync(kWholeWarp, later, (lane - 1) & 31);
-      if (lane == 0) later = 0;
-      const bool reaches_next = next - later <= overhead;
-      if (__ballot_sync(kWholeWarp, reaches_next) == 0) break;
+      LaterScan(later_temp).ExclusiveSum(Later{Max(at, 0)}, later, latest);
+      const bool reaches_next = next - later.by <= overhead;
+      if (!__syncthreads_or(reaches_next)) break;
       if (!reaches_next) continue;
       ++item;
       at = next;
       reach();
     }
-    const int32_t block = item < items ? Max(later - at, 0) : 0;
-    const uint32_t are_inside = __ballot_sync(kWholeWarp, block > 0);
-    const int32_t before = __popc(are_inside & ((1u << lane) - 1));
+    const int32_t block = item < items ? Max(later.by - at, 0) : 0;
+    int32_t before, count;
+    CountScan(count_temp).ExclusiveSum(block > 0, before, count);
     if (part <= parts) begins[part] = {item, block, inside + before};
-    inside += __popc(are_inside);
-    begin += kWarpThreads * step + latest;
+    inside += count;
+    earlier += latest.by;
+    __syncthreads();
   }
 }
 
@@ -87,8 +94,7 @@ __device__ void WriteFlashMla(SumsMemory& memory, const FlashMlaSchedule& schedu
     return FlashMlaSchedule::blocks(length(item)) + schedule.fixed_overhead_blocks;
   };
   const SharedSums<decltype(cost)> costs(memory, items, cost);
-  if (threadIdx.x < kWarpThreads) FindPartBegins(schedule, items, costs, begins);
-  __syncthreads();
+  FindPartBegins(schedule, items, costs, begins);
 #pragma unroll 1
   for (int64_t k = stride.first; k <= int64_t{parts} + items; k += stride.step) {
     const bool is_part = k < parts;

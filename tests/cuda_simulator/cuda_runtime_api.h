@@ -57,6 +57,17 @@ void RequireAligned(const void* pointer, size_t bytes);
 
 inline void __syncthreads() { cuda_simulator::Synchronize(); }
 
+// A block's threads take turns on one of the host's.
+inline int __syncthreads_or(int condition) {
+  thread_local int any;
+  __syncthreads();
+  any = 0;
+  __syncthreads();
+  any |= condition;
+  __syncthreads();
+  return any;
+}
+
 // Of all threads of a warp: other masks are not needed.
 inline uint32_t __ballot_sync(uint32_t, bool condition) {
   const auto given = cuda_simulator::Exchange(condition);
