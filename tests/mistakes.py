@@ -366,7 +366,7 @@ MISTAKES = [
         f"{TRITON}/fused_metadata.py",
         "tl.minimum(tl.maximum(index, 0), sizes.pool_rows - 1)",
         "tl.maximum(index, 0) % (sizes.pool_rows + 1)",
-        triton("batch_sizes"),
+        triton("extreme_values"),
     ),
     Mistake(
         "triton: tail zero is copy",
