@@ -59,6 +59,22 @@ HEADLINES = (
         "hot_device_us",
     ),
     Headline(
+        "the same where each request has one new token, device time",
+        "nvidia-h200",
+        "incremental",
+        {
+            "history": "all rows alike",
+            "slots": "stay",
+            "bs": 32,
+            "max_len": 65_536,
+            "live": 65_536,
+            "changed_percent": 0.00153,
+        },
+        "pallas",
+        "pallas, full",
+        "step_us",
+    ),
+    Headline(
         "verify of 4 drafts, 64 requests, device time",
         "nvidia-h200",
         "roofline",
