@@ -119,7 +119,7 @@ MISTAKES = [
         XLA,
         "tokens // self.tokens_per_column + (tokens % self.tokens_per_column > 0)",
         "(tokens + self.tokens_per_column - 1) // self.tokens_per_column",
-        operations("xla", "padding_rows_and_dead_columns"),
+        operations("xla", "tiles_and_tails"),
     ),
     Mistake(
         "xla: the last tile of keep ends past the table",

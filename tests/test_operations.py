@@ -204,8 +204,8 @@ def test_tables_of_many_tiles(bs, max_len, tail, mode, implementation):
     )
 
 
-@pytest.mark.parametrize("slack", (-9, 0, 40, *of_blocks(-1000, -1)))
-@pytest.mark.parametrize("bs", (0, 1, 5, *of_blocks(31, 100)))
+@pytest.mark.parametrize("slack", (-3, 0, 40, *of_blocks(-1000, -1)))
+@pytest.mark.parametrize("bs", (5, 0, 1, *of_blocks(31, 100)))
 @pytest.mark.parametrize("in_place", (False, True))
 def test_draft_extend_capacity(bs, slack, in_place, implementation):
     mode = ForwardMode.DRAFT_EXTEND
@@ -338,7 +338,7 @@ def test_single_backend_functions(implementation):
         assert pointers(result) == where
 
 
-@pytest.mark.parametrize("slack", (5, -2, None, -(10**6)))
+@pytest.mark.parametrize("slack", (None, 5, -2, -(10**6)))
 @pytest.mark.parametrize("bs", BATCH_SIZES)
 def test_fill_draft_extend_metadata(bs, slack, implementation):
     seq_lens, _, _ = inputs(bs, seed=bs)
