@@ -164,6 +164,9 @@ void LoadCopy();
 // Whether a device is the one that launches go to.
 bool IsCurrentDevice(int device);
 
+// Whether what is launched on a stream becomes part of a graph.
+bool IsCapturing(Stream stream);
+
 }  // namespace jaxnsa
 
 #endif  // JAXNSA_COMPUTATIONS_H_

@@ -67,7 +67,7 @@ bool PreparedLaunch::TryLaunch(const Rows& rows, nb::handle seq_lens, nb::handle
   }
   Stream stream;
   if (!CurrentStream(*api_, expected_[0], &stream)) return Decline("there is no current stream");
-  FusedMetadata(stream, args_);
+  Run(stream);
   return true;
 }
 
@@ -85,6 +85,14 @@ void PreparedLaunch::Launch(Stream stream, const Rows& rows, Vector seq_lens,
   args_.written_lens = written_lens.value_or(Vector{});
   args_.max_new_tokens = max_new_tokens;
   args_.tracker.request_ids = request_ids.value_or(Vector{});
+  Run(stream);
+}
+
+void PreparedLaunch::Run(Stream stream) {
+  has_tracked_ = has_tracked_ || args_.tracker.request_ids.data != nullptr;
+  // Before the first step that tracks there is nothing to forget; a graph may be replayed after it.
+  args_.tracker.advances =
+      args_.tracker.rows != nullptr && (has_tracked_ || IsCapturing(stream));
   FusedMetadata(stream, args_);
 }
 

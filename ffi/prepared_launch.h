@@ -51,7 +51,7 @@ class PreparedLaunch {
   // Lets launches keep track of what table rows hold, in memory that stays where it is, zeros at
   // first: `rows` elements of `held`, and one of `readers` for each request.
   void Track(HeldRow* held, int32_t rows, uint32_t* readers) {
-    args_.tracker = {held, rows, readers, {}, true};
+    args_.tracker = {held, rows, readers, {}, false};
   }
 
   // Takes a step's tensors as they are and launches on their framework's current stream. Returns
@@ -72,6 +72,7 @@ class PreparedLaunch {
 
  private:
   void TakeRows(const Rows& rows);
+  void Run(Stream stream);
   bool Decline(std::string reason) {
     declined_ = std::move(reason);
     return false;
@@ -89,6 +90,7 @@ class PreparedLaunch {
   std::vector<Tensor> expected_;  // of unchanged_; the first one is on the device of all
   std::vector<Span> written_;
   int64_t min_columns_ = 1;
+  bool has_tracked_ = false;  // whether a step's requests were known by their ids
   std::string declined_ = "there is no DLPack C exchange API";
 };
 

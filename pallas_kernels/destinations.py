@@ -3,8 +3,6 @@
 import itertools
 from typing import Any
 
-import jax
-
 from jaxnsa.spec import Spec
 from pallas_kernels.lanes import LANES, Lanes, Scalar
 from pallas_kernels.tables import Destination
@@ -33,7 +31,7 @@ class Destinations:
             return [(refs[name], (k,)) for k in backends]
         return [(self._refs[k][name], ()) for k in backends]
 
-    def store(self, offset: int, index: Scalar, **values: jax.Array) -> None:
+    def store(self, offset: int, index: Scalar, **values: Scalar) -> None:
         """Stores a value at an index of each named array, if wanted, of an offset's backends."""
         for name, value in self._of_wanted(values):
             for ref, lead in self.of(name, offset):

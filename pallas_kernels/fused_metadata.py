@@ -259,6 +259,13 @@ def _write_lengths(
         store(i + 1, cu_seqlens_k=sums.cache_seqlens + request.cache_seqlen)
         pl.when(i == 0)(lambda: store(0, cu_seqlens_k=jnp.int32(0), nsa_cu_seqlens_k=jnp.int32(0)))
 
+    if isinstance(request.q, int) and request.q == 1:
+        # Vectors of one element would cost the blocks of the tables registers, and so occupancy.
+        store(i, **row_values(request.cache_seqlen, topk, i, sums.cache_seqlens))
+        nsa_sum = sums.nsa_cache_seqlens + request.nsa_sum(jnp.int32(0), topk)
+        store(i + 1, nsa_cu_seqlens_k=nsa_sum)
+        return
+
     def write_rows(first):
         j, count = first + lanes.iota(LANES), location.rows - first
         row = location.first_row + first

@@ -228,19 +228,25 @@ class Lanes:
             self._inline(ptx.store, width, vector)(ref.at[index], vector)
 
     def store_part(self, ref, index, vector: jax.Array, start, first, end, width: int = 1) -> None:
-        """Stores columns [first, end) of a vector that begins at column `start`, no others."""
+        """Stores columns [first, end) of a vector that begins at column `start`, no others.
+
+        Where `first` is None, from `start` on.
+        """
         column = start + self.iota(vector.size, width)
-        left, skipped = end - column, first - column
         if self._interpret:
-            ref[index] = jnp.where((left > 0) & (skipped <= 0), vector, ref[index])
-        else:
-            store = self._inline(ptx.store_part, width, vector, left, skipped)
-            store(ref.at[index], vector, left, skipped)
+            is_stored = (column < end) & (column >= (start if first is None else first))
+            ref[index] = jnp.where(is_stored, vector, ref[index])
+            return
+        bounds = [end - column, *([] if first is None else [first - column])]
+        store = self._inline(ptx.store_part, width, vector, *bounds)
+        store(ref.at[index], vector, *bounds)
 
     def store_pages(
         self, ref, index, columns: jax.Array, start, first, end, page: int, width: int = 1
     ) -> None:
         """Stores the pages of a table's columns [start, start + columns.size) in [first, end).
+
+        Where `first` is None, of those below `end`.
 
         A page starts where a column is a multiple of `page`: its number, the column's value divided
         by `page`, goes to `ref[(*index, column // page)]`. At most one starts in an access: `page`
@@ -248,7 +254,9 @@ class Lanes:
         """
         column = start + self.iota(columns.size, width)
         position = floor_div(column, page)
-        starts = (column == position * page) & (column >= first) & (column < end)
+        starts = (column == position * page) & (column < end)
+        if first is not None:
+            starts &= column >= first
         pages = floor_div(columns, page)
         if not self._interpret:
             positions = jnp.where(starts, position, -1)
@@ -267,7 +275,7 @@ class Lanes:
 
         @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), *layouts))
         def inlined(_, memory, *registers):
-            store(memory, *registers, width, **options)
+            store(memory, *registers, width=width, **options)
 
         return inlined
 

@@ -33,7 +33,8 @@ def store_part(
     memory: ir.Value,
     registers: mgpu.FragmentedArray,
     left: mgpu.FragmentedArray,
-    skipped: mgpu.FragmentedArray,
+    skipped: mgpu.FragmentedArray | None = None,
+    *,
     width: int,
 ) -> None:
     """Stores some elements of an int32 array to global memory, and touches nothing else.
@@ -43,24 +44,32 @@ def store_part(
       registers: the array, with `width` neighbouring elements in each access.
       left: int32, elements from this one on before the end of those that are stored; not above 0:
         none.
-      skipped: int32, elements from this one on before the first one that is stored.
+      skipped: int32, elements from this one on before the first one that is stored; None: none.
       width: 1, 2 or 4.
     """
+    bounds = [
+        [values[0] for _, values in _accesses(memory, bound, width)]
+        for bound in (left, skipped)
+        if bound is not None
+    ]
     left_operand, skipped_operand = f"${width + 1}", f"${width + 2}"
+
+    def and_not_skipped(predicate: str, k: int) -> list[str]:
+        if skipped is None:
+            return []
+        return [f"setp.le.and.s32 {predicate}, {skipped_operand}, {k}, {predicate};"]
+
     lines = [
         ".reg .pred whole, part;",
         f"setp.gt.s32 whole, {left_operand}, {width - 1};",
-        f"setp.le.and.s32 whole, {skipped_operand}, 0, whole;",
+        *and_not_skipped("whole", 0),
         f"@whole {_instruction(width)}",
     ]
     if width > 1:
         for k in range(width):
             lines.append(f"setp.gt.and.s32 part, {left_operand}, {k}, !whole;")
-            lines.append(f"setp.le.and.s32 part, {skipped_operand}, {k}, part;")
+            lines += and_not_skipped("part", k)
             lines.append(f"@part st.global.cs.b32 [$0+{4 * k}], ${k + 1};")
-    bounds = [
-        [values[0] for _, values in _accesses(memory, bound, width)] for bound in (left, skipped)
-    ]
     accesses = _accesses(memory, registers, width)
     for (pointer, values), *of_access in zip(accesses, *bounds, strict=True):
         _assembly(f"{{ {' '.join(lines)} }}", pointer, *values, *of_access)

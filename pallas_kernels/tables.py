@@ -285,14 +285,13 @@ class _Writer:
         def part():
             for ref, lead in targets.tables:
                 index = (*lead, row, columns)
-                low = start if first is None else first
-                lanes.store_part(ref, index, values, start, low, live, table.width)
+                lanes.store_part(ref, index, values, start, first, live, table.width)
 
         is_whole = start + (table.vector - 1) < live
         if first is not None:
             is_whole &= first <= start
         lax.cond(is_whole, whole, part)
-        self._store_pages(targets, row, start, start if first is None else first, live, values)
+        self._store_pages(targets, row, start, first, live, values)
 
     def _overwrite(self, vectors: Sequence[Vector], location: Location | None) -> None:
         """Stores every column, 0 past the live ones with tail "zero" and in padding rows."""
@@ -306,7 +305,7 @@ class _Writer:
             for ref, lead in targets.tables:
                 index = (*lead, row, pl.ds(start, table.vector))
                 lanes.store(ref, index, values, table.width)
-            self._store_pages(targets, row, start, start, table.max_len, values)
+            self._store_pages(targets, row, start, None, table.max_len, values)
 
         def write_row(j, row):
             for targets in self.targets:

@@ -328,8 +328,8 @@ MISTAKES = [
     Mistake(
         "pallas: a page past the live columns",
         "pallas_kernels/lanes.py",
-        "(column < end)",
-        "(column <= end)",
+        "starts = (column == position * page) & (column < end)",
+        "starts = (column == position * page) & (column <= end)",
         pallas("padding_rows_and_dead_columns"),
     ),
     Mistake(

@@ -244,4 +244,6 @@ void LoadFusedMetadata() {}
 
 bool IsCurrentDevice(int) { return true; }
 
+bool IsCapturing(Stream) { return false; }
+
 }  // namespace jaxnsa

@@ -44,7 +44,6 @@ __device__ int32_t AdvanceTracker(const BatchTracker& tracker, int32_t i, int64_
 // rows where no request is known. Called by all threads of one block.
 template <bool kTablesRagged>
 __device__ void ForgetOtherRows(const BatchTracker& tracker, const Rows& rows) {
-  if (!tracker.advances) return;
   int64_t first = 0;
   if (tracker.request_ids.data != nullptr) {
     const auto q_of = [&](int64_t i) -> int64_t { return rows.q(i); };

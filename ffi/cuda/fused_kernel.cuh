@@ -43,6 +43,16 @@ constexpr int64_t kMostLengthBlocks = 1024;
 // Blocks that share the rows of a schedule, each of which computes what all of them need.
 constexpr int64_t kMostScheduleShares = 16;
 
+// A backend's arrays of lengths, null at compile time where a kernel is never asked for them.
+template <bool kPrefill, bool kSchedules>
+__device__ Lengths Wanted(Lengths to) {
+  if constexpr (!kPrefill) {
+    to.token_to_request = to.indexer_ks = to.indexer_ke = to.topk_indices_offset = nullptr;
+  }
+  if constexpr (!kSchedules) to.pooled_cache_seqlens = to.paged_mqa_ctx_lens = nullptr;
+  return to;
+}
+
 // `kWhole`: no columns are held, and all backends are computed for the same lengths. `kSchedules`:
 // schedules or pooled arrays are wanted.
 template <int kWidth, bool kRagged, bool kTablesRagged, bool kWhole, int kCapacity, bool kSchedules>
@@ -64,9 +74,14 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor<kSchedules>
     const int32_t blocks = groups * shares, b = blocks == 1 ? block : block / blocks;
     if (b < args.num_backends) {
       const int32_t group = block % blocks / shares;
-      WriteLengths<kRagged>(args.rows, args.row_rules, {groups, group, shares, block % shares},
-                            kWhole ? 0 : args.backend_offsets[b], args.lengths[b]);
-      if (block == 0) ForgetOtherRows<kTablesRagged>(args.tracker, args.rows);
+      RowRules rules = args.row_rules;
+      if constexpr (!kSchedules) rules.index_kpool = 1;
+      WriteLengths<kRagged>(args.rows, rules, {groups, group, shares, block % shares},
+                            kWhole ? 0 : args.backend_offsets[b],
+                            Wanted<kRagged && !kTablesRagged, kSchedules>(args.lengths[b]));
+      if (block == 0 && args.advances_tracker) {
+        ForgetOtherRows<kTablesRagged>(args.tracker, args.rows);
+      }
     } else if (kRagged && !kTablesRagged) {
       WriteKeys(args, block - args.num_backends * blocks);
     }
@@ -130,6 +145,7 @@ void TakeSchedules(const FusedMetadataArguments& args, ScheduleParameters<kCapac
   parameters->schedules = wanted;
   for (int b = 0; b < args.num_backends; ++b) {
     parameters->arrays[b] = args.backends[b].schedules;
+    parameters->pooled_page_tables[b] = args.backends[b].tables.pooled_page_table;
     parameters->offsets[b] = args.backend_offsets[b];
   }
 }
@@ -157,8 +173,10 @@ void LaunchFusedMetadata(Stream stream, const FusedMetadataArguments& args) {
   parameters.rows = rows;
   parameters.row_rules = args.row_rules();
   parameters.clears_padding = args.tail != Tail::kKeep;
+  parameters.advances_tracker = args.tracker.advances;
   for (int b = 0; b < args.num_backends; ++b) {
-    parameters.tables[b] = args.backends[b].tables;
+    const Tables& tables = args.backends[b].tables;
+    parameters.tables[b] = {tables.page_indices, tables.real_page_table};
     parameters.lengths[b] = args.backends[b].lengths;
     parameters.backend_offsets[b] = args.backend_offsets[b];
   }

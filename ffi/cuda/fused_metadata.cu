@@ -56,4 +56,10 @@ bool IsCurrentDevice(int device) {
   return cudaGetDevice(&current) == cudaSuccess && current == device;
 }
 
+bool IsCapturing(Stream stream) {
+  cudaStreamCaptureStatus status;
+  return cudaStreamIsCapturing(static_cast<cudaStream_t>(stream), &status) == cudaSuccess &&
+         status != cudaStreamCaptureStatusNone;
+}
+
 }  // namespace jaxnsa

@@ -71,9 +71,16 @@ struct alignas(16) ScheduleParameters {
   Schedules schedules;
   int32_t offsets[kCapacity];
   ScheduleArrays arrays[kCapacity];
+  int32_t* pooled_page_tables[kCapacity];
 };
 
 struct NoScheduleParameters {};
+
+// The tables that every launch may write; null: not wanted.
+struct PageTables {
+  int32_t* page_indices;
+  int32_t* real_page_table;
+};
 
 // In the order in which the blocks that write tables need them. A multiprocessor fetches parameters
 // 64 bytes at once and waits for each fetch; the first 16 of the first 64 hold no parameters.
@@ -95,11 +102,12 @@ struct Parameters {
 
   int32_t num_backends;
   bool requests_are_items;
-  Tables tables[kCapacity];
+  PageTables tables[kCapacity];
 
   Rows rows;
   RowRules row_rules;
   bool clears_padding;
+  bool advances_tracker;
   int32_t length_groups;  // groups of 128 requests, of a backend
   int32_t length_shares;  // blocks that share the rows of a group
   int32_t key_blocks;     // after those of lengths

@@ -81,20 +81,23 @@ template <int kCapacity, bool kSchedules, typename OfBackend>
 __device__ __forceinline__ void StorePage(const Parameters<kCapacity, kSchedules>& args,
                                           int64_t row, int32_t page, int64_t token, int32_t number,
                                           const RowContents<OfBackend>& contents) {
-  const auto store = [&](int32_t* Tables::* table, int64_t offset) {
-    ForEach(args.tables, args.num_backends, [&](const Tables& to, int b) {
+  const auto store = [&](const auto& tables, auto table_of, int64_t offset) {
+    ForEach(tables, args.num_backends, [&](const auto& to, int b) {
       const RowContent content = contents.of_backend(b);
       if (token >= content.end) return;
-      (to.*table)[offset] = token < content.live ? number : 0;
+      table_of(to)[offset] = token < content.live ? number : 0;
     });
   };
-  store(&Tables::real_page_table, row * args.real_page_table_stride + page);
+  store(args.tables, [](const PageTables& to) { return to.real_page_table; },
+        row * args.real_page_table_stride + page);
   if constexpr (kSchedules) {
-    if (args.tables[0].pooled_page_table == nullptr) return;
-    const Divisor& pages = args.schedules.pages_per_pooled_page;
+    const auto& schedules = args.schedules;
+    if (schedules.pooled_page_tables[0] == nullptr) return;
+    const Divisor& pages = schedules.pages_per_pooled_page;
     const int32_t pooled = pages.Divide(page);
     if (pooled * pages.value != page) return;
-    store(&Tables::pooled_page_table, row * args.schedules.pooled_page_table_stride + pooled);
+    store(schedules.pooled_page_tables, [](int32_t* to) { return to; },
+          row * schedules.pooled_page_table_stride + pooled);
   }
 }
 
@@ -129,7 +132,7 @@ struct Columns {
       int32_t stored[kWidth];
 #pragma unroll
       for (int e = 0; e < kWidth; ++e) stored[e] = column < shortest.live ? value[e] : 0;
-      ForEach(args.tables, args.num_backends, [&](const Tables& to, int) {
+      ForEach(args.tables, args.num_backends, [&](const PageTables& to, int) {
         Access<kWidth>::Store(to.page_indices + offset, stored);
       });
     } else if (column < longest.end) {
