@@ -19,6 +19,8 @@ STYLES = {
     "ffi": ("#EE6677", "^"),
     "xla": ("#CCBB44", "D"),
 }
+BESIDE = ", full"
+"""Ends the name of what is drawn beside another of that name."""
 OTHERS = (
     ("#66CCEE", "v"),
     ("#AA3377", "P"),
@@ -59,15 +61,21 @@ def _draw(plot: Plot, report: Report, folder: Path) -> Path | None:
     if len(ticks) < 2:
         return None
     figure, axes = pyplot.subplots(figsize=(7, 4.5), layout="constrained")
-    others = iter(OTHERS)
+    looks, others = dict(STYLES), iter(OTHERS)
     for name in report.names:
         points = sorted(
             (r.case[plot.x], r.metrics[report.metric]) for r in records if r.name == name
         )
         if points:
-            color, marker = STYLES.get(name) or next(others)
+            own = name.removesuffix(BESIDE)
+            color, marker = looks[own] = looks.get(own) or next(others)
             axes.plot(
-                *zip(*points, strict=True), color=color, marker=marker, markersize=5, label=name
+                *zip(*points, strict=True),
+                color=color,
+                linestyle="-" if name == own else ":",
+                marker=marker,
+                markersize=5,
+                label=name,
             )
             spread = _spread(records, name, plot.x, report.metric)
             at, low, high = zip(*spread, strict=True)
@@ -75,10 +83,11 @@ def _draw(plot: Plot, report: Report, folder: Path) -> Path | None:
     if plot.roof:
         roof = sorted({(r.case[plot.x], r.metrics["roof_us"]) for r in records})
         axes.plot(*zip(*roof, strict=True), color="black", linestyle="--", label="roof")
-    axes.set_xscale("log", base=2)
+    if plot.log:
+        axes.set_xscale("log", base=2)
+        axes.set_xticks(ticks, [f"{tick:,}" for tick in ticks])
+        axes.xaxis.set_minor_locator(ticker.NullLocator())
     axes.set_yscale("log")
-    axes.set_xticks(ticks, [f"{tick:,}" for tick in ticks])
-    axes.xaxis.set_minor_locator(ticker.NullLocator())
     axes.yaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
     axes.yaxis.set_minor_locator(ticker.NullLocator())
     axes.yaxis.set_major_formatter(ticker.FuncFormatter(lambda value, _: f"{value:,g}"))

@@ -31,6 +31,7 @@ class Plot(NamedTuple):
       label: of that axis, with its unit.
       where: tells by the case whether a record is drawn.
       roof: whether to draw the metric "roof_us".
+      log: whether the horizontal axis is logarithmic, as the vertical one is.
     """
 
     file: str
@@ -39,6 +40,7 @@ class Plot(NamedTuple):
     label: str
     where: Callable[[dict[str, Any]], bool]
     roof: bool = False
+    log: bool = True
 
 
 @dataclasses.dataclass(frozen=True)

@@ -303,6 +303,7 @@ def _plot(bs: int, live: int) -> Plot:
         "changed_percent",
         "columns that change, percent",
         lambda case: (case["history"], case["bs"]) == ("all rows alike", bs),
+        log=False,
     )
 
 
