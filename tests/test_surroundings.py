@@ -149,6 +149,8 @@ def test_lowering_for_a_platform_where_nothing_runs_says_why(name):
             match=f"implementation '{name}' cannot run here: {re.escape(reason)}",
         ):
             jax.jit(function)(lengths)
+    if missing:
+        return
     chosen = jax.jit(
         lambda x: jax.lax.platform_dependent(
             x, cpu=lambda x: jaxnsa.prefix_sum(x, implementation="xla"), cuda=functions[0]
