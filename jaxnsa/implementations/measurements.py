@@ -61,8 +61,8 @@ RULES = (
         (),
         0,
         ("pallas", "triton", "ffi", "xla"),
-        "where a launch is short pallas is ahead of triton by up to a quarter and of ffi by up to a "
-        "third; where memory decides it is within 4% of the fastest",
+        "where a launch is short pallas is ahead of triton by up to a quarter and of ffi by up to "
+        "a third; where memory decides it is within 4% of the fastest",
     ),
     Rule(
         "cpu",
