@@ -49,7 +49,7 @@ __device__ Lengths Wanted(Lengths to) {
   if constexpr (!kPrefill) {
     to.token_to_request = to.indexer_ks = to.indexer_ke = to.topk_indices_offset = nullptr;
   }
-  if constexpr (!kSchedules) to.pooled_cache_seqlens = to.paged_mqa_ctx_lens = nullptr;
+  if constexpr (!kSchedules) to.pooled_cache_seqlens = nullptr;
   return to;
 }
 
