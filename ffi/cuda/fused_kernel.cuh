@@ -46,10 +46,8 @@ constexpr int64_t kMostScheduleShares = 16;
 // A backend's arrays of lengths, null at compile time where a kernel is never asked for them.
 template <bool kPrefill, bool kSchedules>
 __device__ Lengths Wanted(Lengths to) {
-  if constexpr (!kPrefill) {
-    to.token_to_request = to.indexer_ks = to.indexer_ke = to.topk_indices_offset = nullptr;
-  }
-  if constexpr (!kSchedules) to.pooled_cache_seqlens = nullptr;
+  if constexpr (!kPrefill) to = WithoutPrefill(to);
+  if constexpr (!kSchedules) to = WithoutPooled(to);
   return to;
 }
 
