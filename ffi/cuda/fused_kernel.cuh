@@ -129,7 +129,8 @@ void TakeSchedules(const FusedMetadataArguments& args, ScheduleParameters<kCapac
     rows = std::max(rows, rows_of_kind);
   };
   if (wanted.flash_mla.num_sm_parts > 0) {
-    add(ScheduleKind::kFlashMla, wanted.flash_mla.rows(args.rows));
+    const FlashMlaSchedule& flash_mla = wanted.flash_mla;
+    add(ScheduleKind::kFlashMla, int64_t{flash_mla.num_sm_parts} + flash_mla.items(args.rows) + 1);
   }
   if (wanted.paged_mqa.num_sms > 0) add(ScheduleKind::kPagedMqa, wanted.paged_mqa.num_sms + 1);
   if (wanted.topk_plan.num_pairs > 0) add(ScheduleKind::kTopkPlan, 1);
