@@ -1278,14 +1278,14 @@ MISTAKES = [
     # The same in CUDA.
     Mistake(
         "cuda: a plan that is just full does not fit",
-        "ffi/cuda/schedules.cuh",
+        "ffi/cuda/topk_plan.cuh",
         "count > plan.capacities[lane]",
         "count >= plan.capacities[lane]",
         schedules("ffi"),
     ),
     Mistake(
         "cuda: a plan's end is what was there",
-        "ffi/cuda/schedules.cuh",
+        "ffi/cuda/topk_plan.cuh",
         "if (!is_fresh) return;",
         "if (is_fresh || !is_fresh) return;",
         schedules("ffi"),
