@@ -63,8 +63,8 @@ struct FusedMetadataArguments {
   int32_t nsa_index_topk;
   int32_t index_kpool;
   Schedules schedules;
-  // FlashMLA's arrays one behind the other, where its schedule is constant and they are known; null:
-  // they are computed.
+  // FlashMLA's arrays one behind the other, where its schedule is constant and they are known;
+  // null: they are computed.
   const int32_t* flash_mla;
   bool is_fresh;  // whether arrays hold nothing yet: what follows a top-k plan gets 0
   int32_t max_len;

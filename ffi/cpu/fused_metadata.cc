@@ -148,8 +148,8 @@ std::vector<Table> TablesOf(const FusedMetadataArguments& args) {
   return tables;
 }
 
-// Leading tokens that all of request i's table rows hold, `count` of its q; takes down what they hold
-// after the step.
+// Leading tokens that all of request i's table rows hold, `count` of its q; takes down what they
+// hold after the step.
 int32_t AdvanceTracker(const FusedMetadataArguments& args, int64_t i, int64_t first_row,
                        int64_t count, int32_t q) {
   const BatchTracker& tracker = args.tracker;

@@ -10,9 +10,9 @@
 
 namespace jaxnsa {
 
-// Leading tokens that all table rows of request i hold, `count` of them from `first_row` on, of which
-// row j sees kv_len(j) tokens. Called by all threads of the request's gridDim.x blocks; the last
-// block that has read the rows writes what they hold after the step.
+// Leading tokens that all table rows of request i hold, `count` of them from `first_row` on, of
+// which row j sees kv_len(j) tokens. Called by all threads of the request's gridDim.x blocks; the
+// last block that has read the rows writes what they hold after the step.
 template <typename KvLen>
 __device__ int32_t AdvanceTracker(const BatchTracker& tracker, int32_t i, int64_t first_row,
                                   int32_t count, int32_t seq_len, KvLen kv_len) {

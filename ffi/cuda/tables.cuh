@@ -216,7 +216,8 @@ __device__ void WriteTables(const Parameters<kCapacity, kSchedules>& args, int32
       const auto of_backend = [&](int b) {
         return kWhole ? shortest : content(args.backend_offsets[b]);
       };
-      write(row, RowContents<decltype(of_backend)>{pads ? 0 : first, shortest, longest, of_backend});
+      const int32_t begin = pads ? 0 : first;
+      write(row, RowContents<decltype(of_backend)>{begin, shortest, longest, of_backend});
     }
   };
 
