@@ -794,7 +794,9 @@ def test_the_dlpack_path_refuses_what_it_was_not_compiled_for(device):
         dlpack=DlpackOptions(engine.pool),
     )
     lengths = torch.ones(3, dtype=torch.int32, device=device)
-    with pytest.raises(ValueError, match="forward_mode: got one, or a number of draft tokens"):
+    with pytest.raises(
+        ValueError, match="TARGET_VERIFY of 2 draft tokens, expected ForwardMode.DECODE as"
+    ):
         buffers.update(
             lengths,
             lengths,

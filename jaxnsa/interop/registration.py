@@ -140,7 +140,10 @@ class Registered:
                     f"{name}.{field}: got strides {tensor.stride()}, expected a contiguous tensor"
                 )
             if not tensor.numel():
-                raise ValueError(f"{name}.{field}: got a tensor without elements")
+                raise ValueError(
+                    f"{name}.{field}: got shape {tuple(tensor.shape)}, expected at least one "
+                    f"element"
+                )
             if tensor.dim() == 2 and tensor.stride(0) != first[field].stride(0):
                 raise ValueError(
                     f"{name}.{field}: got rows {tensor.stride(0)} elements apart, expected "
