@@ -804,7 +804,7 @@ MISTAKES = [
     Mistake(
         "operations: kernels are launched for nothing",
         "jaxnsa/operations.py",
-        "_computing(name, implementation, not spec.is_empty)",
+        "_computing(name, implementation, here, not spec.is_empty)",
         "name",
         pallas("batch_sizes"),
     ),
