@@ -10,10 +10,10 @@ from jaxnsa.constant_schedules import flash_mla_constants
 from jaxnsa.implementations import native_library
 from jaxnsa.reference_schedules import flash_mla_schedule
 
-torch = pytest.importorskip("torch")
-interop = pytest.importorskip("jaxnsa.interop.torch")
-direct_path = pytest.importorskip("jaxnsa.interop.direct_path")
-BackendBuffers = interop.BackendBuffers
+torch = pytest.importorskip("torch", reason="runs where PyTorch is, as .ci/run installs it")
+
+from jaxnsa.interop import direct_path  # noqa: E402
+from jaxnsa.interop.torch import BackendBuffers, DlpackOptions  # noqa: E402
 
 REQUESTS, ROWS, MAX_LEN, PAGE, TOPK, HELD = 9, 36, 64, 4, 600, -7
 
@@ -78,7 +78,7 @@ def test_update(k, kpool, path, device):
         index_kpool=kpool,
         schedules=schedules,
         path=path,
-        dlpack=interop.DlpackOptions(pool_tensor, modes, num_draft_tokens=3),
+        dlpack=DlpackOptions(pool_tensor, modes, num_draft_tokens=3),
     )
     for step, mode in enumerate(modes * 2):
         bs = (9, 0, 5, 2)[step % 4]
