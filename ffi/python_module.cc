@@ -114,7 +114,7 @@ void Prepare(PreparedLaunch* self, nb::list backends, nb::dict strides, nb::dict
     throw std::invalid_argument("backend_offsets: got " + std::to_string(backend_offsets.size()) +
                                 " numbers, expected " + std::to_string(backends.size()));
   }
-  std::copy(backend_offsets.begin(), backend_offsets.end(), args->backend_offsets);
+  args->TakeOffsets(backend_offsets.data());
   new (self) PreparedLaunch(*args);
 }
 
@@ -134,12 +134,20 @@ void LaunchPrepared(PreparedLaunch& self, uint64_t stream, const Rows& rows,
 
 nb::object DescribeTensors(nb::handle exchange_api, nb::list tensors) {
   const ExchangeApi* const api = ExchangeApiOf(exchange_api.ptr());
-  std::vector<Tensor> described(tensors.size());
+  struct Described {
+    Tensor tensor;
+    uint64_t storage_end;
+  };
+  std::vector<Described> described(tensors.size());
   if (api == nullptr) return nb::none();
   for (size_t k = 0; k < described.size(); ++k) {
-    if (!Describe(*api, tensors[k].ptr(), &described[k])) return nb::none();
+    PyObject* const tensor = tensors[k].ptr();
+    if (!Describe(*api, tensor, &described[k].tensor) ||
+        !StorageEnd(tensor, &described[k].storage_end)) {
+      return nb::none();
+    }
   }
-  return nb::bytes(described.data(), described.size() * sizeof(Tensor));
+  return nb::bytes(described.data(), described.size() * sizeof(Described));
 }
 
 void CopyArrays(uint64_t stream, const std::vector<CopyTuple>& arrays,

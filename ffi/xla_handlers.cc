@@ -353,9 +353,7 @@ void FusedMetadataOfBuffers(Stream stream, ffi::RemainingArgs operands, ffi::Rem
   ForLaunches(num_backends, [&](int64_t first, int32_t count) {
     args->num_backends = count;
     std::copy_n(backends.begin() + first, count, args->backends);
-    for (int32_t b = 0; b < count; ++b) {
-      args->backend_offsets[b] = static_cast<int32_t>(backend_offsets[first + b]);
-    }
+    args->TakeOffsets(backend_offsets.begin() + first);
     FusedMetadata(stream, *args);
   });
 }

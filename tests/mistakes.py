@@ -768,7 +768,7 @@ MISTAKES = [
     Mistake(
         "sglang: a known step of other numbers",
         "jaxnsa/interop/sglang_fills.py",
-        "(step, *outputs)",
+        "(*step, *outputs)",
         "(step.bs, *outputs)",
         "test_sglang.py::test_wrong_arguments_are_refused_before_anything_is_written",
     ),
@@ -853,8 +853,8 @@ MISTAKES = [
     Mistake(
         "values: a length of max_len is too long",
         "jaxnsa/value_checks.py",
-        "seq_lens > max_len, seq_lens)",
-        "seq_lens >= max_len, seq_lens)",
+        "seq_lens > most, seq_lens)",
+        "seq_lens >= most, seq_lens)",
         "test_value_checks.py",
     ),
     Mistake(
@@ -1264,9 +1264,44 @@ MISTAKES = [
     Mistake(
         "native: drafts are held",
         "ffi/batch_tracker.h",
-        "{request_id, Min(kv_len, Max(seq_len, 0))}",
-        "{request_id, seq_len < 0 ? 0 : kv_len}",
+        "{request_id, Min(tokens, Max(seq_len, 0))}",
+        "{request_id, seq_len < 0 ? 0 : tokens}",
         "test_request_ids.py -k 'not dlpack'",
+    ),
+    Mistake(
+        "native: columns are held that the pool had not",
+        "ffi/cpu/fused_metadata.cc",
+        "std::min(kv_len, args.max_len)",
+        "kv_len",
+        "test_request_ids.py -k 'not dlpack'",
+    ),
+    Mistake(
+        "cuda: columns are held that the pool had not",
+        "ffi/cuda/tables.cuh",
+        "return Min(Rows::kv_len(kv_len, q, j), args.max_len);",
+        "return Rows::kv_len(kv_len, q, j);",
+        "test_request_ids.py -k 'not dlpack'",
+    ),
+    Mistake(
+        "cuda: rows hold what the backends of a launch have",
+        "ffi/cuda/fused_metadata.cu",
+        "std::copy_n(args.backend_offsets + first, part->num_backends, part->backend_offsets);",
+        "part->TakeOffsets(args.backend_offsets + first);",
+        "test_request_ids.py -k 'not dlpack'",
+    ),
+    Mistake(
+        "native: storages may end elsewhere",
+        "ffi/python_module.cc",
+        "!StorageEnd(tensor, &described[k].storage_end)",
+        "false",
+        "test_sglang.py -k storages",
+    ),
+    Mistake(
+        "interop: equal numbers are of one type",
+        "jaxnsa/interop/launch_cache.py",
+        "tuple(map(type, facts))",
+        "()",
+        "test_sglang.py -k another_type",
     ),
     Mistake(
         "native: another request's columns are held",

@@ -214,3 +214,11 @@ def test_constants_are_computed_once_for_each_size(device, monkeypatch):
             np.testing.assert_array_equal(backend["flash_mla_schedule"].cpu(), schedule)
             np.testing.assert_array_equal(backend["flash_mla_num_splits"][: bs + 1].cpu(), splits)
     assert computed == [ROWS, REQUESTS, 4]
+    # A graph could not hold what is computed while it is captured.
+    lengths = torch.zeros(3, dtype=torch.int32, device=device)
+    with monkeypatch.context() as capture:
+        capture.setattr(direct_path.DirectPath, "_is_capturing", lambda path: True)
+        buffers.update(lengths, lengths, pool)
+    assert computed == [ROWS, REQUESTS, 4]
+    buffers.update(lengths, lengths, pool)
+    assert computed == [ROWS, REQUESTS, 4, 3]

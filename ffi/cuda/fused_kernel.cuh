@@ -179,7 +179,7 @@ void LaunchFusedMetadata(Stream stream, const FusedMetadataArguments& args) {
     parameters.lengths[b] = args.backends[b].lengths;
     parameters.backend_offsets[b] = args.backend_offsets[b];
   }
-  parameters.least_offset = args.least_offset();
+  parameters.least_offset = args.least_offset;
   parameters.greatest_offset =
       *std::max_element(args.backend_offsets, args.backend_offsets + args.num_backends);
   parameters.written_lens = args.written_lens;
