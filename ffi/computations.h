@@ -84,7 +84,8 @@ struct FusedMetadataArguments {
   int32_t num_backends;
   Backend backends[kMaxBackends];         // all want the same arrays
   int32_t backend_offsets[kMaxBackends];  // tokens by which each one's seq_lens are longer
-  // The least of those of all backends that are filled from the same tracker, by one launch or several.
+  // The least of those of all backends that are filled from the same tracker, by one launch or
+  // several.
   int32_t least_offset;
 
   // Whether columns may be left alone because they are written.

@@ -187,10 +187,9 @@ __device__ void WriteTables(const Parameters<kCapacity, kSchedules>& args, int32
   if (!kWhole && exists) {
     if (args.tracker.request_ids.data != nullptr) {
       const int32_t kv_len = Rows::cache_seqlen_of(seq_len, args.least_offset, args.added_tokens);
-      written = AdvanceTracker(args.tracker, i, first_row, count, seq_len,
-                               [&](int32_t j) {
-                                 return Min(Rows::kv_len(kv_len, q, j), args.max_len);
-                               });
+      written = AdvanceTracker(
+          args.tracker, i, first_row, count, seq_len,
+          [&](int32_t j) { return Min(Rows::kv_len(kv_len, q, j), args.max_len); });
     } else if (args.written_lens.data != nullptr) {
       written = args.written_lens[i];
     }
