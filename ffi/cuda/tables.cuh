@@ -136,16 +136,15 @@ struct Columns {
         Access<kWidth>::Store(to.page_indices + offset, stored);
       });
     } else if (column < longest.end) {
-#pragma unroll 1
-      for (int b = 0; b < args.num_backends; ++b) {
+      ForEach(args.tables, args.num_backends, [&](const PageTables& to, int b) {
         const RowContent content = contents.of_backend(b);
 #pragma unroll
         for (int e = 0; e < kWidth; ++e) {
           if (column + e >= contents.first && column + e < content.end) {
-            args.tables[b].page_indices[offset + e] = column + e < content.live ? value[e] : 0;
+            to.page_indices[offset + e] = column + e < content.live ? value[e] : 0;
           }
         }
-      }
+      });
     }
     const int32_t page = args.page_size.Divide(column);
     if (args.tables[0].real_page_table == nullptr || page * args.page_size.value != column ||
@@ -194,7 +193,7 @@ __device__ void WriteTables(const Parameters<kCapacity, kSchedules>& args, int32
       written = args.written_lens[i];
     }
   }
-  const int32_t first = Min(Max(written, 0), args.max_len);
+  const int32_t first = kWhole ? 0 : Min(Max(written, 0), args.max_len);
   const RowContent padding{0, kRagged && args.clears_padding ? args.max_len : 0};
   const int32_t least_offset = kWhole ? 0 : args.least_offset;
   const int32_t greatest_offset = kWhole ? 0 : args.greatest_offset;
