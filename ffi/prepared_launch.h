@@ -42,8 +42,8 @@ class PreparedLaunch {
     flash_mla_[items] = reinterpret_cast<const int32_t*>(address);
   }
 
-  // Lets TryLaunch look at tensors by itself. It declines where one of `tensors`, or its storage, is
-  // not what it is now, if `unchanged` says so; where an input is not on their device or touches
+  // Lets TryLaunch look at tensors by itself. It declines where one of `tensors`, or its storage,
+  // is not what it is now, if `unchanged` says so; where an input is not on their device or touches
   // `written`, memory in order and apart; and where the pool has fewer columns than `min_columns`.
   void Watch(nanobind::handle exchange_api, nanobind::list tensors, bool unchanged,
              std::vector<Span> written, int64_t min_columns);
