@@ -584,7 +584,7 @@ MISTAKES = [
     Mistake(
         "cuda: every block of lengths is a backend",
         "ffi/cuda/fused_kernel.cuh",
-        "b = blocks == 1 ? block : block / blocks;",
+        "b = blocks == 1 ? block : static_cast<uint32_t>(block) / blocks;",
         "b = block;",
         operations("ffi", "batch_sizes"),
     ),

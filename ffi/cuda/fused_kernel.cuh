@@ -68,13 +68,15 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor<kSchedules>
       }
       block -= args.schedules.blocks;
     }
-    const int32_t groups = args.length_groups, shares = kRagged ? args.length_shares : 1;
-    const int32_t blocks = groups * shares, b = blocks == 1 ? block : block / blocks;
-    if (b < args.num_backends) {
-      const int32_t group = block % blocks / shares;
+    // Unsigned, and with one division at most: small batches wait for this.
+    const uint32_t groups = args.length_groups, shares = kRagged ? args.length_shares : 1;
+    const uint32_t blocks = groups * shares;
+    const uint32_t b = blocks == 1 ? block : static_cast<uint32_t>(block) / blocks;
+    if (b < static_cast<uint32_t>(args.num_backends)) {
+      const uint32_t rest = block - b * blocks, group = kRagged ? rest / shares : rest;
       RowRules rules = args.row_rules;
       if constexpr (!kSchedules) rules.index_kpool = 1;
-      WriteLengths<kRagged>(args.rows, rules, {groups, group, shares, block % shares},
+      WriteLengths<kRagged>(args.rows, rules, {groups, group, shares, rest - group * shares},
                             kWhole ? 0 : args.backend_offsets[b],
                             Wanted<kRagged && !kTablesRagged, kSchedules>(args.lengths[b]));
       if (block == 0 && args.advances_tracker) {

@@ -56,10 +56,10 @@ struct LengthSums {
 // One of the blocks of a backend: group `group` of 128 requests, of `groups`; share `share` of
 // their rows, of `shares`.
 struct LengthBlock {
-  int32_t groups;
-  int32_t group;
-  int32_t shares;
-  int32_t share;
+  uint32_t groups;
+  uint32_t group;
+  uint32_t shares;
+  uint32_t share;
 };
 
 // Writes the lengths and prefix sums of one backend, computed for `offset` tokens more, for a group
