@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from benchmarks.report import Record, Report
+from benchmarks.report import FULL, Record, Report
 from benchmarks.suite import Plot, Suite
 
 LABELS = {
@@ -19,8 +19,6 @@ STYLES = {
     "ffi": ("#EE6677", "^"),
     "xla": ("#CCBB44", "D"),
 }
-BESIDE = ", full"
-"""Ends the name of what is drawn beside another of that name."""
 OTHERS = (
     ("#66CCEE", "v"),
     ("#AA3377", "P"),
@@ -67,7 +65,7 @@ def _draw(plot: Plot, report: Report, folder: Path) -> Path | None:
             (r.case[plot.x], r.metrics[report.metric]) for r in records if r.name == name
         )
         if points:
-            own = name.removesuffix(BESIDE)
+            own = name.removesuffix(FULL)
             color, marker = looks[own] = looks.get(own) or next(others)
             axes.plot(
                 *zip(*points, strict=True),

@@ -14,8 +14,10 @@ UNITS = {
     "latency_us": "microseconds from the call to its result on the device",
     "issue_us": "microseconds until the call returns",
     "step_us": "microseconds of a step's kernels, on a CPU until its result is there: the mean",
-    "tokens": "tokens that a request keeps of a step: the mean",
 }
+
+FULL = ", full"
+"""Ends the name of a full refresh, beside that of steps that write what changed."""
 
 
 class Record(NamedTuple):

@@ -29,11 +29,11 @@ struct BatchTracker {
     return Min(static_cast<int32_t>(before.tokens), Max(seq_len, 0));
   }
 
-  // What it holds after the step, in which it sees `kv_len` tokens. Those past the request's own,
-  // such as drafts, are new in every step.
+  // What it holds after the step, in which it gets the columns of `tokens`. Those past the
+  // request's own, such as drafts, are new in every step.
   JAXNSA_HOST_DEVICE void Hold(int64_t row, int64_t request_id, int32_t seq_len,
-                               int32_t kv_len) const {
-    rows[row] = {request_id, Min(kv_len, Max(seq_len, 0))};
+                               int32_t tokens) const {
+    rows[row] = {request_id, Min(tokens, Max(seq_len, 0))};
   }
 
   // A row of no request in this step.

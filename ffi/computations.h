@@ -63,8 +63,8 @@ struct FusedMetadataArguments {
   int32_t nsa_index_topk;
   int32_t index_kpool;
   Schedules schedules;
-  // FlashMLA's arrays one behind the other, where its schedule is constant and they are known; null:
-  // they are computed.
+  // FlashMLA's arrays one behind the other, where its schedule is constant and they are known;
+  // null: they are computed.
   const int32_t* flash_mla;
   bool is_fresh;  // whether arrays hold nothing yet: what follows a top-k plan gets 0
   int32_t max_len;
@@ -84,15 +84,20 @@ struct FusedMetadataArguments {
   int32_t num_backends;
   Backend backends[kMaxBackends];         // all want the same arrays
   int32_t backend_offsets[kMaxBackends];  // tokens by which each one's seq_lens are longer
+  // The least of those of all backends that are filled from the same tracker, by one launch or
+  // several.
+  int32_t least_offset;
 
   // Whether columns may be left alone because they are written.
   bool may_hold_columns() const {
     return written_lens.data != nullptr || tracker.request_ids.data != nullptr;
   }
 
-  // Tokens by which the backend with the shortest rows is longer.
-  int32_t least_offset() const {
-    return *std::min_element(backend_offsets, backend_offsets + num_backends);
+  // Takes those of all backends.
+  template <typename Int>
+  void TakeOffsets(const Int* offsets) {
+    std::copy_n(offsets, num_backends, backend_offsets);
+    least_offset = *std::min_element(backend_offsets, backend_offsets + num_backends);
   }
 
   RowRules row_rules() const {

@@ -77,7 +77,7 @@ bool Describe(const ExchangeApi& api, PyObject* object, Tensor* out) {
   return true;
 }
 
-bool StorageReaches(PyObject* tensor, uint64_t end) {
+bool StorageEnd(PyObject* tensor, uint64_t* end) {
   static PyObject* const kStorage = PyUnicode_InternFromString("untyped_storage");
   static PyObject* const kAddress = PyUnicode_InternFromString("data_ptr");
   static PyObject* const kBytes = PyUnicode_InternFromString("nbytes");
@@ -85,7 +85,8 @@ bool StorageReaches(PyObject* tensor, uint64_t end) {
   const nanobind::object address = storage ? Call(storage.ptr(), kAddress) : storage;
   const nanobind::object bytes = address ? Call(storage.ptr(), kBytes) : address;
   if (!bytes) return !IsRefusal();
-  return end <= nanobind::cast<uint64_t>(address) + nanobind::cast<uint64_t>(bytes);
+  *end = nanobind::cast<uint64_t>(address) + nanobind::cast<uint64_t>(bytes);
+  return true;
 }
 
 bool CurrentStream(const ExchangeApi& api, const Tensor& on_device, void** stream) {

@@ -37,9 +37,9 @@ const ExchangeApi* ExchangeApiOf(PyObject* capsule);
 // that means anything else, such as an interrupt, is thrown as nanobind::python_error.
 bool Describe(const ExchangeApi& api, PyObject* object, Tensor* out);
 
-// Whether the storage of a tensor of PyTorch reaches an address. DLPack does not say, and a storage can
-// be resized under its tensors. Throws as `Describe` does.
-bool StorageReaches(PyObject* tensor, uint64_t end);
+// The address past the storage of a tensor of PyTorch. DLPack does not say, and a storage can be
+// resized under its tensors. Returns and throws as `Describe` does.
+bool StorageEnd(PyObject* tensor, uint64_t* end);
 
 // The stream that a framework currently uses on a device. Returns false where it has none.
 bool CurrentStream(const ExchangeApi& api, const Tensor& on_device, void** stream);

@@ -52,6 +52,9 @@ GROUPS = {
 MEMBERS = {"Lengths": "lengths", "Tables": "tables", "ScheduleArrays": "schedules"}
 """By struct of pointers, its name in a backend."""
 
+LEFT_OUT = {"prefill": "WithoutPrefill", "pooled": "WithoutPooled"}
+"""By when arrays of lengths are wanted, the function that leaves them out."""
+
 
 def main(metadata_path: str, header_path: str) -> None:
     """Writes the header."""
@@ -89,6 +92,9 @@ def header(fields: Any, extents: Any) -> str:
     for described, (struct, comment) in VALUES.items():
         names = of_extents(described)
         parts += [_values(struct, comment, names), _store(struct, names)]
+    for wanted, function in LEFT_OUT.items():
+        names = [name for name in groups["Lengths"] if fields[name].wanted == wanted]
+        parts.append(_left_out(function, wanted, names))
     return "\n".join(parts) + FOOTER
 
 
@@ -160,6 +166,14 @@ def _store(struct: str, names: list[str]) -> str:
     return (
         "JAXNSA_HOST_DEVICE void Store(const Lengths& to, int64_t index, "
         f"const {struct}& values) {{\n{body}}}\n"
+    )
+
+
+def _left_out(function: str, wanted: str, names: list[str]) -> str:
+    body = "".join(f"  to.{name} = nullptr;\n" for name in names)
+    return (
+        f"// Without the arrays that only `{wanted}` wants.\n"
+        f"JAXNSA_HOST_DEVICE Lengths {function}(Lengths to) {{\n{body}  return to;\n}}\n"
     )
 
 

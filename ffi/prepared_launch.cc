@@ -7,6 +7,19 @@ namespace jaxnsa {
 
 namespace nb = nanobind;
 
+PreparedLaunch::Unchanged::Unchanged(nb::handle tensor, const Tensor& description)
+    : tensor(nb::borrow(tensor)),
+      description(description),
+      storage_bytes(tensor.attr("untyped_storage")().attr("nbytes")),
+      bytes(nb::cast<uint64_t>(storage_bytes())) {}
+
+bool PreparedLaunch::Unchanged::holds(const ExchangeApi& api) const {
+  Tensor now;
+  return Describe(api, tensor.ptr(), &now) &&
+         std::memcmp(&now, &description, sizeof(now)) == 0 &&
+         nb::cast<uint64_t>(storage_bytes()) == bytes;
+}
+
 void PreparedLaunch::Watch(nb::handle exchange_api, nb::list tensors, bool unchanged,
                            std::vector<Span> written, int64_t min_columns) {
   const ExchangeApi* const api = ExchangeApiOf(exchange_api.ptr());
@@ -14,7 +27,6 @@ void PreparedLaunch::Watch(nb::handle exchange_api, nb::list tensors, bool uncha
     declined_ = "the DLPack C exchange API is of another version than 1";
     return;
   }
-  expected_.clear();
   unchanged_.clear();
   for (nb::handle tensor : tensors) {
     Tensor described;
@@ -22,8 +34,8 @@ void PreparedLaunch::Watch(nb::handle exchange_api, nb::list tensors, bool uncha
       declined_ = "a registered tensor cannot be described by DLPack";
       return;
     }
-    expected_.push_back(described);
-    if (unchanged) unchanged_.push_back(nb::borrow(tensor));
+    on_device_ = described;
+    if (unchanged) unchanged_.emplace_back(tensor, described);
   }
   written_ = std::move(written);
   min_columns_ = min_columns;
@@ -35,11 +47,9 @@ bool PreparedLaunch::TryLaunch(const Rows& rows, nb::handle seq_lens, nb::handle
                                nb::handle written_lens, int32_t max_new_tokens,
                                nb::handle request_ids) {
   if (api_ == nullptr) return false;
-  if (!IsCurrentDevice(expected_[0].device_id)) return Decline("another device is current");
+  if (!IsCurrentDevice(on_device_.device_id)) return Decline("another device is current");
   for (size_t k = 0; k < unchanged_.size(); ++k) {
-    Tensor now;
-    if (!Describe(*api_, unchanged_[k].ptr(), &now) ||
-        std::memcmp(&now, &expected_[k], sizeof(now)) != 0) {
+    if (!unchanged_[k].holds(*api_)) {
       return Decline("registered tensor " + std::to_string(k) + " has changed");
     }
   }
@@ -66,7 +76,7 @@ bool PreparedLaunch::TryLaunch(const Rows& rows, nb::handle seq_lens, nb::handle
     return false;
   }
   Stream stream;
-  if (!CurrentStream(*api_, expected_[0], &stream)) return Decline("there is no current stream");
+  if (!CurrentStream(*api_, on_device_, &stream)) return Decline("there is no current stream");
   Run(stream);
   return true;
 }
@@ -105,9 +115,8 @@ void PreparedLaunch::TakeRows(const Rows& rows) {
 
 bool PreparedLaunch::DescribeInput(nb::handle object, const char* name, int32_t dimensions,
                                    Tensor* out) {
-  const Tensor& there = expected_[0];
   if (Describe(*api_, object.ptr(), out) && out->dimensions == dimensions &&
-      out->device_type == there.device_type && out->device_id == there.device_id) {
+      out->device_type == on_device_.device_type && out->device_id == on_device_.device_id) {
     return true;
   }
   return Decline(std::string(name) + ": DLPack does not describe it as expected");
@@ -142,7 +151,10 @@ bool PreparedLaunch::TakePool(nb::handle object) {
 bool PreparedLaunch::IsReadable(nb::handle tensor, const char* name, uint64_t begin,
                                 uint64_t end) {
   if (begin == end) return true;
-  if (!StorageReaches(tensor.ptr(), end)) return Decline(std::string(name) + ": was freed");
+  uint64_t storage_end;
+  if (!StorageEnd(tensor.ptr(), &storage_end) || storage_end < end) {
+    return Decline(std::string(name) + ": was freed");
+  }
   const auto next =
       std::upper_bound(written_.begin(), written_.end(), begin,
                        [](uint64_t address, const Span& span) { return address < span.second; });

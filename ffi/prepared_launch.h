@@ -42,9 +42,9 @@ class PreparedLaunch {
     flash_mla_[items] = reinterpret_cast<const int32_t*>(address);
   }
 
-  // Lets TryLaunch look at tensors by itself. It declines where one of `tensors` is not what it is
-  // now, if `unchanged` says so; where an input is not on their device or touches `written`, memory
-  // in order and apart; and where the pool has fewer columns than `min_columns`.
+  // Lets TryLaunch look at tensors by itself. It declines where one of `tensors`, or its storage,
+  // is not what it is now, if `unchanged` says so; where an input is not on their device or touches
+  // `written`, memory in order and apart; and where the pool has fewer columns than `min_columns`.
   void Watch(nanobind::handle exchange_api, nanobind::list tensors, bool unchanged,
              std::vector<Span> written, int64_t min_columns);
 
@@ -82,12 +82,23 @@ class PreparedLaunch {
   bool TakePool(nanobind::handle object);
   bool IsReadable(nanobind::handle tensor, const char* name, uint64_t begin, uint64_t end);
 
+  // A tensor that is to stay as it is.
+  struct Unchanged {
+    nanobind::object tensor;
+    Tensor description;
+    nanobind::object storage_bytes;  // a function, which takes a fraction of what StorageEnd takes
+    uint64_t bytes;
+
+    Unchanged(nanobind::handle tensor, const Tensor& description);
+    bool holds(const ExchangeApi& api) const;
+  };
+
   FusedMetadataArguments args_;
   const int32_t max_len_;
   std::unordered_map<int32_t, const int32_t*> flash_mla_;  // by items
   const ExchangeApi* api_ = nullptr;
-  std::vector<nanobind::object> unchanged_;
-  std::vector<Tensor> expected_;  // of unchanged_; the first one is on the device of all
+  std::vector<Unchanged> unchanged_;
+  Tensor on_device_;  // one of those that are looked at, which are all on a device
   std::vector<Span> written_;
   int64_t min_columns_ = 1;
   bool has_tracked_ = false;  // whether a step's requests were known by their ids

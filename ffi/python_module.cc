@@ -49,7 +49,7 @@ Field FieldOf(const std::string& name) {
   for (int field = 0; field < kFields; ++field) {
     if (name == kFieldDescriptions[field].name) return static_cast<Field>(field);
   }
-  throw std::invalid_argument("no field is named " + name);
+  throw std::invalid_argument("field: got " + name + ", expected one of NSAMetadata");
 }
 
 nb::list FieldNamesAndExtents() {
@@ -83,12 +83,12 @@ Rows RowsOf(int32_t requests, int32_t count, int32_t rows_per_request, int32_t a
 void Prepare(PreparedLaunch* self, nb::list backends, nb::dict strides, nb::dict tokens_per_column,
              nb::dict slots_per_page, int32_t max_len, int32_t max_total_keys,
              int32_t nsa_index_topk, int32_t index_kpool, const Numbers& paged_mqa,
-             const Numbers& topk_plan, const Numbers& flash_mla,
-             const std::string& tail, bool requests_are_items,
-             const std::vector<int32_t>& backend_offsets) {
+             const Numbers& topk_plan, const Numbers& flash_mla, const std::string& tail,
+             bool requests_are_items, const std::vector<int32_t>& backend_offsets) {
   const auto args = std::make_unique<FusedMetadataArguments>();
   if (backends.size() < 1 || backends.size() > kMaxBackends) {
-    throw std::invalid_argument("backends: got " + std::to_string(backends.size()));
+    throw std::invalid_argument("backends: got " + std::to_string(backends.size()) +
+                                ", expected 1 to " + std::to_string(kMaxBackends));
   }
   args->num_backends = static_cast<int32_t>(backends.size());
   for (int32_t b = 0; b < args->num_backends; ++b) {
@@ -111,9 +111,10 @@ void Prepare(PreparedLaunch* self, nb::list backends, nb::dict strides, nb::dict
   args->tail = FromName<Tail>("tail", tail, kTailNames);
   args->requests_are_items = requests_are_items;
   if (backend_offsets.size() != backends.size()) {
-    throw std::invalid_argument("backend_offsets: got " + std::to_string(backend_offsets.size()));
+    throw std::invalid_argument("backend_offsets: got " + std::to_string(backend_offsets.size()) +
+                                " numbers, expected " + std::to_string(backends.size()));
   }
-  std::copy(backend_offsets.begin(), backend_offsets.end(), args->backend_offsets);
+  args->TakeOffsets(backend_offsets.data());
   new (self) PreparedLaunch(*args);
 }
 
@@ -133,18 +134,29 @@ void LaunchPrepared(PreparedLaunch& self, uint64_t stream, const Rows& rows,
 
 nb::object DescribeTensors(nb::handle exchange_api, nb::list tensors) {
   const ExchangeApi* const api = ExchangeApiOf(exchange_api.ptr());
-  std::vector<Tensor> described(tensors.size());
+  struct Described {
+    Tensor tensor;
+    uint64_t storage_end;
+  };
+  std::vector<Described> described(tensors.size());
   if (api == nullptr) return nb::none();
   for (size_t k = 0; k < described.size(); ++k) {
-    if (!Describe(*api, tensors[k].ptr(), &described[k])) return nb::none();
+    PyObject* const tensor = tensors[k].ptr();
+    if (!Describe(*api, tensor, &described[k].tensor) ||
+        !StorageEnd(tensor, &described[k].storage_end)) {
+      return nb::none();
+    }
   }
-  return nb::bytes(described.data(), described.size() * sizeof(Tensor));
+  return nb::bytes(described.data(), described.size() * sizeof(Described));
 }
 
 void CopyArrays(uint64_t stream, const std::vector<CopyTuple>& arrays,
                 const std::vector<std::vector<uint64_t>>& destinations) {
   if (arrays.size() > kFields || destinations.size() > kMaxBackends) {
-    throw std::invalid_argument("arrays: more than one launch takes");
+    throw std::invalid_argument("arrays: got " + std::to_string(arrays.size()) + " for each of " +
+                                std::to_string(destinations.size()) +
+                                " backends, expected at most " + std::to_string(kFields) +
+                                " for each of " + std::to_string(kMaxBackends));
   }
   const auto args = std::make_unique<CopyArguments>();
   args->num_arrays = static_cast<int32_t>(arrays.size());

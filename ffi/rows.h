@@ -72,7 +72,7 @@ struct Rows {
 struct RowRules {
   int32_t nsa_index_topk;
   int32_t index_kpool;
-  bool requests_are_items;  // of the paged MQA logits
+  bool context_of_request;  // whether paged_mqa_ctx_lens is a row's request's cache_seqlen
 
   JAXNSA_HOST_DEVICE int32_t pooled(int32_t kv_len) const {
     return index_kpool == 1 ? kv_len : kv_len / index_kpool;
@@ -96,7 +96,7 @@ JAXNSA_HOST_DEVICE RowValues RowValuesOf(int32_t kv_len, const RowOwner& owner,
                                          const RowRules& rules) {
   return RowValues(kv_len, rules.nsa_cache_seqlen(kv_len), owner.request, owner.first_key,
                    Add(owner.first_key, kv_len), owner.first_key, rules.pooled(kv_len),
-                   rules.requests_are_items ? owner.cache_seqlen : kv_len);
+                   rules.context_of_request ? owner.cache_seqlen : kv_len);
 }
 
 // What they hold for a padding row.

@@ -1,5 +1,5 @@
-// Schedules as Python hands them over: a list of numbers for each, empty where it is not wanted. They
-// are written by `schedule_arguments` of jaxnsa/implementations/native_library.py.
+// Schedules as Python hands them over: a list of numbers for each, empty where it is not wanted.
+// They are written by `schedule_arguments` of jaxnsa/implementations/native_library.py.
 #ifndef JAXNSA_SCHEDULE_ARGUMENTS_H_
 #define JAXNSA_SCHEDULE_ARGUMENTS_H_
 
@@ -16,7 +16,8 @@ using Numbers = std::vector<int64_t>;
 
 inline int32_t NumberOf(const char* name, int64_t value, int64_t low, int64_t high) {
   if (value >= low && value <= high) return static_cast<int32_t>(value);
-  throw std::invalid_argument(std::string(name) + ": got " + std::to_string(value));
+  throw std::invalid_argument(std::string(name) + ": got " + std::to_string(value) +
+                              ", expected " + std::to_string(low) + " to " + std::to_string(high));
 }
 
 inline void ExpectNumbers(const char* name, const Numbers& numbers, size_t size) {

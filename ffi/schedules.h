@@ -99,11 +99,6 @@ struct FlashMlaSchedule {
     return dense() ? rows.requests : rows.count;
   }
 
-  // Rows of both arrays.
-  JAXNSA_HOST_DEVICE int64_t rows(const Rows& rows) const {
-    return int64_t{num_sm_parts} + items(rows) + 1;
-  }
-
   // Elements of both arrays.
   JAXNSA_HOST_DEVICE int64_t size(const Rows& rows) const {
     return 8 * int64_t{num_sm_parts} + items(rows) + 1;

@@ -32,7 +32,8 @@ void Expect(bool condition, const Parts&... parts) {
 }
 
 int32_t Int32(int64_t value, int64_t low, std::string_view name) {
-  Expect(value >= low && value <= kInt32Max, name, ": expected an int32 of at least ", low);
+  Expect(value >= low && value <= kInt32Max, name, ": got ", value,
+         ", expected an int32 of at least ", low);
   return static_cast<int32_t>(value);
 }
 
@@ -54,7 +55,7 @@ void ExpectArray(const ffi::AnyBuffer& buffer, std::string_view name,
                  const std::vector<int64_t>& shape, bool allow_int64 = false) {
   const ffi::DataType type = buffer.element_type();
   Expect(type == ffi::DataType::S32 || (type == ffi::DataType::S64 && allow_int64), name,
-         ": expected ", allow_int64 ? "int32 or int64" : "int32");
+         ": got ", type, ", expected ", allow_int64 ? "int32 or int64" : "int32");
   const auto dims = buffer.dimensions();
   const auto fits = [](int64_t got, int64_t expected) { return expected < 0 || expected == got; };
   Expect(std::equal(dims.begin(), dims.end(), shape.begin(), shape.end(), fits), name,
@@ -65,9 +66,17 @@ int32_t* Data(const ffi::AnyBuffer& buffer) {
   return static_cast<int32_t*>(buffer.untyped_data());
 }
 
-Vector LengthsOf(const ffi::AnyBuffer& buffer, std::string_view name, int64_t size) {
+Vector VectorOf(const ffi::AnyBuffer& buffer, std::string_view name, int64_t size) {
   ExpectArray(buffer, name, {size}, /*allow_int64=*/true);
   return {buffer.untyped_data(), buffer.element_type() == ffi::DataType::S64 ? 8 : 4};
+}
+
+// Expects `sources` operands, and behind them nothing or a destination for each result.
+void ExpectOperands(const ffi::RemainingArgs& operands, size_t sources,
+                    const ffi::RemainingRets& results) {
+  Expect(operands.size() == sources || operands.size() == sources + results.size(),
+         "operands: got ", operands.size(), ", expected ", sources, " and nothing or ",
+         results.size(), " destinations");
 }
 
 // The function of a handler: what is thrown in it becomes XLA's error, with the handler's name.
@@ -113,10 +122,10 @@ void FillDraftExtendMetadataOfBuffers(Stream stream, ffi::AnyBuffer extend_seq_l
       FromName<DraftExtendVariant>("variant", variant_name, kDraftExtendVariantNames);
   FillDraftExtendMetadataArguments args{};
   Rows& rows = args.rows;
-  rows.seq_lens = LengthsOf(seq_lens, "seq_lens", -1);
+  rows.seq_lens = VectorOf(seq_lens, "seq_lens", -1);
   const int64_t requests = seq_lens.dimensions()[0];
   rows.requests = Int32(requests, 0, "requests");
-  rows.extend_seq_lens = LengthsOf(extend_seq_lens, "extend_seq_lens", requests);
+  rows.extend_seq_lens = VectorOf(extend_seq_lens, "extend_seq_lens", requests);
   ExpectArray(*seqlens_expanded, "seqlens_expanded", {-1});
   rows.count = Int32(seqlens_expanded->dimensions()[0], 0, "rows");
   ExpectArray(*nsa_cache_seqlens, "nsa_cache_seqlens", {rows.count});
@@ -142,11 +151,11 @@ void CopyOfBuffers(Stream stream, ffi::RemainingArgs operands, ffi::RemainingRet
                                 [](int64_t tokens) { return tokens != 0; });
   const size_t sources = arrays + live;
   Int32(num_backends, 1, "num_backends");
-  Expect(arrays >= 1 && arrays <= kFields,
-         "tokens_per_column: expected 1 to ", static_cast<int>(kFields), " arrays");
-  Expect(results.size() == num_backends * arrays, "results: expected num_backends sets");
-  Expect(operands.size() == sources || operands.size() == sources + results.size(),
-         "operands: expected the source, and nothing or all destinations");
+  Expect(arrays >= 1 && arrays <= kFields, "tokens_per_column: got ", arrays,
+         " arrays, expected 1 to ", kFields);
+  Expect(results.size() == num_backends * arrays, "results: got ", results.size(),
+         " arrays, expected ", arrays, " of each of ", num_backends, " backends");
+  ExpectOperands(operands, sources, results);
 
   const auto args = std::make_unique<CopyArguments>();
   args->num_arrays = static_cast<int32_t>(arrays);
@@ -156,11 +165,11 @@ void CopyOfBuffers(Stream stream, ffi::RemainingArgs operands, ffi::RemainingRet
     const auto dims = source.dimensions();
     const std::string name = "source array " + std::to_string(a);
     const int64_t tokens = tokens_per_column[a];
-    Expect(source.element_type() == ffi::DataType::S32, name, ": expected int32");
+    Expect(source.element_type() == ffi::DataType::S32, name, ": got ",
+           source.element_type(), ", expected int32");
     Int32(tokens, 0, "tokens_per_column");
     if (tokens > 0) {
-      Expect(dims.size() == 2, name, ": expected [rows, columns]");
-      Expect(rows < 0 || dims[0] == rows, name, ": expected the rows of the other table");
+      ExpectArray(source, name, {rows, -1});  // the rows of the other table
       rows = dims[0];
       args->arrays[a] = {Data(source), dims[0], dims[1], dims[1], tokens};
     } else {
@@ -229,7 +238,7 @@ std::vector<Field> FieldsOf(ffi::Span<const int64_t> indices) {
   std::vector<Field> fields;
   for (const int64_t index : indices) {
     Expect(index > (fields.empty() ? -1 : fields.back()) && index < kFields,
-           "fields: expected indices of fields in ascending order");
+           "fields: got index ", index, ", expected those of fields in ascending order");
     fields.push_back(static_cast<Field>(index));
   }
   return fields;
@@ -259,10 +268,11 @@ void FusedMetadataOfBuffers(Stream stream, ffi::RemainingArgs operands, ffi::Rem
   rows.rows_per_request = Int32(rows_per_request, 0, "rows_per_request");
   rows.added_tokens = Int32(added_tokens, 0, "added_tokens");
   rows.prefill = prefill;
-  Expect(rows.ragged() || !prefill, "rows_per_request: expected 0 in prefill");
+  Expect(rows.ragged() || !prefill, "rows_per_request: got ", rows_per_request,
+         ", expected 0 in prefill");
   args->max_total_keys = Int32(max_total_keys, 0, "max_total_keys");
   args->max_len = Int32(max_len, 1, "max_len");
-  Expect(max_len <= kMaxLen, "max_len: expected at most 2^30");
+  Expect(max_len <= kMaxLen, "max_len: got ", max_len, ", expected at most 2^30");
   args->nsa_index_topk = Int32(nsa_index_topk, 1, "nsa_index_topk");
   args->index_kpool = Int32(index_kpool, 1, "index_kpool");
   args->schedules =
@@ -270,43 +280,44 @@ void FusedMetadataOfBuffers(Stream stream, ffi::RemainingArgs operands, ffi::Rem
   args->tail = FromName<Tail>("tail", tail, kTailNames);
   Int32(num_backends, 1, "num_backends");
   Expect(backend_offsets.size() == static_cast<size_t>(num_backends),
-         "backend_offsets: expected a number for each backend");
+         "backend_offsets: got ", backend_offsets.size(), " numbers, expected ", num_backends);
   for (const int64_t offset : backend_offsets) Int32(offset, -kInt32Max, "backend_offsets");
   const std::vector<Field> fields = FieldsOf(field_indices);
   args->max_new_tokens = Int32(max_new_tokens, 0, "max_new_tokens");
   const FlashMlaSchedule& flash_mla_schedule = args->schedules.flash_mla;
   const size_t inputs = 3 + rows.ragged() + written + flash_mla_schedule.constant();
   Expect(tokens_per_column.size() == fields.size() && slots_per_page.size() == fields.size(),
-         "tokens_per_column, slots_per_page: expected a number for each field");
-  Expect(results.size() == fields.size() * (stacked ? 1 : num_backends),
-         "results: expected ", fields.size(), " arrays of each backend");
-  Expect(operands.size() == inputs || operands.size() == inputs + results.size(),
-         "operands: expected the inputs, and nothing or all destinations");
+         "tokens_per_column, slots_per_page: got ", tokens_per_column.size(), " and ",
+         slots_per_page.size(), " numbers, expected ", fields.size());
+  const int64_t destinations = stacked ? 1 : num_backends;
+  Expect(results.size() == fields.size() * destinations, "results: got ", results.size(),
+         " arrays, expected ", fields.size(), " of each of ", destinations, " destinations");
+  ExpectOperands(operands, inputs, results);
   args->is_fresh = operands.size() == inputs;
 
   const ffi::AnyBuffer seq_lens = *operands.get<ffi::AnyBuffer>(0);
   const ffi::AnyBuffer pool = *operands.get<ffi::AnyBuffer>(2);
-  rows.seq_lens = LengthsOf(seq_lens, "seq_lens", -1);
+  rows.seq_lens = VectorOf(seq_lens, "seq_lens", -1);
   const int64_t requests = seq_lens.dimensions()[0];
   rows.requests = Int32(requests, 0, "requests");
-  args->req_pool_indices =
-      LengthsOf(*operands.get<ffi::AnyBuffer>(1), "req_pool_indices", requests);
+  args->req_pool_indices = VectorOf(*operands.get<ffi::AnyBuffer>(1), "req_pool_indices", requests);
   ExpectArray(pool, "req_to_token", {-1, -1});
   const int64_t pool_rows = pool.dimensions()[0], pool_columns = pool.dimensions()[1];
-  Expect(pool_rows >= 1, "req_to_token: expected at least one row");
-  Expect(pool_columns >= max_len, "req_to_token: expected at least max_len columns");
+  Expect(pool_rows >= 1, "req_to_token: got no rows, expected at least one");
+  Expect(pool_columns >= max_len, "req_to_token: got ", pool_columns,
+         " columns, expected at least max_len, ", max_len);
   args->pool = Pool::Of(Data(pool), pool_rows, pool_columns);
   if (rows.ragged()) {
-    rows.extend_seq_lens =
-        LengthsOf(*operands.get<ffi::AnyBuffer>(3), "extend_seq_lens", requests);
+    rows.extend_seq_lens = VectorOf(*operands.get<ffi::AnyBuffer>(3), "extend_seq_lens", requests);
   } else {
-    Expect(count == requests * rows_per_request,
-           "rows: expected rows_per_request for each request");
+    Expect(count == requests * rows_per_request, "rows: got ", count, ", expected ",
+           rows_per_request, " for each of ", requests, " requests");
   }
   if (written) {
-    Expect(args->tail == Tail::kKeep, "written_lens: expected none as the tail is not kept");
+    Expect(args->tail == Tail::kKeep, "written_lens: got a vector, expected none with tail=",
+           tail);
     args->written_lens =
-        LengthsOf(*operands.get<ffi::AnyBuffer>(3 + rows.ragged()), "written_lens", requests);
+        VectorOf(*operands.get<ffi::AnyBuffer>(3 + rows.ragged()), "written_lens", requests);
   }
   if (flash_mla_schedule.constant()) {
     const ffi::AnyBuffer constants = *operands.get<ffi::AnyBuffer>(inputs - 1);
@@ -342,9 +353,7 @@ void FusedMetadataOfBuffers(Stream stream, ffi::RemainingArgs operands, ffi::Rem
   ForLaunches(num_backends, [&](int64_t first, int32_t count) {
     args->num_backends = count;
     std::copy_n(backends.begin() + first, count, args->backends);
-    for (int32_t b = 0; b < count; ++b) {
-      args->backend_offsets[b] = static_cast<int32_t>(backend_offsets[first + b]);
-    }
+    args->TakeOffsets(backend_offsets.begin() + first);
     FusedMetadata(stream, *args);
   });
 }

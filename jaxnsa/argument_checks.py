@@ -246,13 +246,15 @@ def max_len(value: Any, pool_cols: int) -> int:
     return integer("max_len", pool_cols if value is None else value, 1, min(pool_cols, MAX_LEN))
 
 
-def backend_offsets(value: Any, num_backends: int) -> tuple[int, ...] | None:
-    """`value` as the offset of each backend; None where all are 0."""
+def backend_offsets(value: Any, num_backends: int | None) -> tuple[int, ...] | None:
+    """`value` as the offset of each backend, of any number if that is None; None if all are 0."""
     if value is None:
         return None
-    if not isinstance(value, (tuple, list)) or len(value) != num_backends:
-        got = f"{len(value)} of them" if isinstance(value, (tuple, list)) else described(value)
-        raise ValueError(f"backend_offsets: got {got}, expected a tuple of {num_backends} ints")
+    given = len(value) if isinstance(value, (tuple, list)) else None
+    if not (given if num_backends is None else given == num_backends):
+        got = described(value) if given is None else f"{given} of them"
+        number = "" if num_backends is None else f"{num_backends} "
+        raise ValueError(f"backend_offsets: got {got}, expected a tuple of {number}ints")
     offsets = tuple(
         integer(f"backend_offsets[{k}]", offset, -MAX_LEN, MAX_LEN)
         for k, offset in enumerate(value)

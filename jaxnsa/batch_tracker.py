@@ -82,9 +82,8 @@ class BatchTracker:
                 f"seq_lens: got a step of {count} table rows, expected at most {len(self.held)}, "
                 f"those of the tracker"
             )
-        if backend_offsets is not None:
-            offsets = checks.backend_offsets(backend_offsets, len(backend_offsets)) or (0,)
-            rows = dataclasses.replace(rows, offset=min(offsets))
+        offsets = checks.backend_offsets(backend_offsets, None) or (0,)
+        rows = dataclasses.replace(rows, offset=min(offsets))
         return self.advanced(_words(request_ids, bs), seq_lens, extend, rows)
 
     def advanced(

@@ -14,9 +14,9 @@ from jaxnsa import strategies
 from jaxnsa.argument_checks import StaticArguments
 from jaxnsa.checked_calls import Computation, UnlikeError, compute_as_before, remember
 from jaxnsa.compilation import compiled
-from jaxnsa.config import Strategy, settings
+from jaxnsa.config import Settings, Strategy, settings
 from jaxnsa.implementations import FUSED, PORTABLE, computations
-from jaxnsa.implementations.choice import choose
+from jaxnsa.implementations.choice import choose, is_named
 from jaxnsa.implementations.lowering import computed_by
 from jaxnsa.metadata import Array, DraftExtendSeqlens, ForwardMode, NSAMetadata
 from jaxnsa.schedules import Schedules
@@ -388,15 +388,10 @@ def fused_metadata_copy(
     if out is not None:
         read = {f"src.{name}": array for name, array in src.arrays().items()}
         out = checks.destinations(out, _shapes(src), num_backends, read)
-    name = choose(
-        implementation,
-        settings(),
-        _platform(src),
-        "fused_metadata_copy",
-        len(src.cache_seqlens),
-    )
+    here, bs = settings(), len(src.cache_seqlens)
+    name = choose(implementation, here, _platform(src), "fused_metadata_copy", bs)
     something = all(array.size for array in src.arrays().values())
-    name = _computing(name, implementation, something)
+    name = _computing(name, implementation, here, something)
     return _run_copy(src, out, num_backends=num_backends, implementation=name)
 
 
@@ -454,7 +449,7 @@ def fill_draft_extend_metadata(
         seq_lens,
         nsa_index_topk=topk,
         max_total_tokens=capacity,
-        implementation=_computing(name, implementation, len(seq_lens) > 0 and capacity > 0),
+        implementation=_computing(name, implementation, here, len(seq_lens) > 0 and capacity > 0),
     )
 
 
@@ -475,8 +470,9 @@ def prefix_sum(x: Array, *, implementation: str | Sequence[str] | None = None) -
     x = checks.vector("x", x, dtypes=checks.INTEGERS)
     if isinstance(x, np.ndarray):
         x = x.astype(np.int32)  # a copy, as `checks.held` says, whose sums wrap alike
-    name = choose(implementation, settings(), _platform(x), "prefix_sum", len(x))
-    return _run_prefix_sum(x, implementation=_computing(name, implementation, len(x) > 0))
+    here = settings()
+    name = choose(implementation, here, _platform(x), "prefix_sum", len(x))
+    return _run_prefix_sum(x, implementation=_computing(name, implementation, here, len(x) > 0))
 
 
 def _fused_metadata(
@@ -513,7 +509,7 @@ def _fused_metadata(
     inputs = checks.held_inputs(inputs)
     name = choose(implementation, here, _platform(inputs), requests=rows.requests)
     _log_path(name, strategy, spec.num_backends)
-    name = _computing(name, implementation, not spec.is_empty)
+    name = _computing(name, implementation, here, not spec.is_empty)
     computation = _computation(spec, strategy, name)
     if not here.validate:
         remember(computation, read, written, options)
@@ -548,12 +544,13 @@ def _shapes(metadata: NSAMetadata) -> dict[str, jax.ShapeDtypeStruct]:
     return {name: jax.ShapeDtypeStruct(a.shape, a.dtype) for name, a in arrays.items()}
 
 
-def _computing(chosen: str, requested: str | Sequence[str] | None, something: bool) -> str:
+def _computing(
+    chosen: str, requested: str | Sequence[str] | None, here: Settings, something: bool
+) -> str:
     """What computes: XLA where there is nothing to launch a kernel for."""
     if not something:
         return "xla"
-    is_named = requested is not None or settings().implementation is not None
-    return PORTABLE if chosen == "ffi" and not is_named else chosen
+    return PORTABLE if chosen == "ffi" and not is_named(requested, here) else chosen
 
 
 @functools.cache  # once for each path, not for each call

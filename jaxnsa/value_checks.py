@@ -4,9 +4,11 @@ Concrete inputs are checked on the host. Traced ones become `jax.experimental.ch
 the same conditions.
 """
 
+import dataclasses
 import functools
+import itertools
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -16,9 +18,9 @@ import numpy as np
 from jax.experimental import checkify
 
 from jaxnsa import argument_checks as checks
+from jaxnsa import row_owners
 from jaxnsa.argument_checks import StaticArguments
 from jaxnsa.metadata import Array, ForwardMode
-from jaxnsa.row_owners import row_owners
 from jaxnsa.spec import INT32_MAX, Inputs, Rows, Spec, saturated
 
 _logger = logging.getLogger("jaxnsa")
@@ -38,13 +40,16 @@ def validate_inputs(
     max_total_keys: int | None = None,
     max_len: int | None = None,
     nsa_index_topk: int = 2048,
+    index_kpool: int = 1,
+    backend_offsets: Sequence[int] | None = None,
 ) -> None:
     """Checks the values of a computation's inputs.
 
     Legal are lengths of 0 and more, `seq_lens` of at most `max_len`, pool indices inside the pool,
     `extend_seq_lens` of at most `seq_lens` whose sum is at most `max_total_tokens`, and sums of
     lengths inside int32 and of at most `max_total_keys`. The computations themselves accept
-    anything, as the design's corner cases say; this finds what a scheduler did not mean.
+    anything, as the design's corner cases say; this finds what a scheduler did not mean. With
+    `backend_offsets` the longer lengths of every backend must be legal too.
 
     Concrete inputs are brought to the host. Inside `jit` the same conditions become
     `checkify.check`, so the function must be transformed by `checkify.checkify`.
@@ -60,12 +65,15 @@ def validate_inputs(
       max_total_keys: in prefill, the capacity in keys.
       max_len: columns of the page table, in tokens; None: all columns of the pool.
       nsa_index_topk: the indexer's top-k, in tokens.
+      index_kpool: tokens that the indexer pools into one key.
+      backend_offsets: of each backend, the tokens by which its `seq_lens` are longer; None: all 0.
 
     Raises:
       ValueError: a value is not legal; names the argument and the first offending rows. Also a
         wrong shape or a wrong combination of arguments.
       TypeError: a wrong dtype.
     """
+    offsets = checks.backend_offsets(backend_offsets, None)
     static = StaticArguments(
         forward_mode,
         num_draft_tokens=num_draft_tokens,
@@ -73,6 +81,9 @@ def validate_inputs(
         max_total_keys=max_total_keys,
         max_len=max_len,
         nsa_index_topk=nsa_index_topk,
+        index_kpool=index_kpool,
+        num_backends=1 if offsets is None else len(offsets),
+        backend_offsets=offsets,
     )
     given = Inputs(seq_lens, req_pool_indices, req_to_token, extend_seq_lens)
     inputs, rows = checks.inputs(given, static)
@@ -91,6 +102,8 @@ def check_inputs(inputs: Inputs, spec: Spec, *, debug: bool) -> None:
         max_len=spec.max_len,
         max_total_keys=spec.max_total_keys,
         nsa_index_topk=spec.nsa_index_topk,
+        index_kpool=spec.index_kpool,
+        offsets=spec.offsets,
         debug=debug,
     )
 
@@ -105,6 +118,8 @@ def check_values(
     max_len: int | None = None,
     max_total_keys: int | None = None,
     nsa_index_topk: int,
+    index_kpool: int = 1,
+    offsets: Sequence[int] = (0,),
     debug: bool,
 ) -> None:
     """Checks the values of inputs whose static facts are checked.
@@ -116,6 +131,8 @@ def check_values(
       max_len: columns of the page table, if there is one.
       max_total_keys: capacity of the flat table, if there is one.
       nsa_index_topk: the indexer's top-k.
+      index_kpool: tokens that the indexer pools into one key.
+      offsets: tokens by which `seq_lens` are longer in each backend.
       debug: where inputs are traced, emit checks that are dropped unless checkify asks for them.
     """
     vectors = (seq_lens, req_pool_indices, extend_seq_lens)
@@ -125,7 +142,21 @@ def check_values(
     emit = checkify.debug_check if debug else checkify.check
     if traced and debug:
         _say_what_jit_needs()
-    for rule in _rules(xp, values, pool_rows, rows, max_len, max_total_keys, nsa_index_topk):
+    rules = itertools.chain(
+        _rules(xp, values, pool_rows, rows, max_len, max(0, *offsets)),
+        *(
+            _rules_of_sums(
+                xp,
+                values,
+                dataclasses.replace(rows, offset=offset),
+                max_total_keys,
+                nsa_index_topk,
+                index_kpool,
+            )
+            for offset in sorted({*offsets})
+        ),
+    )
+    for rule in rules:
         if rule.values.size == 0:
             continue
         if traced:
@@ -171,13 +202,14 @@ def _rules(
     pool_rows: int | None,
     rows: Rows,
     max_len: int | None,
-    max_total_keys: int | None,
-    nsa_index_topk: int,
+    longest_offset: int,
 ) -> Iterator[_Rule]:
     seq_lens, req_pool_indices, extend_seq_lens = values
     yield _Rule("seq_lens", "lengths >= 0", seq_lens < 0, seq_lens)
     if max_len is not None:
-        yield _Rule("seq_lens", f"at most max_len = {max_len}", seq_lens > max_len, seq_lens)
+        most = max_len - longest_offset
+        expected = f"at most max_len{f' - {longest_offset}' if longest_offset else ''} = {most}"
+        yield _Rule("seq_lens", expected, seq_lens > most, seq_lens)
     if pool_rows is not None:
         outside = (req_pool_indices < 0) | (req_pool_indices >= pool_rows)
         yield _Rule("req_pool_indices", f"rows in [0, {pool_rows})", outside, req_pool_indices)
@@ -187,19 +219,32 @@ def _rules(
         yield _Rule("extend_seq_lens", "at most seq_lens", longer, extend_seq_lens)
         expected = f"a running total of at most max_total_tokens = {rows.count}"
         yield _running_total(xp, "extend_seq_lens", expected, extend_seq_lens, rows.count)
-    if max_total_keys is not None:
-        expected = f"a running total of at most max_total_keys = {max_total_keys}"
-        yield _running_total(xp, "seq_lens", expected, seq_lens, max_total_keys)
-    # What follows is of int32 lengths.
+
+
+def _rules_of_sums(
+    xp: ModuleType,
+    values: _Values,
+    rows: Rows,
+    max_total_keys: int | None,
+    nsa_index_topk: int,
+    index_kpool: int,
+) -> Iterator[_Rule]:
+    """What holds for the rows of the backends of an offset."""
     narrow = checks.held if xp is np else saturated
-    seq_lens = narrow(seq_lens)
-    extend_seq_lens = None if extend_seq_lens is None else narrow(extend_seq_lens)
-    expected = "a prefix sum of cache_seqlens inside int32"
-    cache_seqlens = xp.asarray(seq_lens, None if xp is jnp else np.int64) + rows.added_tokens
+    seq_lens = narrow(values.seq_lens)
+    extend = values.extend_seq_lens
+    extend_seq_lens = None if extend is None else narrow(extend)
+    longer = f" with {rows.offset} tokens more" if rows.offset else ""
+    cache_seqlens = xp.asarray(row_owners.cache_seqlens(rows, jnp.asarray(seq_lens)))
+    if max_total_keys is not None:
+        expected = f"a running total of at most max_total_keys = {max_total_keys}{longer}"
+        yield _running_total(xp, "seq_lens", expected, cache_seqlens, max_total_keys)
+    expected = f"a prefix sum of cache_seqlens inside int32{longer}"
     yield _running_total(xp, "seq_lens", expected, cache_seqlens)
-    kv_len = row_owners(rows, jnp.asarray(seq_lens), extend_seq_lens).kv_len
-    expected = "a prefix sum of nsa_cache_seqlens inside int32"
-    nsa_cache_seqlens = xp.minimum(xp.asarray(kv_len), nsa_index_topk)
+    kv_len = xp.asarray(row_owners.row_owners(rows, jnp.asarray(seq_lens), extend_seq_lens).kv_len)
+    pooled = kv_len // index_kpool * index_kpool
+    nsa_cache_seqlens = xp.minimum(pooled, nsa_index_topk) + (kv_len - pooled)
+    expected = f"a prefix sum of nsa_cache_seqlens inside int32{longer}"
     yield _running_total(xp, "seq_lens", expected, nsa_cache_seqlens)
 
 

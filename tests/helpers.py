@@ -10,6 +10,7 @@ import pytest
 
 import jaxnsa
 from jaxnsa import ForwardMode, reference
+from jaxnsa.implementations import triton
 
 DEFAULT = jaxnsa.get_kernel_info()["default"]
 """What computes a broadcast to a few requests where nothing is named."""
@@ -122,6 +123,12 @@ def lowered_operations(function, *arguments, donate=()):
     text = traced.lower(lowering_platforms=("cuda",)).as_text()
     operations = re.findall(r'= "?stablehlo\.(\w+)', text)
     return [op for op in operations if op not in ("constant", "reshape", "optimization_barrier")]
+
+
+def skip_where_it_is_not_lowered(name):
+    """Skips a test that lowers an implementation, where that takes what is not installed."""
+    if name == "triton" and (reason := triton._missing() or triton._import_error()):
+        pytest.skip(f"runs where JAX's CUDA plugin is, as .ci/run installs it: {reason}")
 
 
 @contextlib.contextmanager

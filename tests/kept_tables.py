@@ -28,7 +28,7 @@ class Histories:
         rows = Rows(most, 2 * most, None, 0)
         self.spec = Spec(rows, columns, TOPK, PAGE, True, "keep", len(backend_offsets))
         self.shapes = {name: array.shape for name, array in self.spec.shapes().items()}
-        self.known = {}  # by row: the request of the last step, and what the row holds of it
+        self.known = {}  # by row: the request of the last step, and leading columns of it
         self.left_alone = 0  # tokens of requests
 
     def run(self, steps):
@@ -51,7 +51,8 @@ class Histories:
             for j in range(min(q, 2 * self.scheduler.most - row)):
                 known, tokens = before.get(row, (None, 0))
                 held.append(min(tokens, length) if known == request else 0)
-                self.known[row] = request, min(max(shortest - q + 1 + j, 0), length)
+                tokens = min(max(shortest - q + 1 + j, 0), length)
+                self.known[row] = request, min(tokens, self.spec.max_len)
                 row += 1
             self.left_alone += min(held, default=0)
 
@@ -115,11 +116,12 @@ class TorchTables(Histories):
             self.refresh_by_reference(mode, options, lengths, rows)
         else:
             self.full_buffers.update(*given, forward_mode=mode, **arguments)
-        known = self.buffers._held_rows.rows.tolist()
+        held = self.buffers._held_rows.rows.clone()
+        held[:, 1].clamp_(max=self.spec.max_len)  # by the path "dlpack" they are tokens
         return self._equal() and all(
             (tokens == 0 and self.known.get(row, (0, 0))[1] == 0)
             or self.known.get(row) == (request, tokens)
-            for row, (request, tokens) in enumerate(known)
+            for row, (request, tokens) in enumerate(held.tolist())
         )
 
     def update(self, mode, given, ids, arguments):

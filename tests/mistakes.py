@@ -584,7 +584,7 @@ MISTAKES = [
     Mistake(
         "cuda: every block of lengths is a backend",
         "ffi/cuda/fused_kernel.cuh",
-        "b = blocks == 1 ? block : block / blocks;",
+        "b = blocks == 1 ? block : static_cast<uint32_t>(block) / blocks;",
         "b = block;",
         operations("ffi", "batch_sizes"),
     ),
@@ -648,8 +648,8 @@ MISTAKES = [
     Mistake(
         "handlers: a pool may be narrower than the tables",
         HANDLERS,
-        'Expect(pool_columns >= max_len, "req_to_token: expected at least max_len columns");',
-        "",
+        "Expect(pool_columns >= max_len,",
+        "Expect(true,",
         "test_ffi.py::test_handlers_name_what_is_wrong",
     ),
     Mistake(
@@ -768,7 +768,7 @@ MISTAKES = [
     Mistake(
         "sglang: a known step of other numbers",
         "jaxnsa/interop/sglang_fills.py",
-        "(step, *outputs)",
+        "(*step, *outputs)",
         "(step.bs, *outputs)",
         "test_sglang.py::test_wrong_arguments_are_refused_before_anything_is_written",
     ),
@@ -804,7 +804,7 @@ MISTAKES = [
     Mistake(
         "operations: kernels are launched for nothing",
         "jaxnsa/operations.py",
-        "_computing(name, implementation, not spec.is_empty)",
+        "_computing(name, implementation, here, not spec.is_empty)",
         "name",
         pallas("batch_sizes"),
     ),
@@ -853,8 +853,8 @@ MISTAKES = [
     Mistake(
         "values: a length of max_len is too long",
         "jaxnsa/value_checks.py",
-        "seq_lens > max_len, seq_lens)",
-        "seq_lens >= max_len, seq_lens)",
+        "seq_lens > most, seq_lens)",
+        "seq_lens >= most, seq_lens)",
         "test_value_checks.py",
     ),
     Mistake(
@@ -1271,9 +1271,44 @@ MISTAKES = [
     Mistake(
         "native: drafts are held",
         "ffi/batch_tracker.h",
-        "{request_id, Min(kv_len, Max(seq_len, 0))}",
-        "{request_id, seq_len < 0 ? 0 : kv_len}",
+        "{request_id, Min(tokens, Max(seq_len, 0))}",
+        "{request_id, seq_len < 0 ? 0 : tokens}",
         "test_request_ids.py -k 'not dlpack'",
+    ),
+    Mistake(
+        "native: columns are held that the pool had not",
+        "ffi/cpu/fused_metadata.cc",
+        "std::min(kv_len, args.max_len)",
+        "kv_len",
+        "test_request_ids.py -k 'not dlpack'",
+    ),
+    Mistake(
+        "cuda: columns are held that the pool had not",
+        "ffi/cuda/tables.cuh",
+        "return Min(Rows::kv_len(kv_len, q, j), args.max_len);",
+        "return Rows::kv_len(kv_len, q, j);",
+        "test_request_ids.py -k 'not dlpack'",
+    ),
+    Mistake(
+        "cuda: rows hold what the backends of a launch have",
+        "ffi/cuda/fused_metadata.cu",
+        "std::copy_n(args.backend_offsets + first, part->num_backends, part->backend_offsets);",
+        "part->TakeOffsets(args.backend_offsets + first);",
+        "test_request_ids.py -k 'not dlpack'",
+    ),
+    Mistake(
+        "native: storages may end elsewhere",
+        "ffi/python_module.cc",
+        "!StorageEnd(tensor, &described[k].storage_end)",
+        "false",
+        "test_sglang.py -k storages",
+    ),
+    Mistake(
+        "interop: equal numbers are of one type",
+        "jaxnsa/interop/launch_cache.py",
+        "tuple(map(type, facts))",
+        "()",
+        "test_sglang.py -k another_type",
     ),
     Mistake(
         "native: another request's columns are held",
@@ -1285,14 +1320,14 @@ MISTAKES = [
     # The same in CUDA.
     Mistake(
         "cuda: a plan that is just full does not fit",
-        "ffi/cuda/schedules.cuh",
+        "ffi/cuda/topk_plan.cuh",
         "count > plan.capacities[lane]",
         "count >= plan.capacities[lane]",
         schedules("ffi"),
     ),
     Mistake(
         "cuda: a plan's end is what was there",
-        "ffi/cuda/schedules.cuh",
+        "ffi/cuda/topk_plan.cuh",
         "if (!is_fresh) return;",
         "if (is_fresh || !is_fresh) return;",
         schedules("ffi"),

@@ -10,7 +10,7 @@ from helpers import TABLE_MODES, inputs, mode_options, pointers
 
 import jaxnsa
 from benchmarks.measure import kernel_times
-from jaxnsa import NSAMetadata, reference
+from jaxnsa import ForwardMode, NSAMetadata, reference
 from jaxnsa.app import verify
 from jaxnsa.implementations import FUSED, IMPLEMENTATIONS
 
@@ -84,6 +84,29 @@ def test_offsets_past_32_bits(implementation):
     assert (wide[columns - 5 :] == -7).all()
     np.testing.assert_array_equal(result.page_indices[rows - 2, :3], [0, -7, -7])
     np.testing.assert_array_equal(result.real_page_table[rows - 1], np.arange(columns // 64))
+
+
+def test_stacked_backends_past_32_bits(implementation):
+    """The third backend's keys begin 2^31 elements into an array of 13 GB."""
+    keys = 2**30
+    result = jaxnsa.fused_metadata_precompute_and_broadcast(
+        jnp.array([3, 2]),
+        jnp.array([0, 1]),
+        jnp.array([[5, 6, 7], [8, 9, 1]], jnp.int32),
+        forward_mode=ForwardMode.EXTEND,
+        extend_seq_lens=jnp.array([1, 2]),
+        max_total_tokens=4,
+        max_total_keys=keys,
+        real_page_size=2,
+        num_backends=3,
+        stacked=True,
+        tail="zero",
+        implementation=implementation,
+    ).flat_page_indices
+    assert result.shape == (3, keys)
+    for backend in range(3):
+        np.testing.assert_array_equal(result[backend, :6], [5, 6, 7, 8, 9, 0])
+        assert jnp.count_nonzero(result[backend]) == 5
 
 
 @pytest.mark.parametrize("mode", TABLE_MODES)

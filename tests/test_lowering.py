@@ -5,18 +5,22 @@ import re
 
 import jax
 import pytest
-from helpers import inputs, lowered_operations, mode_options, on_device
+from helpers import (
+    inputs,
+    lowered_operations,
+    mode_options,
+    on_device,
+    skip_where_it_is_not_lowered,
+)
 
 import jaxnsa
 from jaxnsa import ForwardMode, reference
-from jaxnsa.implementations import triton
 
 
 @pytest.fixture(params=("pallas", "triton"))
 def name(request):
     """An implementation that lowers here, though it cannot run."""
-    if request.param == "triton" and (reason := triton._missing() or triton._import_error()):
-        pytest.skip(f"runs where JAX's CUDA plugin is, as .ci/run installs it: {reason}")
+    skip_where_it_is_not_lowered(request.param)
     return request.param
 
 
@@ -60,8 +64,7 @@ def test_broadcast_is_one_custom_call(name, mode, in_place, stacked, bs, max_len
 @pytest.mark.parametrize("kernels", ("pallas", "ffi", "triton"))
 def test_destinations_pass_a_barrier(kernels, function):
     """Without it XLA hands kernels slices of larger arrays, and loses what is written there."""
-    if kernels == "triton" and (reason := triton._missing() or triton._import_error()):
-        pytest.skip(f"runs where JAX's CUDA plugin is, as .ci/run installs it: {reason}")
+    skip_where_it_is_not_lowered(kernels)
     arguments = inputs(7, pool_cols=256)
     out = on_device(reference.precompute_decode_metadata(*arguments))
 

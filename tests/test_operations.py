@@ -187,7 +187,7 @@ def test_long_context_in_place(implementation):
     )
 
 
-@pytest.mark.large
+@pytest.mark.blocks
 @pytest.mark.parametrize("mode", TABLE_MODES)
 @pytest.mark.parametrize("tail", ("copy", "keep"))
 @pytest.mark.parametrize("bs, max_len", ((11, 131_072), (130, 66_000), (130, 33_003)))

@@ -14,11 +14,11 @@ from helpers import (
     lowered_operations,
     on_device,
     pointers,
+    skip_where_it_is_not_lowered,
 )
 
 import jaxnsa
 from jaxnsa import ForwardMode, reference
-from jaxnsa.implementations import triton
 from jaxnsa.metadata import FIELDS
 from jaxnsa.value_checks import validate_inputs
 
@@ -157,8 +157,7 @@ def test_under_vmap():
 @pytest.mark.parametrize("name", ("pallas", "triton"))
 @pytest.mark.parametrize("in_place, stacked", ((False, True), (True, False)))
 def test_one_custom_call(name, in_place, stacked):
-    if name == "triton" and (reason := triton._missing() or triton._import_error()):
-        pytest.skip(f"runs where JAX's CUDA plugin is, as .ci/run installs it: {reason}")
+    skip_where_it_is_not_lowered(name)
     arguments, extend = inputs(7, pool_cols=2048), np.ones(7, np.int32)
     options = {"forward_mode": EXTEND, "num_backends": 3, "stacked": stacked}
     options |= {"max_total_tokens": 900, "max_total_keys": 5000}

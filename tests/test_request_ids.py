@@ -8,7 +8,8 @@ torch = pytest.importorskip("torch", reason="runs where PyTorch is, as .ci/run i
 from kept_tables import TorchTables  # noqa: E402
 from test_torch import Engine, device, path, registered  # noqa: E402, F401
 
-from jaxnsa import ForwardMode  # noqa: E402
+from jaxnsa import ForwardMode, PagedMqaSchedule, Schedules  # noqa: E402
+from jaxnsa.interop.torch import BackendBuffers  # noqa: E402
 
 
 def test_histories(path, device):  # noqa: F811
@@ -74,6 +75,41 @@ def test_what_is_written_again(path, device):  # noqa: F811
     lengths = decode.engine.tensor(np.array([34, 61, 13], np.int32))
     decode.buffers.update(*decode.given([5, 5, 5], [40, 70, 20]), written_lens=lengths)
     assert decode.left_alone([2, 1, -3], [34, 61, 13]) == [0, 0, 0]
+
+
+def test_a_row_holds_no_more_than_the_pool_had_columns(device):  # noqa: F811
+    decode = Decode("direct", device)
+    lengths, rows, pool = decode.given([1, 2, 3], [200, 60, 70])
+    ids = torch.tensor([1, 2, 3], device=device)
+    decode.buffers.update(lengths, rows, pool[:, :64].contiguous(), request_ids=ids)
+    assert decode.left_alone([1, 2, 3], [200, 61, 71]) == [64, 60, 64]
+
+
+def test_many_backends_with_schedules(device):  # noqa: F811
+    """Whose backends take several launches: rows hold what the shortest of all have."""
+    count, columns, page = 12, 256, 64
+    engine = Engine.of(device, requests=2, rows=2, max_len=columns, page=page, count=count)
+    schedules = Schedules(paged_mqa=PagedMqaSchedule(num_sms=2, layout="sm90", per_row=True))
+    for backend in engine.backends:
+        for name, shape in (("paged_mqa_ctx_lens", (2, 1)), ("paged_mqa_schedule", (3, 2))):
+            backend[name] = torch.zeros(shape, dtype=torch.int32, device=device)
+    offsets = range(-8, count - 8)
+    buffers = BackendBuffers(
+        engine.backends,
+        nsa_index_topk=64,
+        real_page_size=page,
+        schedules=schedules,
+        backend_offsets=[*offsets],
+        path="direct",
+    )
+    ids, rows = torch.tensor([41, 7], device=device), torch.tensor([2, 1], device=device)
+    for length in (100, 104, 108):
+        lengths = torch.tensor([length, length + 30], device=device)
+        buffers.update(lengths, rows, engine.pool, request_ids=ids)
+        for backend, offset in zip(engine.backends, offsets, strict=True):
+            for row, live in enumerate((lengths + offset).tolist()):
+                expected = engine.pool[rows[row], :live]
+                assert torch.equal(backend["page_indices"][row, :live], expected)
 
 
 def test_request_ids_that_are_wrong(path, device):  # noqa: F811

@@ -440,9 +440,8 @@ def test_lists_are_of_fields():
     assert lists < set(FIELDS)
 
 
+@pytest.mark.parametrize("has_exchange_api", [True], indirect=True)
 def test_a_known_launch_that_is_declined_without_reason_is_counted(device, has_exchange_api):
-    if not has_exchange_api:
-        return
     launches.declined.clear()
     b = static_buffers(device, 5, 40, 2)
     given = [tensor(a, device) for a in inputs(5, pool_cols=40)]

@@ -230,6 +230,29 @@ def test_fills_what_sglang_fills_and_nothing_else(name, device, stand_in, has_ex
     assert not launches.declined
 
 
+def test_tensors_of_storages_that_end_elsewhere_are_others():
+    if exchange_api() is None:
+        pytest.skip("runs with PyTorch 2.10 or newer")
+    memory = np.zeros(64, np.int32)
+    long, short = torch.from_numpy(memory)[:8], torch.from_numpy(memory[:8])
+    assert long.data_ptr() == short.data_ptr()
+    keys = [launch_cache.key_of(tensor, [tensor], ()) for tensor in (long, short, long)]
+    assert keys[0] is not None
+    assert keys[0] != keys[1]
+    assert keys[0] == keys[2]
+
+
+@pytest.mark.parametrize("name", NAMES[:3])
+def test_numbers_of_another_type_are_refused_though_they_are_equal(name, device):
+    given = step(Tensors(0, device), name)
+    getattr(sglang, name)(**given)
+    for argument in given.keys() & {"bs", "dsa_index_topk", "next_n", "total_len", "max_len"}:
+        number = given[argument]
+        for equal in (float(number), np.float32(number)):
+            with pytest.raises(TypeError, match=rf"{argument}: got .*{number}.*, expected an int"):
+                getattr(sglang, name)(**given | {argument: equal})
+
+
 def test_a_step_of_no_requests_or_no_rows_writes_the_first_sums(device, stand_in):
     for name, bs in itertools.product(NAMES[:3], (0, 3)):
         make = Tensors(0, device)

@@ -6,7 +6,15 @@ import re
 import jax
 import numpy as np
 import pytest
-from helpers import assert_same, held_apart, inputs, mode_options, on_device, pointers
+from helpers import (
+    assert_same,
+    held_apart,
+    inputs,
+    mode_options,
+    on_device,
+    pointers,
+    skip_where_it_is_not_lowered,
+)
 from jax import export
 
 import jaxnsa
@@ -149,14 +157,20 @@ def test_lowering_for_a_platform_where_nothing_runs_says_why(name):
             match=f"implementation '{name}' cannot run here: {re.escape(reason)}",
         ):
             jax.jit(function)(lengths)
-    if missing:
-        return
+
+
+@pytest.mark.parametrize("name", ("pallas", "triton"))
+@pytest.mark.skipif(jax.default_backend() == "gpu", reason="runs on a machine without a GPU")
+def test_what_is_for_another_platform_may_be_what_cannot_run_here(name):
+    skip_where_it_is_not_lowered(name)
     chosen = jax.jit(
         lambda x: jax.lax.platform_dependent(
-            x, cpu=lambda x: jaxnsa.prefix_sum(x, implementation="xla"), cuda=functions[0]
+            x,
+            cpu=lambda x: jaxnsa.prefix_sum(x, implementation="xla"),
+            cuda=lambda x: jaxnsa.prefix_sum(x, implementation=name),
         )
     )
-    assert chosen(lengths).tolist() == [0, 3, 3, 8]
+    assert chosen(np.array([3, 0, 5], np.int32)).tolist() == [0, 3, 3, 8]
 
 
 def test_exported_functions_are_serialised_for_fixed_sizes():

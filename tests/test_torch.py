@@ -2,11 +2,13 @@
 
 import concurrent.futures
 import dataclasses
+import gc
 import re
 import subprocess
 import sys
 import threading
 import types
+import weakref
 
 import jax
 import jax.numpy as jnp
@@ -589,8 +591,20 @@ def test_wrong_updates_are_refused_before_anything_is_written(number, path, devi
     engine.check()
 
 
+def shrink(tensor):
+    """Gives a tensor a storage that is too small, at the old address where that is free."""
+    storage = tensor.untyped_storage()
+    address, size = storage.data_ptr(), storage.nbytes()
+    for smaller in range(size - 4, size // 2, -1000):
+        storage.resize_(0)
+        storage.resize_(smaller)
+        if storage.data_ptr() == address:
+            return
+
+
 CHANGES = {
     "freed": lambda tensor: tensor.untyped_storage().resize_(0),
+    "shrunk": shrink,
     "resized": lambda tensor: tensor.resize_(10, 5),
     "resized to as many elements": lambda tensor: tensor.resize_(24 * 300 // 2, 2),
     "transposed": lambda tensor: tensor.t_(),
@@ -609,6 +623,21 @@ def test_registered_tensors_that_changed_are_refused(what, path, device):
     with pytest.raises(ValueError, match=r"buffers\[1\].page_indices: .* freed or resized"):
         buffers.update(lengths, lengths, engine.pool)
     assert (engine.backends[0]["cache_seqlens"] == HELD).all()
+
+
+def test_buffers_hold_their_tensors_no_longer_than_they_live(device):
+    engine = Engine.of(device)
+    buffers = registered(engine, "direct", 16)
+    lengths = torch.ones(3, dtype=torch.int32, device=device)
+    buffers.update(lengths, lengths, engine.pool)
+    table = weakref.ref(engine.backends[1]["page_indices"])
+    gc.disable()
+    try:
+        engine.backends.clear()
+        del buffers
+        assert table() is None
+    finally:
+        gc.enable()
 
 
 def test_numbers_that_change_are_not_remembered(device):
@@ -794,7 +823,9 @@ def test_the_dlpack_path_refuses_what_it_was_not_compiled_for(device):
         dlpack=DlpackOptions(engine.pool),
     )
     lengths = torch.ones(3, dtype=torch.int32, device=device)
-    with pytest.raises(ValueError, match="forward_mode: got one, or a number of draft tokens"):
+    with pytest.raises(
+        ValueError, match="TARGET_VERIFY of 2 draft tokens, expected ForwardMode.DECODE as"
+    ):
         buffers.update(
             lengths,
             lengths,

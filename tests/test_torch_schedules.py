@@ -10,10 +10,10 @@ from jaxnsa.constant_schedules import flash_mla_constants
 from jaxnsa.implementations import native_library
 from jaxnsa.reference_schedules import flash_mla_schedule
 
-torch = pytest.importorskip("torch")
-interop = pytest.importorskip("jaxnsa.interop.torch")
-direct_path = pytest.importorskip("jaxnsa.interop.direct_path")
-BackendBuffers = interop.BackendBuffers
+torch = pytest.importorskip("torch", reason="runs where PyTorch is, as .ci/run installs it")
+
+from jaxnsa.interop import direct_path  # noqa: E402
+from jaxnsa.interop.torch import BackendBuffers, DlpackOptions  # noqa: E402
 
 REQUESTS, ROWS, MAX_LEN, PAGE, TOPK, HELD = 9, 36, 64, 4, 600, -7
 
@@ -78,7 +78,7 @@ def test_update(k, kpool, path, device):
         index_kpool=kpool,
         schedules=schedules,
         path=path,
-        dlpack=interop.DlpackOptions(pool_tensor, modes, num_draft_tokens=3),
+        dlpack=DlpackOptions(pool_tensor, modes, num_draft_tokens=3),
     )
     for step, mode in enumerate(modes * 2):
         bs = (9, 0, 5, 2)[step % 4]
@@ -214,3 +214,11 @@ def test_constants_are_computed_once_for_each_size(device, monkeypatch):
             np.testing.assert_array_equal(backend["flash_mla_schedule"].cpu(), schedule)
             np.testing.assert_array_equal(backend["flash_mla_num_splits"][: bs + 1].cpu(), splits)
     assert computed == [ROWS, REQUESTS, 4]
+    # A graph could not hold what is computed while it is captured.
+    lengths = torch.zeros(3, dtype=torch.int32, device=device)
+    with monkeypatch.context() as capture:
+        capture.setattr(direct_path.DirectPath, "_is_capturing", lambda path: True)
+        buffers.update(lengths, lengths, pool)
+    assert computed == [ROWS, REQUESTS, 4]
+    buffers.update(lengths, lengths, pool)
+    assert computed == [ROWS, REQUESTS, 4, 3]

@@ -11,7 +11,14 @@ import interpreted
 import jax
 import jax.numpy as jnp
 import pytest
-from helpers import assert_same, held, inputs, lowered_operations, on_device
+from helpers import (
+    assert_same,
+    held,
+    inputs,
+    lowered_operations,
+    on_device,
+    skip_where_it_is_not_lowered,
+)
 from interpreted import TRITON
 
 import jaxnsa
@@ -155,9 +162,7 @@ def test_an_array_without_its_value_is_not_compiled(monkeypatch, compiled):
 
 @pytest.fixture
 def lowers():
-    """jax-triton can be imported, which takes JAX's CUDA plugin, though no GPU."""
-    if reason := triton._import_error():
-        pytest.skip(f"runs where JAX's CUDA plugin is, as .ci/run installs it: {reason}")
+    skip_where_it_is_not_lowered("triton")
 
 
 def test_without_the_cuda_plugin(monkeypatch):

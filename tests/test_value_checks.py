@@ -102,6 +102,48 @@ def test_sums_past_int32(topk, sums):
         checkify.checkify(check)(lengths)[0].throw()
 
 
+def test_sums_of_pooled_selections_past_int32():
+    """With top-k 1 a row that sees no full pool of keys has all of its tokens selected."""
+    length = 2**20 - 5
+    values = {
+        "req_pool_indices": np.zeros(600, np.int32),
+        "req_to_token": jnp.zeros((1, 2**20), jnp.int32),
+        "forward_mode": ForwardMode.TARGET_VERIFY,
+        "num_draft_tokens": 4,
+        "nsa_index_topk": 1,
+    }
+    lengths = np.full(600, length, np.int32)
+    jaxnsa.validate_inputs(lengths, **values)
+    jaxnsa.validate_inputs(lengths, **values, index_kpool=2**10)
+    message = "a prefix sum of nsa_cache_seqlens inside int32"
+    with pytest.raises(ValueError, match=message):
+        jaxnsa.validate_inputs(lengths, **values, index_kpool=2**20)
+    check = jax.jit(lambda x: jaxnsa.validate_inputs(x, **values, index_kpool=2**20))
+    with pytest.raises(checkify.JaxRuntimeError, match=message):
+        checkify.checkify(check)(lengths)[0].throw()
+
+
+def test_lengths_of_every_backend():
+    lengths, columns = np.array([60, 3], np.int32), np.zeros((1, 64), np.int32)
+    given = (lengths, np.zeros(2, np.int32), columns)
+    jaxnsa.validate_inputs(*given, backend_offsets=(0, -70, 4))
+    message = r"seq_lens: got 60 at row\(s\) 0, expected at most max_len - 5 = 59"
+    with pytest.raises(ValueError, match=message):
+        jaxnsa.validate_inputs(*given, backend_offsets=(0, 5))
+    with jaxnsa.override(validate=True), pytest.raises(ValueError, match=message):
+        jaxnsa.fused_metadata_precompute_and_broadcast(
+            *given, num_backends=2, backend_offsets=(5, 0)
+        )
+    many = np.full(2048, 2**20 - 5, np.int32), np.zeros(2048, np.int32)
+    pool = jnp.zeros((1, 2**20), jnp.int32)
+    jaxnsa.validate_inputs(*many, pool, backend_offsets=(-2, 4), nsa_index_topk=1)
+    with pytest.raises(ValueError, match="inside int32 with 5 tokens more"):
+        jaxnsa.validate_inputs(*many, pool, backend_offsets=(-2, 5), nsa_index_topk=1)
+    for wrong, got in ((5, "5"), ((), "0 of them"), ("ab", "'ab'")):
+        with pytest.raises(ValueError, match=f"backend_offsets: got {got}, expected a tuple of i"):
+            jaxnsa.validate_inputs(*given, backend_offsets=wrong)
+
+
 def test_every_function_validates_on_request(monkeypatch):
     values = arguments({"seq_lens": [5, -1, 3]})
     jaxnsa.precompute_decode_metadata(**values)

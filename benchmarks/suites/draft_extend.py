@@ -60,7 +60,7 @@ def implementation(name: str, extend: Any, seq_lens: Any, capacity: int) -> Any:
 
 
 @functools.partial(jax.jit, static_argnums=(0, 3))
-def _variant(variant: Any, extend: Any, seq_lens: Any, capacity: int) -> Any:
+def _variant(variant: str, extend: Any, seq_lens: Any, capacity: int) -> Any:
     result = ffi.fill_draft_extend_metadata(
         extend, seq_lens, nsa_index_topk=TOPK, max_total_tokens=capacity, variant=variant
     )

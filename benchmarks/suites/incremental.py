@@ -15,6 +15,7 @@ import jaxnsa
 from benchmarks.measure import Call, on_gpu, step_times
 from benchmarks.problem import PAGE_SIZE, TOPK
 from benchmarks.replay import SPARE_POOL_ROWS, Steps, replay, totals, windows
+from benchmarks.report import FULL
 from benchmarks.suite import Job, Plot, Suite, runnable
 from jaxnsa.app.request_traces import Request, read_trace, synthetic_requests
 from jaxnsa.implementations import native_library
@@ -231,7 +232,7 @@ def _replay_jobs(history: str, requests: Sequence[Request], quick: bool) -> Iter
         live, changed = total.live / total.steps / bs, total.changed / total.live
         case = _case(history, slots, shape, live, changed)
         for name, way in ways.items():
-            for label, full in ((name, False), (f"{name}, full", True)):
+            for label, full in ((name, False), (name + FULL, True)):
                 yield Job(case, label, functools.partial(_replayed, way, shape, runs, full))
 
 
@@ -272,7 +273,7 @@ def _share_jobs(shapes: Sequence[tuple[int, int, int]]) -> Iterator[Job]:
     for bs, max_len, live in shapes:
         shape = Shape(bs, max_len)
         for name, way in _ways().items():
-            for label, full in ((name, False), (f"{name}, full", True)):
+            for label, full in ((name, False), (name + FULL, True)):
                 for share in SHARES:
                     case = _case("all rows alike", "stay", shape, live, share or 1 / live)
                     run = functools.partial(_of_share, way, shape, live, share, full)

@@ -25,8 +25,7 @@ def contenders() -> dict[str, Callable]:
     names = runnable()
     for name in names:
         if name == "ffi":
-            variants: Any = ffi.VARIANTS["prefix_sum"]
-            for variant in variants:
+            for variant in ffi.VARIANTS["prefix_sum"]:
                 call = functools.partial(ffi.prefix_sum, variant=variant)
                 found[f"ffi {variant}"] = jax.jit(call)
         elif name != "xla":

@@ -148,19 +148,19 @@ std::vector<Table> TablesOf(const FusedMetadataArguments& args) {
   return tables;
 }
 
-// Leading tokens that all of request i's table rows hold, `count` of its q; takes down what they hold
-// after the step.
+// Leading tokens that all of request i's table rows hold, `count` of its q; takes down what they
+// hold after the step.
 int32_t AdvanceTracker(const FusedMetadataArguments& args, int64_t i, int64_t first_row,
                        int64_t count, int32_t q) {
   const BatchTracker& tracker = args.tracker;
   const int64_t id = tracker.request_ids.id(i);
   const int32_t seq_len = args.rows.seq_lens[i];
-  const int32_t shortest = args.rows.cache_seqlen(i, args.least_offset());
+  const int32_t shortest = args.rows.cache_seqlen(i, args.least_offset);
   int32_t held = kInt32Max;
   for (int64_t j = 0; j < count; ++j) {
     held = std::min(held, tracker.held(first_row + j, id, seq_len));
-    tracker.Hold(first_row + j, id, seq_len,
-                 Rows::kv_len(shortest, q, static_cast<int32_t>(j)));
+    const int32_t kv_len = Rows::kv_len(shortest, q, static_cast<int32_t>(j));
+    tracker.Hold(first_row + j, id, seq_len, std::min(kv_len, args.max_len));
   }
   return held;
 }

@@ -1,5 +1,5 @@
-// The consumers' schedules on the CPU, part by part and item by item, as jaxnsa/reference_schedules.py
-// has them.
+// The consumers' schedules on the CPU, part by part and item by item, as
+// jaxnsa/reference_schedules.py has them.
 #ifndef JAXNSA_CPU_WRITE_SCHEDULES_H_
 #define JAXNSA_CPU_WRITE_SCHEDULES_H_
 

@@ -10,12 +10,12 @@
 
 namespace jaxnsa {
 
-// Leading tokens that all table rows of request i hold, `count` of them from `first_row` on, of which
-// row j sees kv_len(j) tokens. Called by all threads of the request's gridDim.x blocks; the last
-// block that has read the rows writes what they hold after the step.
-template <typename KvLen>
+// Leading tokens that all table rows of request i hold, `count` of them from `first_row` on, of
+// which row j gets columns(j) tokens. Called by all threads of the request's gridDim.x blocks; the
+// last block that has read the rows writes what they hold after the step.
+template <typename Columns>
 __device__ int32_t AdvanceTracker(const BatchTracker& tracker, int32_t i, int64_t first_row,
-                                  int32_t count, int32_t seq_len, KvLen kv_len) {
+                                  int32_t count, int32_t seq_len, Columns columns) {
   const int64_t id = tracker.request_ids.id(i);
   int32_t held = kInt32Max;
   for (int32_t j = 0; j < count; ++j) held = Min(held, tracker.held(first_row + j, id, seq_len));
@@ -34,7 +34,7 @@ __device__ int32_t AdvanceTracker(const BatchTracker& tracker, int32_t i, int64_
   }
   if (is_last) {
     for (int32_t j = threadIdx.x; j < count; j += kThreads) {
-      tracker.Hold(first_row + j, id, seq_len, kv_len(j));
+      tracker.Hold(first_row + j, id, seq_len, columns(j));
     }
   }
   return held;

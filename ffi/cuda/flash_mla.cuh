@@ -12,8 +12,8 @@
 #include <cstdint>
 #include <cub/block/block_scan.cuh>
 
-#include "schedules.cuh"
 #include "shared_sums.cuh"
+#include "thread_items.cuh"
 
 namespace jaxnsa {
 

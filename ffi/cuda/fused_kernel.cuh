@@ -46,10 +46,8 @@ constexpr int64_t kMostScheduleShares = 16;
 // A backend's arrays of lengths, null at compile time where a kernel is never asked for them.
 template <bool kPrefill, bool kSchedules>
 __device__ Lengths Wanted(Lengths to) {
-  if constexpr (!kPrefill) {
-    to.token_to_request = to.indexer_ks = to.indexer_ke = to.topk_indices_offset = nullptr;
-  }
-  if constexpr (!kSchedules) to.pooled_cache_seqlens = nullptr;
+  if constexpr (!kPrefill) to = WithoutPrefill(to);
+  if constexpr (!kSchedules) to = WithoutPooled(to);
   return to;
 }
 
@@ -70,13 +68,15 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor<kSchedules>
       }
       block -= args.schedules.blocks;
     }
-    const int32_t groups = args.length_groups, shares = kRagged ? args.length_shares : 1;
-    const int32_t blocks = groups * shares, b = blocks == 1 ? block : block / blocks;
-    if (b < args.num_backends) {
-      const int32_t group = block % blocks / shares;
+    // Unsigned, and with one division at most: small batches wait for this.
+    const uint32_t groups = args.length_groups, shares = kRagged ? args.length_shares : 1;
+    const uint32_t blocks = groups * shares;
+    const uint32_t b = blocks == 1 ? block : static_cast<uint32_t>(block) / blocks;
+    if (b < static_cast<uint32_t>(args.num_backends)) {
+      const uint32_t rest = block - b * blocks, group = kRagged ? rest / shares : rest;
       RowRules rules = args.row_rules;
       if constexpr (!kSchedules) rules.index_kpool = 1;
-      WriteLengths<kRagged>(args.rows, rules, {groups, group, shares, block % shares},
+      WriteLengths<kRagged>(args.rows, rules, {groups, group, shares, rest - group * shares},
                             kWhole ? 0 : args.backend_offsets[b],
                             Wanted<kRagged && !kTablesRagged, kSchedules>(args.lengths[b]));
       if (block == 0 && args.advances_tracker) {
@@ -131,7 +131,8 @@ void TakeSchedules(const FusedMetadataArguments& args, ScheduleParameters<kCapac
     rows = std::max(rows, rows_of_kind);
   };
   if (wanted.flash_mla.num_sm_parts > 0) {
-    add(ScheduleKind::kFlashMla, wanted.flash_mla.rows(args.rows));
+    const FlashMlaSchedule& flash_mla = wanted.flash_mla;
+    add(ScheduleKind::kFlashMla, int64_t{flash_mla.num_sm_parts} + flash_mla.items(args.rows) + 1);
   }
   if (wanted.paged_mqa.num_sms > 0) add(ScheduleKind::kPagedMqa, wanted.paged_mqa.num_sms + 1);
   if (wanted.topk_plan.num_pairs > 0) add(ScheduleKind::kTopkPlan, 1);
@@ -180,7 +181,7 @@ void LaunchFusedMetadata(Stream stream, const FusedMetadataArguments& args) {
     parameters.lengths[b] = args.backends[b].lengths;
     parameters.backend_offsets[b] = args.backend_offsets[b];
   }
-  parameters.least_offset = args.least_offset();
+  parameters.least_offset = args.least_offset;
   parameters.greatest_offset =
       *std::max_element(args.backend_offsets, args.backend_offsets + args.num_backends);
   parameters.written_lens = args.written_lens;

@@ -13,8 +13,7 @@ namespace jaxnsa {
 template <bool kRagged>
 class ItemLengths {
  public:
-  // Called by all threads of the block.
-  __device__ ItemLengths(SumsMemory&, const Rows& rows, bool are_rows, int32_t offset)
+  __device__ ItemLengths(const Rows& rows, bool are_rows, int32_t offset)
       : rows_(rows), offset_(offset), q_(are_rows ? rows.rows_per_request : 1) {}
 
   // A request is the last of its rows.
@@ -39,11 +38,12 @@ struct RowsOfRequest {
 template <>
 class ItemLengths<true> {
  public:
-  __device__ ItemLengths(SumsMemory& memory, const Rows& rows, bool are_rows, int32_t offset)
+  // Called by all threads of the block.
+  __device__ ItemLengths(const Rows& rows, bool are_rows, int32_t offset)
       : rows_(rows),
         offset_(offset),
         are_rows_(are_rows),
-        first_rows_(memory, are_rows ? rows.requests : 0, {rows}) {}
+        first_rows_(Memory(), are_rows ? rows.requests : 0, {rows}) {}
 
   __device__ int32_t operator()(int32_t item) const {
     if (!are_rows_) return rows_.cache_seqlen(item, offset_);
@@ -55,6 +55,12 @@ class ItemLengths<true> {
   }
 
  private:
+  // One for all threads of the block.
+  static __device__ SumsMemory& Memory() {
+    __shared__ SumsMemory memory;
+    return memory;
+  }
+
   const Rows& rows_;
   int32_t offset_;
   bool are_rows_;

@@ -1,5 +1,5 @@
-// How a block of the fused kernel writes the lengths and prefix sums of 128 requests and its share of
-// those of their rows.
+// How a block of the fused kernel writes the lengths and prefix sums of 128 requests and its share
+// of those of their rows.
 #ifndef JAXNSA_CUDA_LENGTHS_CUH_
 #define JAXNSA_CUDA_LENGTHS_CUH_
 
@@ -53,13 +53,13 @@ struct LengthSums {
   }
 };
 
-// One of the blocks of a backend: group `group` of 128 requests, of `groups`; share `share` of their
-// rows, of `shares`.
+// One of the blocks of a backend: group `group` of 128 requests, of `groups`; share `share` of
+// their rows, of `shares`.
 struct LengthBlock {
-  int32_t groups;
-  int32_t group;
-  int32_t shares;
-  int32_t share;
+  uint32_t groups;
+  uint32_t group;
+  uint32_t shares;
+  uint32_t share;
 };
 
 // Writes the lengths and prefix sums of one backend, computed for `offset` tokens more, for a group
@@ -67,8 +67,7 @@ struct LengthBlock {
 // by itself. Together the blocks of a backend also write the padding rows.
 template <bool kRagged>
 __device__ void WriteLengths(const Rows& rows, const RowRules& rules, LengthBlock block,
-                             int32_t offset,
-                             const Lengths& to) {
+                             int32_t offset, const Lengths& to) {
   struct Request {
     int32_t cache_seqlen;
     int32_t q;

@@ -107,7 +107,7 @@ struct Parameters {
   Rows rows;
   RowRules row_rules;
   bool clears_padding;
-  bool advances_tracker;
+  bool advances_tracker;  // as `tracker` says, which is not fetched where it is not advanced
   int32_t length_groups;  // groups of 128 requests, of a backend
   int32_t length_shares;  // blocks that share the rows of a group
   int32_t key_blocks;     // after those of lengths

@@ -5,7 +5,7 @@
 #include <cstdint>
 #include <cub/block/block_scan.cuh>
 
-#include "parameters.cuh"
+#include "thread_items.cuh"
 
 namespace jaxnsa {
 
@@ -13,20 +13,6 @@ namespace jaxnsa {
 struct Found {
   int32_t index;
   int64_t sum;
-};
-
-// Of `count` items, those that are this thread's: neighbours, and as many as any other thread's.
-struct Share {
-  int32_t size;  // of the first thread's, than which none is larger
-  int32_t first;
-  int32_t end;
-
-  __device__ explicit Share(int32_t count) {
-    size = static_cast<int32_t>(CeilDiv(count, kThreads));
-    const int64_t begin = int64_t{threadIdx.x} * size;
-    first = begin < count ? static_cast<int32_t>(begin) : count;
-    end = first + Min(size, count - first);
-  }
 };
 
 constexpr int kMostSums = 1024;
@@ -45,10 +31,10 @@ class SharedSums {
       : sums_(sums), count_(count), value_(value) {
     while ((count - 1) >> log_group_ >= kMostSums) ++log_group_;
     groups_ = ((count - 1) >> log_group_) + 1;
-    const Share share(groups_);
+    const ThreadItems mine(groups_);
     int64_t sum = 0;
 #pragma unroll 1
-    for (int32_t g = share.first; g < share.end; ++g) {
+    for (int32_t g = mine.first; g < mine.end; ++g) {
       sums_[g] = sum;
       int32_t i = g << log_group_, left = Min(1 << log_group_, count - i);
 #pragma unroll 1
@@ -59,7 +45,7 @@ class SharedSums {
     int64_t before;
     Scan(temp).ExclusiveSum(sum, before, total_);
 #pragma unroll 1
-    for (int32_t g = share.first; g < share.end; ++g) sums_[g] += before;
+    for (int32_t g = mine.first; g < mine.end; ++g) sums_[g] += before;
     if (threadIdx.x == 0) sums_[groups_] = total_;
     __syncthreads();
   }

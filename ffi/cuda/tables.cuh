@@ -136,16 +136,15 @@ struct Columns {
         Access<kWidth>::Store(to.page_indices + offset, stored);
       });
     } else if (column < longest.end) {
-#pragma unroll 1
-      for (int b = 0; b < args.num_backends; ++b) {
+      ForEach(args.tables, args.num_backends, [&](const PageTables& to, int b) {
         const RowContent content = contents.of_backend(b);
 #pragma unroll
         for (int e = 0; e < kWidth; ++e) {
           if (column + e >= contents.first && column + e < content.end) {
-            args.tables[b].page_indices[offset + e] = column + e < content.live ? value[e] : 0;
+            to.page_indices[offset + e] = column + e < content.live ? value[e] : 0;
           }
         }
-      }
+      });
     }
     const int32_t page = args.page_size.Divide(column);
     if (args.tables[0].real_page_table == nullptr || page * args.page_size.value != column ||
@@ -187,13 +186,14 @@ __device__ void WriteTables(const Parameters<kCapacity, kSchedules>& args, int32
   if (!kWhole && exists) {
     if (args.tracker.request_ids.data != nullptr) {
       const int32_t kv_len = Rows::cache_seqlen_of(seq_len, args.least_offset, args.added_tokens);
-      written = AdvanceTracker(args.tracker, i, first_row, count, seq_len,
-                               [&](int32_t j) { return Rows::kv_len(kv_len, q, j); });
+      written = AdvanceTracker(
+          args.tracker, i, first_row, count, seq_len,
+          [&](int32_t j) { return Min(Rows::kv_len(kv_len, q, j), args.max_len); });
     } else if (args.written_lens.data != nullptr) {
       written = args.written_lens[i];
     }
   }
-  const int32_t first = Min(Max(written, 0), args.max_len);
+  const int32_t first = kWhole ? 0 : Min(Max(written, 0), args.max_len);
   const RowContent padding{0, kRagged && args.clears_padding ? args.max_len : 0};
   const int32_t least_offset = kWhole ? 0 : args.least_offset;
   const int32_t greatest_offset = kWhole ? 0 : args.greatest_offset;
@@ -216,7 +216,8 @@ __device__ void WriteTables(const Parameters<kCapacity, kSchedules>& args, int32
       const auto of_backend = [&](int b) {
         return kWhole ? shortest : content(args.backend_offsets[b]);
       };
-      write(row, RowContents<decltype(of_backend)>{pads ? 0 : first, shortest, longest, of_backend});
+      const int32_t begin = pads ? 0 : first;
+      write(row, RowContents<decltype(of_backend)>{begin, shortest, longest, of_backend});
     }
   };
 

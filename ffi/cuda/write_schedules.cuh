@@ -6,8 +6,10 @@
 
 #include "flash_mla.cuh"
 #include "item_lengths.cuh"
+#include "paged_mqa.cuh"
 #include "parameters.cuh"
-#include "schedules.cuh"
+#include "thread_items.cuh"
+#include "topk_plan.cuh"
 
 namespace jaxnsa {
 
@@ -54,7 +56,7 @@ __device__ __attribute__((noinline)) void WriteSchedule(
     for (int64_t k = stride.first; k < size; k += stride.step) {
       const int32_t value[] = {__ldg(args.flash_mla + k)};
       if (k < rows_size) {
-        store(&ScheduleArrays::flash_mla_schedule)(k, value);
+        store_row(k, value);
       } else {
         store_splits(k - rows_size, value);
       }
@@ -66,8 +68,8 @@ __device__ __attribute__((noinline)) void WriteSchedule(
   const bool items_are_rows = kind == ScheduleKind::kPagedMqa   ? next_n == 1
                               : kind == ScheduleKind::kFlashMla ? !flash_mla.dense()
                                                                 : true;
-  __shared__ SumsMemory sums, row_sums;
-  const ItemLengths<kRagged> kv_len(row_sums, rows, items_are_rows, args.offsets[first]);
+  __shared__ SumsMemory sums;
+  const ItemLengths<kRagged> kv_len(rows, items_are_rows, args.offsets[first]);
   if (kind == ScheduleKind::kPagedMqa) {
     WritePagedMqaSchedule(
         sums, paged_mqa, paged_mqa.items(rows), next_n, stride,

@@ -35,6 +35,11 @@ def candidates(
     return tuple(n for n in order if n != "triton" or settings.triton_metadata)
 
 
+def is_named(requested: str | Sequence[str] | None, settings: Settings) -> bool:
+    """Whether a call or the settings name implementations."""
+    return requested is not None or settings.implementation is not None
+
+
 def choose(
     requested: str | Sequence[str] | None,
     settings: Settings,
@@ -59,8 +64,7 @@ def choose(
     """
     here = platform or jax.default_backend()
     tried = candidates(requested, settings, here, function, requests)
-    is_named = requested is not None or settings.implementation is not None
-    if not is_named or len(tried) > 1:
+    if not is_named(requested, settings) or len(tried) > 1:
         platform = here
     reasons = []
     for name in tried:

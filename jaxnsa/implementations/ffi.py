@@ -4,7 +4,7 @@ import functools
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -20,9 +20,6 @@ from jaxnsa.implementations.native_library import (
 from jaxnsa.implementations.native_library import unavailable as library_unavailable
 from jaxnsa.metadata import FIELDS, Array, DraftExtendSeqlens, Extent, NSAMetadata
 from jaxnsa.spec import Inputs, Spec
-
-PrefixSumVariant = Literal["block_scan", "sequential", "blelloch"]
-DraftExtendVariant = Literal["optimized", "adaptive", "basic"]
 
 VARIANTS = {
     "prefix_sum": {
@@ -68,8 +65,8 @@ def version() -> str | None:
     return ", ".join(f"XLA FFI API {_built_api(p)} ({p})" for p in built) or None
 
 
-def prefix_sum(x: jax.Array, *, variant: PrefixSumVariant = "block_scan") -> jax.Array:
-    """int32 [n] -> int32 [n + 1]: 0, then the inclusive prefix sum."""
+def prefix_sum(x: jax.Array, *, variant: str = "block_scan") -> jax.Array:
+    """int32 [n] -> int32 [n + 1]: 0, then the inclusive prefix sum, by one of `VARIANTS`."""
     return _call(_PREFIX_SUM, jax.ShapeDtypeStruct((len(x) + 1,), jnp.int32), x, variant=variant)
 
 
@@ -79,9 +76,9 @@ def fill_draft_extend_metadata(
     *,
     nsa_index_topk: int,
     max_total_tokens: int,
-    variant: DraftExtendVariant = "optimized",
+    variant: str = "optimized",
 ) -> DraftExtendSeqlens:
-    """See `jaxnsa.fill_draft_extend_metadata`."""
+    """See `jaxnsa.fill_draft_extend_metadata`; by one of `VARIANTS`."""
     rows = jax.ShapeDtypeStruct((max_total_tokens,), jnp.int32)
     total = jax.ShapeDtypeStruct((), jnp.int32)
     offsets = jax.ShapeDtypeStruct((0 if variant == "optimized" else len(seq_lens) + 1,), jnp.int32)

@@ -8,7 +8,7 @@ from collections.abc import Callable
 import torch
 
 from jaxnsa.constant_schedules import flash_mla_constants
-from jaxnsa.implementations.native_library import NativeRows
+from jaxnsa.implementations.native_library import NativeLibrary, NativeRows
 from jaxnsa.interop.held_rows import HeldRows
 from jaxnsa.interop.launches import (
     launch_checked,
@@ -42,7 +42,10 @@ class DirectPath:
         self._registered = registered
         self._launch = prepared(native, registered.spec, registered.backends)
         self._constants: dict[int, torch.Tensor] = {}
-        self._hold_constants(registered.spec.rows)
+        flash_mla = registered.spec.schedules.flash_mla
+        self._has_constants = flash_mla is not None and flash_mla.is_constant
+        if self._has_constants:
+            self._hold_constants(registered.spec.rows.count)
         self._launch.track(held.rows.data_ptr(), len(held.rows), held.readers.data_ptr())
         self._looks_at_tensors = False
         if api := exchange_api():
@@ -55,37 +58,24 @@ class DirectPath:
                 min_columns=1,
             )
 
+        self._rows_of = functools.partial(_rows_of, native, registered)
         # The same few batches come again and again.
-        self._remembered_rows: Callable[..., NativeRows] = functools.lru_cache(4096)(self._rows_of)
+        self._remembered_rows = functools.lru_cache(4096)(self._rows_of)
 
-    def _rows_of(
-        self,
-        bs: int,
-        mode: ForwardMode,
-        num_draft_tokens: int | None,
-        max_total_tokens: int | None,
-    ) -> NativeRows:
-        return self._native_rows(
-            self._registered.rows(bs, mode, num_draft_tokens, max_total_tokens)
-        )
-
-    def _native_rows(self, rows: Rows) -> NativeRows:
-        self._hold_constants(rows)
-        return native_rows(self._native, rows)
-
-    def _hold_constants(self, rows: Rows) -> None:
+    def _hold_constants(self, count: int) -> None:
         """Lets launches of so many rows copy FlashMLA's arrays, where those are constants.
 
         Nothing is computed while a CUDA graph is captured, which could not hold it: launches of
         numbers of rows that come first then compute the arrays by themselves.
         """
-        if rows.count in self._constants or self._is_capturing():
+        if count in self._constants or self._is_capturing():
             return
+        rows = dataclasses.replace(self._registered.spec.rows, count=count)
         constants = flash_mla_constants(dataclasses.replace(self._registered.spec, rows=rows))
-        if constants is not None:
-            held = torch.from_numpy(constants).to(self._registered.device)
-            self._constants[rows.count] = held
-            self._launch.hold_flash_mla(rows.count, held.data_ptr())
+        assert constants is not None
+        held = torch.from_numpy(constants).to(self._registered.device)
+        self._constants[count] = held
+        self._launch.hold_flash_mla(count, held.data_ptr())
 
     def _is_capturing(self) -> bool:
         on_cuda = self._registered.device.type == "cuda"
@@ -124,10 +114,12 @@ class DirectPath:
             if written_lens is None and request_ids is None:
                 return False
             most = min(max_new_tokens, MAX_LEN)
-        rows_of = self._remembered_rows
+        rows_of: Callable[..., tuple[NativeRows, int]] = self._remembered_rows
         if type(num_draft_tokens) not in _REMEMBERED or type(max_total_tokens) not in _REMEMBERED:
             rows_of = self._rows_of
-        rows = rows_of(seq_lens.shape[0], mode, num_draft_tokens, max_total_tokens)
+        rows, count = rows_of(seq_lens.shape[0], mode, num_draft_tokens, max_total_tokens)
+        if self._has_constants:
+            self._hold_constants(count)
         inputs = (seq_lens, req_pool_indices, req_to_token, extend_seq_lens)
         return self._launch.try_launch(rows, *inputs, written_lens, most, request_ids)
 
@@ -143,10 +135,12 @@ class DirectPath:
         request_ids: Checked | None,
     ) -> None:
         """Queues the kernel with a step's arguments, which were checked."""
+        if self._has_constants:
+            self._hold_constants(rows.count)
         inputs = (seq_lens, req_pool_indices, req_to_token, extend_seq_lens)
         launch_checked(
             self._launch,
-            self._native_rows(rows),
+            native_rows(self._native, rows),
             *inputs,
             written_lens,
             max_new_tokens,
@@ -154,3 +148,16 @@ class DirectPath:
         )
         if self._looks_at_tensors:
             report_declined(self._launch.declined)
+
+
+def _rows_of(
+    native: NativeLibrary,
+    registered: Registered,
+    bs: int,
+    mode: ForwardMode,
+    num_draft_tokens: int | None,
+    max_total_tokens: int | None,
+) -> tuple[NativeRows, int]:
+    """A step's rows as the library takes them, and how many they are."""
+    rows = registered.rows(bs, mode, num_draft_tokens, max_total_tokens)
+    return native_rows(native, rows), rows.count

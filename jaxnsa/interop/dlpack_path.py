@@ -110,9 +110,9 @@ class DlpackPath:
             )
         largest = self._largest.get((rows.rows_per_request, rows.added_tokens))
         if largest is None:
+            known = " or ".join(map(_mode_of, self._largest.values()))
             raise ValueError(
-                "forward_mode: got one, or a number of draft tokens, that DlpackOptions did not "
-                "name"
+                f"forward_mode: got {_mode_of(rows)}, expected {known} as DlpackOptions says"
             )
         if rows.requests > largest.requests:
             raise ValueError(
@@ -191,6 +191,15 @@ def _largest_rows(registered: Registered, mode: ForwardMode, num_draft_tokens: A
     if not mode.ragged:
         requests = min(requests, most.count // (tokens or 1))
     return Rows.of(mode, requests, tokens, most.count)
+
+
+def _mode_of(rows: Rows) -> str:
+    """The forward mode of rows, as a message tells it."""
+    if rows.rows_per_request is None:
+        return str(ForwardMode.EXTEND if rows.prefill else ForwardMode.DRAFT_EXTEND)
+    if not rows.added_tokens:
+        return str(ForwardMode.DECODE)
+    return f"{ForwardMode.TARGET_VERIFY} of {rows.rows_per_request} draft tokens"
 
 
 class _Plan:

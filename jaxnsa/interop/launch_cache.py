@@ -19,10 +19,12 @@ class Key(NamedTuple):
     Attributes:
       tensors: what its tensors are, without those that the library looks at in each call.
       facts: the other arguments, and which tensors there are.
+      types: those of the facts: 64.0 is 64, and yet another argument.
     """
 
     tensors: bytes
     facts: tuple[Hashable, ...]
+    types: tuple[type, ...]
 
 
 def key_of(first: Any, tensors: Iterable[Any], facts: tuple[Hashable, ...]) -> Key | None:
@@ -31,7 +33,7 @@ def key_of(first: Any, tensors: Iterable[Any], facts: tuple[Hashable, ...]) -> K
     if api is None or not isinstance(first, torch.Tensor):
         return None
     described = library("gpu" if first.is_cuda else "cpu").describe_tensors(api, [*tensors])
-    return None if described is None else Key(described, facts)
+    return None if described is None else Key(described, facts, tuple(map(type, facts)))
 
 
 Prepared = TypeVar("Prepared")

@@ -140,7 +140,10 @@ class Registered:
                     f"{name}.{field}: got strides {tensor.stride()}, expected a contiguous tensor"
                 )
             if not tensor.numel():
-                raise ValueError(f"{name}.{field}: got a tensor without elements")
+                raise ValueError(
+                    f"{name}.{field}: got shape {tuple(tensor.shape)}, expected at least one "
+                    f"element"
+                )
             if tensor.dim() == 2 and tensor.stride(0) != first[field].stride(0):
                 raise ValueError(
                     f"{name}.{field}: got rows {tensor.stride(0)} elements apart, expected "
@@ -208,14 +211,19 @@ def _largest_spec(
     )
 
 
-_State = tuple[int, torch.Size, tuple[int, ...], torch.dtype, torch.device]
+_State = tuple[int, torch.Size, tuple[int, ...], torch.dtype, torch.device, int]
 
 
 def _state(tensor: torch.Tensor) -> _State:
     """All that a launch depends on."""
-    return tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype, tensor.device
+    storage = tensor.untyped_storage()
+    end = storage.data_ptr() + storage.nbytes()
+    return tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype, tensor.device, end
 
 
 def _described(state: _State) -> str:
-    address, shape, strides, dtype, device = state
-    return f"{dtype} {tuple(shape)} of strides {strides} at {address:#x} on {device}"
+    address, shape, strides, dtype, device, end = state
+    return (
+        f"{dtype} {tuple(shape)} of strides {strides} at {address:#x} on {device}, whose storage "
+        f"ends at {end:#x}"
+    )

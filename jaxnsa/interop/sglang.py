@@ -54,7 +54,7 @@ def fused_dsa_decode_metadata(
       dsa_index_topk: the indexer's top-k, in tokens.
       physical_page_size: tokens in a physical page.
     """
-    step = Step(ForwardMode.DECODE, bs, None, None, max_len, dsa_index_topk, physical_page_size)
+    step = Step(ForwardMode.DECODE, bs, max_len, dsa_index_topk, physical_page_size)
     inputs = (seq_lens, req_pool_indices, req_to_token, None)
     outputs = {
         "cache_seqlens": cache_seqlens,
@@ -101,11 +101,10 @@ def fused_dsa_target_verify_metadata(
     step = Step(
         ForwardMode.TARGET_VERIFY,
         bs,
-        next_n,
-        None,
         max_seqlen_k,
         dsa_index_topk,
         physical_page_size,
+        next_n,
     )
     inputs = (seq_lens, req_pool_indices, req_to_token, None)
     outputs = {
@@ -163,11 +162,12 @@ def fused_dsa_draft_extend_metadata(
     step = Step(
         ForwardMode.DRAFT_EXTEND,
         bs,
-        None,
-        (total_len, max_extend_len, max_total_len),
         max_seqlen_k,
         dsa_index_topk,
         physical_page_size,
+        total_len=total_len,
+        max_extend_len=max_extend_len,
+        max_total_len=max_total_len,
     )
     inputs = (seq_lens, req_pool_indices, req_to_token, extend_seq_lens)
     outputs = {

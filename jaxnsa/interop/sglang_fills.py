@@ -27,35 +27,37 @@ class Step(NamedTuple):
     Attributes:
       mode: how rows map to requests.
       bs: requests.
-      next_n: in target verify, rows of each request.
-      total_len: in draft extend, the rows, the most of a request, and the most of all.
       max_len: columns of the page table, in tokens.
       dsa_index_topk: the indexer's top-k.
       physical_page_size: tokens in a page.
+      next_n: in target verify, rows of each request.
+      total_len, max_extend_len, max_total_len: in draft extend, the rows, the most of a request,
+        and the most of all.
     """
 
     mode: ForwardMode
     bs: int
-    next_n: int | None
-    total_len: tuple[int, int, int] | None
     max_len: int
     dsa_index_topk: int
     physical_page_size: int
+    next_n: int | None = None
+    total_len: int | None = None
+    max_extend_len: int | None = None
+    max_total_len: int | None = None
 
     def rows(self) -> Rows:
         """The rows of a step whose numbers are checked here."""
         integer = argument_checks.integer
         bs = integer("bs", self.bs, 0)
-        if self.next_n is not None:
+        if self.mode is ForwardMode.TARGET_VERIFY:
             return Rows.of(self.mode, bs, num_draft_tokens=integer("next_n", self.next_n, 1))
-        if self.total_len is None:
+        if self.mode is ForwardMode.DECODE:
             return Rows.of(self.mode, bs)
-        total_len, max_extend_len, max_total_len = self.total_len
         most = min(
-            bs * integer("max_extend_len", max_extend_len, 0),
-            integer("max_total_len", max_total_len, 0),
+            bs * integer("max_extend_len", self.max_extend_len, 0),
+            integer("max_total_len", self.max_total_len, 0),
         )
-        count = integer("total_len", total_len, 0, most) if bs else 0
+        count = integer("total_len", self.total_len, 0, most) if bs else 0
         return Rows.of(self.mode, bs, max_total_tokens=count)
 
 
@@ -71,7 +73,7 @@ def fill(
         outputs["page_indices"] = page_table_1
     if step.physical_page_size != 1:
         outputs["real_page_table"] = real_page_table
-    key = key_of(inputs[0], outputs.values(), (step, *outputs))
+    key = key_of(inputs[0], outputs.values(), (*step, *outputs))
     if _FILLS.try_launch(key, inputs):
         return
     rows = step.rows()

@@ -106,7 +106,9 @@ def checked(
     size = span * value.itemsize
     held = value.untyped_storage().nbytes() - value.storage_offset() * value.itemsize
     if size and (not start or held < size):
-        raise ValueError(f"{name}: got a tensor whose memory was freed")
+        raise ValueError(
+            f"{name}: got a tensor whose memory was freed, expected one that has its memory"
+        )
     return Checked(name, value, used, start, start + size)
 
 
@@ -175,7 +177,9 @@ def check_memory(name: str, tensor: torch.Tensor) -> None:
     steps = zip(tensor.shape, tensor.stride(), strict=True)
     last = tensor.storage_offset() + sum((size - 1) * stride for size, stride in steps)
     if tensor.untyped_storage().nbytes() < (last + 1) * tensor.itemsize:
-        raise ValueError(f"{name}: got a tensor whose memory was freed")
+        raise ValueError(
+            f"{name}: got a tensor whose memory was freed, expected one that has its memory"
+        )
 
 
 def check_for_jax(name: str, tensor: torch.Tensor) -> None:

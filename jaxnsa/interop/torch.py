@@ -87,7 +87,8 @@ def from_torch(tree: Any) -> Any:
             raise TypeError(f"{name}: got {type(tensor).__name__}, expected a torch.Tensor")
         check_for_jax(name, tensor)
         check_memory(name, tensor)
-        if tensor.dtype is torch.int64 and not jax.config.jax_enable_x64:  # type: ignore[attr-defined]
+        takes_int64 = jax.config.jax_enable_x64  # type: ignore[attr-defined]
+        if tensor.dtype is torch.int64 and not takes_int64:
             tensor = tensor.clamp(INT32_MIN, INT32_MAX).to(torch.int32)
         return jax.dlpack.from_dlpack(tensor)
 

@@ -51,6 +51,7 @@ def of_backends(group, size, BACKENDS: tl.constexpr, COUNT: tl.constexpr):
       BACKENDS: of each backend, its destination and its place in there.
       COUNT: of these backends.
     """
+    size = tl.cast(size, tl.int64)
     arrays = ()
     for k in tl.static_range(len(group)):
         backends = ()
