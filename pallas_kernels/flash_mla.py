@@ -1,13 +1,14 @@
 """FlashMLA's schedule: which part of the GPU attends to which blocks of keys.
 
-An item costs its blocks and an overhead, and a part has room for `step` blocks and one overhead. In
-units of cost, the part after one that begins at p begins at p + step; or, where an item ends in the
-overhead behind that, with the next item. Then all that follow begin as much later. So every part
-starts out where it begins if no item ends like that, and all are corrected for each one that does,
-from the first on: the others are found together. As an item costs more than an overhead, a part
-then moves into the next item at most.
+FlashMLA hands out blocks part by part. An item costs its blocks and an overhead; a part has room
+for `step` blocks and one overhead. In units of cost, with a boundary before each item and one
+behind the last, a part that begins at p ends at p + step, or on the last boundary up to one
+overhead behind that: it snaps there, and all that follow begin as much later. How much later
+than without snaps a part begins never falls from one to the next: it is the greatest of what the
+parts before it snap by. That may bring its next boundary within reach, to which it then snaps.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -16,192 +17,196 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from jaxnsa.spec import Inputs, Spec
-from pallas_kernels.cumulative import Cumulative, Vectors, Wide
-from pallas_kernels.destinations import Destinations
-from pallas_kernels.kv_lens import KvLens
-from pallas_kernels.lanes import LANES, Lanes
+from jaxnsa.schedules import FlashMlaSchedule
+from jaxnsa.spec import INT32_MAX, Spec
+from pallas_kernels.lanes import LANES, Lanes, power_of_2
 from pallas_kernels.rows import IndexTopk
-
-_KEYS_PER_BLOCK = 64
-_NONE = 2**31 - 1
-_SHIFT = 2**17  # more than an overhead
+from pallas_kernels.schedule_block import ScheduleBlock
+from pallas_kernels.shared_sums import SharedSums
+from pallas_kernels.wide import Wide
 
 
 def words(spec: Spec) -> int:
     """How many int32 of shared memory `write_schedule` takes."""
-    return Cumulative.words(spec.flash_mla_items) + 3 * LANES * _vectors(spec)
+    return SharedSums.words(spec.flash_mla_items) + _PartBegins.words(_schedule(spec))
 
 
-def write_schedule(
-    lanes: Lanes, spec: Spec, kv_lens: KvLens, shared: Any, start: int, destinations: Destinations
-) -> None:
-    """`flash_mla_schedule` and `flash_mla_num_splits`; shared memory from `start` on is free."""
-    schedule, items = spec.schedules.flash_mla, spec.flash_mla_items
-    assert schedule is not None
-    topk = IndexTopk.of(spec)
+def places(spec: Spec) -> int:
+    """Rows of both arrays, those of each in vectors of their own."""
+    return LANES * (-(-_schedule(spec).num_sm_parts // LANES) + spec.flash_mla_items // LANES + 1)
+
+
+class _PartBegins:
+    """Where parts begin, and behind them where the work ends, in shared memory.
+
+    Of each part its item, the block of that, and how many parts before it begin inside an item.
+    Behind the last item where no work is left.
+    """
+
+    def __init__(self, lanes: Lanes, schedule: FlashMlaSchedule, shared: Any, start: int):
+        words = self.words(schedule)
+        self._lanes, self._size, self._parts = lanes, words // 3, schedule.num_sm_parts
+        self._memory = shared.at[pl.ds(start, words)]
+
+    @staticmethod
+    def vectors(schedule: FlashMlaSchedule) -> int:
+        """How many of them there are."""
+        return schedule.num_sm_parts // LANES + 1
+
+    @staticmethod
+    def words(schedule: FlashMlaSchedule) -> int:
+        """How many int32 of shared memory they take."""
+        return 3 * LANES * _PartBegins.vectors(schedule)
+
+    def keep(self, part: jax.Array, *begin: jax.Array) -> None:
+        """Keeps where parts begin: items, blocks, parts inside."""
+        places = (part + k * self._size for k in range(3))
+        self._lanes.scatter(self._memory, *zip(places, begin, strict=True))
+
+    def __getitem__(self, part: jax.Array) -> list[jax.Array]:
+        """Where parts begin: items, blocks, parts inside."""
+        return self._lanes.gather(self._memory, *(part + k * self._size for k in range(3)))
+
+    def inside_before(self, item: jax.Array) -> jax.Array:
+        """Parts that begin inside earlier items."""
+        bits = self._parts.bit_length()
+
+        def step(k: Any, at: jax.Array) -> jax.Array:
+            next = jnp.minimum(at + power_of_2(bits - 1 - k), self._parts)
+            (last,) = self._lanes.gather(self._memory, next - 1)
+            return jnp.where(last < item, next, at)
+
+        # The first part that begins in the item or behind it.
+        at = self._lanes.repeat(bits, step, self._lanes.zeros(LANES))
+        return self[at][2]
+
+
+def write_schedule(block: ScheduleBlock) -> None:
+    """A block's share of `flash_mla_schedule` and `flash_mla_num_splits`."""
+    lanes, spec = block.lanes, block.spec
+    schedule, items, topk = _schedule(spec), spec.flash_mla_items, IndexTopk.of(spec)
     parts, overhead = schedule.num_sm_parts, schedule.fixed_overhead_blocks
-    scratch = shared.at[pl.ds(0, LANES)]
+    dense = schedule.lengths == "cache_seqlens"
+    kv_len = block.lengths(are_rows=not dense)
 
-    def lengths_of(indices: Vectors) -> Vectors:
-        if schedule.lengths == "cache_seqlens":
-            return kv_lens.of_requests(indices)
-        lengths = [topk.selected(n) for n in kv_lens.of_rows(indices)]
-        return [jnp.maximum(n, 1) for n in lengths]
+    def length_of(item: jax.Array) -> jax.Array:
+        return kv_len(item) if dense else jnp.maximum(topk.selected(kv_len(item)), 1)
 
-    def blocks_of(indices: Vectors) -> Vectors:
-        """Blocks of keys; past the last item those of the last."""
-        lengths = lengths_of([jnp.minimum(index, items - 1) for index in indices])
-        return [_blocks(n) for n in lengths]
+    costs = block.sums(items, lambda item: Wide.of(_blocks(length_of(item)) + overhead))
+    first_begin = block.start + SharedSums.words(items)
+    begins = _PartBegins(lanes, schedule, block.shared, first_begin)
+    _find_part_begins(lanes, schedule, items, costs, block.scratch, begins)
 
-    def costs_of(indices: Vectors) -> Vectors:
-        return [blocks + overhead for blocks in blocks_of(indices)]
+    def write(is_part: jax.Array, row: jax.Array) -> None:
+        part = jnp.minimum(row, parts - 1)
+        begin_item, begin_block, count = begins[part]
+        inside = begins.inside_before(jnp.where(is_part, begin_item, row))
 
-    sums = Cumulative.of(lanes, items, costs_of, shared, start)
-    step, rest = sums.total.divided(parts)
-    step = step + Wide(jnp.int32(0), jnp.where(rest > 0, 1, 0))
-    part = [k * LANES + lanes.iota(LANES) for k in range(_vectors(spec))]
-    begins = sums.locate([step.times(jnp.minimum(p, parts)) for p in part])
+        @pl.when(~is_part)
+        def _():
+            item = jnp.where(row <= items, row, -1)
+            block.store("flash_mla_num_splits", item, row + inside)
 
-    def next_end(state: tuple) -> jax.Array:
-        """The first part that an item's end moves and by how much, in one number."""
-        _, blocks, costs = state
-        candidates = []
-        for p, block, cost in zip(part, blocks, costs, strict=True):
-            moves = (p < parts) & (block > 0) & (cost - block <= overhead)
-            candidates.append(jnp.where(moves, p * _SHIFT + (cost - block), _NONE))
-        return lanes.minimum(scratch, *candidates)
+        @pl.when(is_part)
+        def _():
+            next_item, next_block, _ = begins[part + 1]
+            split = jnp.where(begin_block > 0, count - inside + 1, 0)
+            end_item = jnp.where(next_block > 0, next_item, next_item - 1)
+            length = length_of(end_item)
+            whole = _blocks(length)
+            end_block = jnp.where(next_block > 0, next_block, jnp.where(length > 0, whole, 0))
+            zero = lanes.zeros(LANES)
+            if schedule.layout == "legacy":
+                columns = [begin_item, begin_block, end_item, end_block, split, zero, zero, zero]
+            else:
+                is_split = begin_block > 0, (end_block != whole) & (length > 0)
+                both = (begin_item == end_item) & (is_split[0] | is_split[1])
+                flags = [jnp.where(flag | both, 1, 0) for flag in is_split]
+                columns = [begin_item, end_item, begin_block, end_block, split, *flags, zero]
+            block.store("flash_mla_schedule", jnp.where(row < parts, row, -1), *columns)
 
-    def correct(carry: tuple) -> tuple:
-        end, (found, blocks, costs) = carry
-        first = lax.div(end, jnp.int32(_SHIFT))
-        by = end - first * _SHIFT
-        blocks = [
-            jnp.where((p >= first) & (item < items), block + by, block)
-            for p, item, block in zip(part, found, blocks, strict=True)
-        ]
-        left = [block >= cost for block, cost in zip(blocks, costs, strict=True)]
-        blocks = [
-            jnp.where(is_left, block - cost, block)
-            for is_left, block, cost in zip(left, blocks, costs, strict=True)
-        ]
-        found = [
-            jnp.where(is_left, item + 1, item) for is_left, item in zip(left, found, strict=True)
-        ]
-        # Past the last item there is nothing to begin with.
-        blocks = [
-            jnp.where(item < items, block, 0) for item, block in zip(found, blocks, strict=True)
-        ]
-        state = found, blocks, costs_of(found)
-        return next_end(state), state
+    _for_rows(block, write)
 
-    found = [item for item, _ in begins]
-    state = found, [block for _, block in begins], costs_of(found)
-    _, (found, blocks, _) = lax.while_loop(
-        lambda carry: carry[0] != _NONE, correct, (next_end(state), state)
-    )
 
-    # Where parts begin, and how many before one begin inside an item.
-    vectors = _vectors(spec)
-    first_item = start + Cumulative.words(items)
-    first_block, first_count = (first_item + k * LANES * vectors for k in (1, 2))
-    is_inside = [
-        jnp.where((p < parts) & (block > 0), 1, 0) for p, block in zip(part, blocks, strict=True)
-    ]
-    ((counts, inside),) = lanes.cumulative_sums(scratch, is_inside)
-    before = [count - i for count, i in zip(counts, is_inside, strict=True)]
-    for k in range(vectors):
-        for begin, vector in ((first_item, found), (first_block, blocks), (first_count, before)):
-            shared[pl.ds(begin + k * LANES, LANES)] = vector[k]
+def copy_schedule(block: ScheduleBlock) -> None:
+    """A block's share of a constant `flash_mla_schedule` and `flash_mla_num_splits`."""
+    parts, items = _schedule(block.spec).num_sm_parts, block.spec.flash_mla_items
+
+    def copy(name: str, first: int, row: jax.Array, rows: int, columns: int) -> None:
+        place = first + columns * jnp.minimum(row, rows - 1)
+        values = block.lanes.gather(block.inputs.flash_mla, *(place + k for k in range(columns)))
+        block.store(name, jnp.where(row < rows, row, -1), *values)
+
+    def write(is_part: jax.Array, row: jax.Array) -> None:
+        pl.when(is_part)(lambda: copy("flash_mla_schedule", 0, row, parts, 8))
+        pl.when(~is_part)(lambda: copy("flash_mla_num_splits", 8 * parts, row, items + 1, 1))
+
+    _for_rows(block, write)
+
+
+def _for_rows(block: ScheduleBlock, write: Callable) -> None:
+    """Calls `write(is_part, rows)` for a block's share of both arrays' rows, those of parts first.
+
+    The last of each go past the end.
+    """
+    end = LANES * -(-_schedule(block.spec).num_sm_parts // LANES)
+
+    def of_tile(first: Any) -> None:
+        is_part = first < end
+        write(is_part, first - jnp.where(is_part, 0, end) + block.lanes.iota(LANES))
+
+    block.share.for_tiles(places(block.spec), of_tile)
+
+
+def _find_part_begins(
+    lanes: Lanes,
+    schedule: FlashMlaSchedule,
+    items: int,
+    costs: SharedSums,
+    scratch: Any,
+    begins: _PartBegins,
+) -> None:
+    """Finds where parts begin, 128 at a time, and behind them where the work ends."""
+    parts, overhead = schedule.num_sm_parts, schedule.fixed_overhead_blocks
+    step, rest = costs.total.divided(parts)
+    step = step + jnp.where(rest > 0, 1, 0)
+
+    def find(k: Any, carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        earlier, inside = carry  # by how much the parts before these begin later
+        part = k * LANES + lanes.iota(LANES)
+        begin = step.times(jnp.minimum(part, parts)) + earlier  # if none of these 128 snaps
+        found = costs.find(begin + overhead)
+
+        # How far the item's boundary is behind `begin`, and the next one; by how much a part begins
+        # later than `begin` if it does not snap, and those behind the 128.
+        def reach(state: tuple) -> tuple:
+            item, at, next, later, _, _ = state
+            is_reached = next - later <= overhead
+            item = item + jnp.where(is_reached, 1, 0)
+            at = jnp.where(is_reached, next, at)
+            next = at + costs.value(jnp.minimum(item, items - 1))
+            next = jnp.where(item < items, next, INT32_MAX)
+            at = jnp.where(item < items, at, 0)
+            later, latest = lanes.exclusive_maximum(scratch, jnp.maximum(at, 0))
+            return item, at, next, later, latest, lanes.any(next - later <= overhead)
+
+        zero, at = lanes.zeros(LANES), found.sum.minus(begin)
+        state = found.place, at, zero + INT32_MAX, zero, jnp.int32(0), jnp.bool_(True)
+        item, at, _, later, latest, _ = lax.while_loop(lambda state: state[-1], reach, state)
+        block = jnp.where(item < items, jnp.maximum(later - at, 0), 0)
+        ((before, count),) = lanes.exclusive_sums(scratch, jnp.where(block > 0, 1, 0))
+        begins.keep(part, item, block, inside + before)
+        return earlier + latest, inside + count
+
+    lanes.repeat(begins.vectors(schedule), find, (jnp.int32(0), jnp.int32(0)))
     plgpu.commit_smem()
 
-    def splits_before(indices: Vectors) -> Vectors:
-        """Parts that begin inside the items before some."""
-        place = [lanes.zeros(LANES) for _ in indices]
-        step = 1 << (parts.bit_length() - 1)
-        while step:
-            probes = [p + (step - 1) for p in place]
-            reached = [jnp.where(p < parts, p + first_item, -1) for p in probes]
-            place = [
-                jnp.where((probe < parts) & (item < index), p + step, p)
-                for probe, item, index, p in zip(
-                    probes, lanes.gather(shared, *reached), indices, place, strict=True
-                )
-            ]
-            step //= 2
-        loaded = lanes.gather(shared, *[jnp.where(p < parts, p + first_count, -1) for p in place])
-        return [jnp.where(p < parts, n, inside) for p, n in zip(place, loaded, strict=True)]
 
-    later = [jnp.where(p + 1 < parts, p + 1, -1) for p in part]
-    next_items = lanes.gather(shared, *[jnp.where(p < 0, -1, p + first_item) for p in later])
-    next_blocks = lanes.gather(shared, *[jnp.where(p < 0, -1, p + first_block) for p in later])
-    next_items = [jnp.where(p < 0, items, i) for p, i in zip(later, next_items, strict=True)]
-    end_items = [
-        jnp.where(block > 0, item, item - 1)
-        for item, block in zip(next_items, next_blocks, strict=True)
-    ]
-    end_lengths = lengths_of(end_items)
-    splits = splits_before(found)
-    for k, p in enumerate(part):
-        whole = jnp.where(end_lengths[k] > 0, _blocks(end_lengths[k]), 0)
-        end_block = jnp.where(next_blocks[k] > 0, next_blocks[k], whole)
-        first_is_split = blocks[k] > 0
-        last_is_split = (end_block != whole) & (end_lengths[k] > 0)
-        both = (found[k] == end_items[k]) & (first_is_split | last_is_split)
-        split = jnp.where(first_is_split, counts[k] - splits[k], 0)
-        zero = lanes.zeros(LANES)
-        if schedule.layout == "legacy":
-            columns = [found[k], blocks[k], end_items[k], end_block, split, zero, zero, zero]
-        else:
-            flags = [
-                jnp.where(first_is_split | both, 1, 0),
-                jnp.where(last_is_split | both, 1, 0),
-            ]
-            columns = [found[k], end_items[k], blocks[k], end_block, split, *flags, zero]
-        row = jnp.where(p < parts, p, -1)
-        for ref, lead in destinations.of("flash_mla_schedule", kv_lens.rows.offset):
-            lanes.store_rows(ref, lead, row, *columns)
-
-    def write_num_splits(indices: Vectors) -> None:
-        for index, more in zip(indices, splits_before(indices), strict=True):
-            place = jnp.where(index <= items, index, -1)
-            for ref, lead in destinations.of("flash_mla_num_splits", kv_lens.rows.offset):
-                lanes.store_rows(ref, lead, place, index + more)
-
-    lanes.for_indices(items + 1, write_num_splits)
-
-
-def copy_schedule(
-    lanes: Lanes, spec: Spec, inputs: Inputs, shared: Any, destinations: Destinations
-) -> None:
-    """A constant `flash_mla_schedule` and `flash_mla_num_splits`, to all backends."""
-    del shared
-    schedule, splits = spec.schedules.flash_mla, spec.flash_mla_items + 1
-    assert schedule is not None
-    parts = schedule.num_sm_parts
-
-    def copy_rows(name: str, first: int, rows: int, columns: int) -> None:
-        def copy(indices: Vectors) -> None:
-            for index in indices:
-                row = jnp.where(index < rows, index, -1)
-                places = [jnp.where(row < 0, -1, first + row * columns + k) for k in range(columns)]
-                values = lanes.gather(inputs.flash_mla, *places)
-                for offset in set(spec.offsets):
-                    for ref, lead in destinations.of(name, offset):
-                        lanes.store_rows(ref, lead, row, *values)
-
-        lanes.for_indices(rows, copy)
-
-    copy_rows("flash_mla_schedule", 0, parts, 8)
-    copy_rows("flash_mla_num_splits", 8 * parts, splits, 1)
+def _schedule(spec: Spec) -> FlashMlaSchedule:
+    assert spec.schedules.flash_mla is not None
+    return spec.schedules.flash_mla
 
 
 def _blocks(length: jax.Array) -> jax.Array:
     """Blocks of keys of a length; an empty item counts as one."""
     return (jnp.maximum(length - 1, 0) >> 6) + 1
-
-
-def _vectors(spec: Spec) -> int:
-    schedule = spec.schedules.flash_mla
-    assert schedule is not None
-    return -(-schedule.num_sm_parts // LANES)

@@ -1,9 +1,9 @@
 """The whole computation in one launch: lengths, prefix sums and page tables, for every destination.
 
 Purpose: `NSAMetadata` of all backends of a step.
-Grid: for each offset of backends a block for each schedule; then for each request the blocks that
-share its lengths, for each offset; in prefill those that share its keys; then those that share its
-tables.
+Grid: for each schedule and each offset of backends the blocks that share its rows; then for each
+request the blocks that share its lengths, for each offset; in prefill those that share its keys;
+then those that share its tables.
 Block: a warpgroup. It waits for no other: sums over earlier requests it takes by itself.
 Inputs: seq_lens, req_pool_indices, extend_seq_lens where rows are ragged, written_lens if that is
 given, FlashMLA's arrays where they are constant, req_to_token, and views of req_to_token as whole
@@ -13,6 +13,7 @@ Outputs: the arrays of `Spec.shapes` of every destination.
 
 import dataclasses
 import functools
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -33,6 +34,7 @@ from pallas_kernels.rows import (
     padding_row_values,
     row_values,
 )
+from pallas_kernels.schedule_block import ScheduleBlock
 from pallas_kernels.schedules import schedule_writers
 from pallas_kernels.tables import Source, Table, Targets
 from pallas_kernels.tuning import BlockConfig
@@ -156,7 +158,8 @@ def fused_metadata(
     plan = _Plan.of(spec, inputs.req_to_token.shape, config)
     pool_rows = inputs.req_to_token.shape[0]
     lanes = Lanes(bool(interpret))
-    writers, words = schedule_writers(lanes, spec, fresh=out is None)
+    writers, words = schedule_writers(spec, fresh=out is None)
+    firsts = [*itertools.accumulate((writer.blocks for writer in writers), initial=0)]
     read: dict[str, Any] = {"inputs": inputs, "pages": {}}
     for table in (plan.real, plan.pooled):
         if table and table.width:
@@ -167,18 +170,24 @@ def fused_metadata(
         inputs = read["inputs"]
         lengths = Lengths(inputs.seq_lens, inputs.extend_seq_lens)
         destinations = Destinations(spec, results)
-        for k, writer in enumerate(writers):
-            pl.when(index == k)(functools.partial(writer, inputs, shared, destinations))
+        for first, writer in zip(firsts, writers, strict=False):
+            share = Share(index - first, writer.blocks)
+
+            @pl.when(share.exists)
+            def _(writer=writer, share=share):
+                block = ScheduleBlock.of(lanes, spec, inputs, shared, destinations, share)
+                writer.write(block)
+
         scratch = shared.at[pl.ds(0, LANES)]
         # Neighbouring blocks write neighbouring memory.
-        index = index - len(writers)
+        index = index - firsts[-1]
         i = lax.div(jnp.maximum(index, 0), jnp.int32(plan.blocks))
         block = jnp.where(index < 0, plan.blocks, index - i * plan.blocks)
 
         for n, offset in enumerate(plan.offsets):
             share = Share(block - n * plan.length_blocks, plan.length_blocks)
 
-            @pl.when((share.block >= 0) & (share.block < share.blocks))
+            @pl.when(share.exists)
             def _(offset=offset, share=share):
                 request = Request.load(lanes, spec.rows_of(offset), lengths, scratch, i)
                 _write_lengths(lanes, request, share, IndexTopk.of(spec), destinations)
@@ -236,8 +245,8 @@ def fused_metadata(
         read,
         None if out is None else [o.arrays() for o in out],
         [dict(spec.shapes())] * spec.destinations,
-        blocks=len(writers) + spec.rows.requests * plan.blocks,
-        shared=(LANES + words,),
+        blocks=firsts[-1] + spec.rows.requests * plan.blocks,
+        shared=(max(LANES, words),),
         name="fused_metadata",
         interpret=interpret,
     )

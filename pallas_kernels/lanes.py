@@ -4,8 +4,6 @@ Mosaic GPU holds arrays of a multiple of 128 elements, spread over the 128 threa
 On hardware every such array needs a layout; the interpreter has none.
 """
 
-import functools
-import itertools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -20,10 +18,11 @@ from pallas_kernels import ptx
 
 LANES = 128
 _LAYOUT = plgpu.Layout.WG_STRIDED((LANES,), vec_size=1)
+_HELD = plgpu.ShapeDtypeStruct((LANES,), jnp.int32, layout=_LAYOUT)
 Scalar = jax.Array | int
 _SCALAR = plgpu.Layout.WG_SPLAT(())
+_SPLAT = plgpu.ShapeDtypeStruct((), jnp.int32, layout=_SCALAR)
 _UNROLL = 8  # vectors in flight while summing over requests
-_TOGETHER = 4  # vectors of indices that are worked on at once
 
 
 def access_width(*strides: int) -> int:
@@ -64,12 +63,8 @@ class Lanes:
                     first,
                 )
             return vector
-        layout = plgpu.Layout.WG_STRIDED((LANES,), vec_size=1)
 
-        @plgpu.inline_mgpu(
-            arg_types=(plgpu.RefType(), _SCALAR, _SCALAR),
-            return_type=plgpu.ShapeDtypeStruct((LANES,), jnp.int32, layout=layout),
-        )
+        @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), _SCALAR, _SCALAR), return_type=_HELD)
         def load(_, memory, start, count):
             return ptx.load_first(memory, start, count)
 
@@ -89,9 +84,8 @@ class Lanes:
                     ref[pl.ds(start + first, size)] = part
 
             return
-        layout = plgpu.Layout.WG_STRIDED((LANES,), vec_size=1)
 
-        @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), layout, _SCALAR, _SCALAR))
+        @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), _LAYOUT, _SCALAR, _SCALAR))
         def store(_, memory, registers, start, count):
             ptx.store_first(memory, registers, start, count)
 
@@ -106,83 +100,92 @@ class Lanes:
         """
         if self._interpret:
             return [jnp.sum(v, dtype=jnp.int32) for v in vectors]
-        splat = plgpu.ShapeDtypeStruct((), jnp.int32, layout=plgpu.Layout.WG_SPLAT(()))
-        layouts = [plgpu.Layout.WG_STRIDED(v.shape, vec_size=1) for v in vectors]
 
         @plgpu.inline_mgpu(
-            arg_types=(plgpu.RefType(), *layouts), return_type=[splat] * len(vectors)
+            arg_types=(plgpu.RefType(), *[_LAYOUT] * len(vectors)),
+            return_type=[_SPLAT] * len(vectors),
         )
         def add_up(_, memory, *addends):
             return ptx.sums(memory, *addends)
 
         return add_up(scratch, *vectors)
 
-    def minimum(self, scratch, *vectors: jax.Array) -> jax.Array:
-        """The least element of vectors of 128 elements; `scratch` as in `sums`."""
+    def any(self, vector: jax.Array) -> jax.Array:
+        """Whether one of 128 truth values is true, a scalar."""
         if self._interpret:
-            return functools.reduce(jnp.minimum, [jnp.min(v) for v in vectors])
-        splat = plgpu.ShapeDtypeStruct((), jnp.int32, layout=plgpu.Layout.WG_SPLAT(()))
+            return jnp.any(vector)
 
-        @plgpu.inline_mgpu(
-            arg_types=(plgpu.RefType(), *[_LAYOUT] * len(vectors)), return_type=splat
-        )
-        def minimum(_, memory, *vectors):
-            return ptx.minimum(memory, *vectors)
+        @plgpu.inline_mgpu(arg_types=(_LAYOUT,), return_type=_SPLAT)
+        def any_of(_, vector):
+            return ptx.any_of(vector)
 
-        return minimum(scratch, *map(self.laid_out, vectors))
+        return any_of(self.laid_out(jnp.where(vector, 1, 0))) != 0
 
-    def cumulative_sums(
-        self, scratch, *sequences: Sequence[jax.Array]
-    ) -> list[tuple[list[jax.Array], jax.Array]]:
-        """The inclusive prefix sums of several long vectors; they wrap as int32 does.
+    def exclusive_sums(self, scratch, *vectors: jax.Array) -> list[tuple[jax.Array, jax.Array]]:
+        """Of vectors of 128 elements, the sums before each element and in all.
 
-        Args:
-          scratch: int32 [128] in shared memory.
-          sequences: of each long vector its vectors of 128 elements; at most 32 of them in all.
-
-        Returns:
-          Of each long vector the vectors of its prefix sums, and its sum.
+        They wrap as int32 does; `scratch` as in `sums`.
         """
         if self._interpret:
-            results = []
-            for sequence in sequences:
-                sums = jnp.cumsum(jnp.concatenate(sequence), dtype=jnp.int32)
-                results.append(([*sums.reshape(-1, LANES)], sums[-1]))
-            return results
-        splat = plgpu.ShapeDtypeStruct((), jnp.int32, layout=plgpu.Layout.WG_SPLAT(()))
-        held = plgpu.ShapeDtypeStruct((LANES,), jnp.int32, layout=_LAYOUT)
+            sums = [jnp.cumsum(v, dtype=jnp.int32) for v in vectors]
+            return [(s - v, s[-1]) for s, v in zip(sums, vectors, strict=True)]
+        return self._scan("add", scratch, vectors)
 
-        flat = [self.laid_out(array) for sequence in sequences for array in sequence]
-        ends = [*itertools.accumulate(map(len, sequences))]
+    def exclusive_maximum(self, scratch, vector: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """The greatest before each of 128 elements, none of them negative, 0 before the first.
 
-        def split(arrays: Sequence[Any]) -> list[Any]:
-            starts = [0, *ends[:-1]]
-            return [arrays[start:end] for start, end in zip(starts, ends, strict=True)]
+        And the greatest of all; `scratch` as in `sums`.
+        """
+        if self._interpret:
+            greatest = lax.cummax(vector)
+            return jnp.pad(greatest[:-1], (1, 0)), greatest[-1]
+        ((before, greatest),) = self._scan("max", scratch, [vector])
+        return before, greatest
+
+    def _scan(
+        self, operation: str, scratch, vectors: Sequence[jax.Array]
+    ) -> list[tuple[jax.Array, jax.Array]]:
+        count = len(vectors)
 
         @plgpu.inline_mgpu(
-            arg_types=(plgpu.RefType(), *[_LAYOUT] * len(flat)),
-            return_type=[held] * len(flat) + [splat] * len(sequences),
+            arg_types=(plgpu.RefType(), *[_LAYOUT] * count), return_type=[_HELD, _SPLAT] * count
         )
-        def scan(_, memory, *arrays):
-            return ptx.cumulative_sums(memory, *split(arrays))
+        def scan(_, memory, *vectors):
+            return ptx.exclusive_scan(operation, memory, *vectors)
 
-        results = scan(scratch, *flat)
-        return list(zip(split(results[: len(flat)]), results[len(flat) :], strict=True))
+        results = scan(scratch, *map(self.laid_out, vectors))
+        return list(zip(results[::2], results[1::2], strict=True))
 
     def gather(self, ref, *indices: jax.Array) -> list[jax.Array]:
-        """The elements of a vector in memory at 128 indices each; 0 where an index is negative."""
+        """The elements of a vector in memory at 128 indices each, none of them outside it."""
         if self._interpret:
             whole = ref[...]
-            return [jnp.where(index < 0, 0, whole[index]) for index in indices]
+            return [whole[index] for index in indices]
 
-        @plgpu.inline_mgpu(
-            arg_types=(plgpu.RefType(), _LAYOUT),
-            return_type=plgpu.ShapeDtypeStruct((LANES,), jnp.int32, layout=_LAYOUT),
-        )
+        @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), _LAYOUT), return_type=_HELD)
         def gather(_, memory, index):
             return ptx.gather(memory, index)
 
-        return [jnp.where(i < 0, 0, gather(ref, self.laid_out(jnp.maximum(i, 0)))) for i in indices]
+        return [gather(ref, self.laid_out(index)) for index in indices]
+
+    def scatter(self, ref, *pairs: tuple[jax.Array, jax.Array]) -> None:
+        """Stores 128 elements at indices of a vector in shared memory, of each (indices, elements).
+
+        None of them are outside it.
+        """
+        if self._interpret:
+            whole = ref[...]
+            for index, vector in pairs:
+                whole = whole.at[index].set(vector)
+            ref[...] = whole
+            return
+
+        @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), _LAYOUT, _LAYOUT))
+        def scatter(_, memory, index, vector):
+            ptx.scatter(memory, index, vector)
+
+        for pair in pairs:
+            scatter(ref, *map(self.laid_out, pair))
 
     def store_rows(self, ref, lead: tuple, rows: jax.Array, *columns: jax.Array) -> None:
         """Stores rows of `ref[lead]`, each as many elements as there are columns.
@@ -260,7 +263,7 @@ class Lanes:
         pages = floor_div(columns, page)
         if not self._interpret:
             positions = jnp.where(starts, position, -1)
-            self._inline(ptx.scatter, width, pages, positions)(ref.at[index], pages, positions)
+            self._inline(ptx.store_starts, width, pages, positions)(ref.at[index], pages, positions)
             return
         first = lax.div(jnp.asarray(start + (page - 1), jnp.int32), jnp.int32(page))
         for k in range(-(-columns.size // page)):
@@ -283,24 +286,45 @@ class Lanes:
         """0, 1, ..., size - 1."""
         return self.laid_out(lax.broadcasted_iota(jnp.int32, (size,), 0), width)
 
-    def for_indices(self, count: int, body: Callable, carry: Any = None) -> Any:
-        """Calls `body(indices)`, or `body(indices, carry)`, with vectors of 0 ... count - 1.
+    def repeat(self, count: int, body: Callable, carry: Any) -> Any:
+        """`carry = body(k, carry)` for k = 0 ... count - 1, in a loop.
 
-        The last of them go past the end.
+        Compilers would write out a short one: its instructions take longer to arrive than to run,
+        and its registers cost the blocks of the tables occupancy.
         """
-        vectors = min(_TOGETHER, -(-count // LANES))
+        if count == 1:
+            return body(0, carry)
+        if self._interpret:
+            return lax.fori_loop(0, count, body, carry)
 
-        def step(k: Any, carry: Any) -> Any:
-            starts = [(k * vectors + v) * LANES for v in range(vectors)]
-            indices = [start + self.iota(LANES) for start in starts]
-            return body(indices) if carry is None else body(indices, carry)
+        @plgpu.inline_mgpu(return_type=_SPLAT)
+        def end(_):
+            return ptx.end_of_loop(count)
 
-        steps = -(-count // (vectors * LANES))
-        return step(0, carry) if steps == 1 else lax.fori_loop(0, steps, step, carry)
+        def step(state: tuple) -> tuple:
+            k, _, carry = state
+            return k + 1, end(), body(k, carry)
+
+        start = (jnp.int32(0), jnp.int32(count), carry)
+        return lax.while_loop(lambda state: state[0] < state[1], step, start)[2]
+
+    def for_neighbours(self, count: int, body: Callable, carry: Any) -> Any:
+        """`carry = body(indices, carry)` with vectors that have each of 0 ... count - 1 once.
+
+        A thread has neighbours, as many as any other: the last ones go past the end.
+        """
+        size = -(-count // LANES)
+        first = self.iota(LANES) * size
+        return self.repeat(size, lambda k, carry: body(first + k, carry), carry)
 
     def zeros(self, size: int, width: int = 1) -> jax.Array:
         """A vector of zeros."""
         return self.laid_out(jnp.zeros((size,), jnp.int32), width)
+
+
+def power_of_2(exponent: Scalar) -> jax.Array:
+    """2 to that power."""
+    return lax.shift_left(jnp.int32(1), jnp.int32(exponent))
 
 
 def ceil_div(x: jax.Array, divisor: int) -> jax.Array:

@@ -7,86 +7,69 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxnsa.spec import Spec
-from pallas_kernels.cumulative import Cumulative, Vectors, Wide
-from pallas_kernels.destinations import Destinations
-from pallas_kernels.kv_lens import KvLens
-from pallas_kernels.lanes import LANES, Lanes
+from pallas_kernels.lanes import LANES
+from pallas_kernels.schedule_block import ScheduleBlock
+from pallas_kernels.shared_sums import SharedSums
+from pallas_kernels.wide import Wide, quotient_and_rest
 
 _KEYS_PER_SEGMENT = 256
 
 
 def words(spec: Spec) -> int:
     """How many int32 of shared memory `write_schedule` takes."""
-    return Cumulative.words(spec.paged_mqa_items[0])
+    return SharedSums.words(spec.paged_mqa_items[0])
 
 
-def write_context_lengths(
-    lanes: Lanes, spec: Spec, kv_lens: KvLens, shared: Any, start: int, destinations: Destinations
-) -> None:
-    """`paged_mqa_ctx_lens`."""
-    del shared, start
-    items, next_n = spec.paged_mqa_items
+def write_context_lengths(block: ScheduleBlock) -> None:
+    """A block's share of `paged_mqa_ctx_lens`."""
+    items, next_n = block.spec.paged_mqa_items
     rows = items * next_n
+    kv_len = block.lengths(are_rows=next_n == 1)
 
-    def lengths_of(indices: Vectors) -> Vectors:
-        if next_n == 1:
-            return kv_lens.of_rows(indices)
-        return kv_lens.of_requests([lax.div(r, jnp.full_like(r, next_n)) for r in indices])
+    def write(first: Any) -> None:
+        row = first + block.lanes.iota(LANES)
+        item, _ = quotient_and_rest(jnp.minimum(row, rows - 1), next_n)
+        block.store("paged_mqa_ctx_lens", jnp.where(row < rows, row, -1), kv_len(item))
 
-    def write(indices: Vectors) -> None:
-        lengths = lengths_of([jnp.minimum(row, rows - 1) for row in indices])
-        for row, length in zip(indices, lengths, strict=True):
-            place = jnp.where(row < rows, row, -1)
-            for ref, lead in destinations.of("paged_mqa_ctx_lens", kv_lens.rows.offset):
-                lanes.store_rows(ref, lead, place, length)
-
-    lanes.for_indices(rows, write)
+    block.share.for_tiles(rows, write)
 
 
-def write_schedule(
-    lanes: Lanes, spec: Spec, kv_lens: KvLens, shared: Any, start: int, destinations: Destinations
-) -> None:
-    """`paged_mqa_schedule`; shared memory from `start` on is free."""
+def write_schedule(block: ScheduleBlock) -> None:
+    """A block's share of `paged_mqa_schedule`."""
+    lanes, spec = block.lanes, block.spec
     schedule = spec.schedules.paged_mqa
     assert schedule is not None
     items, next_n = spec.paged_mqa_items
-    of_items = kv_lens.of_rows if next_n == 1 else kv_lens.of_requests
     num_sms, a = schedule.num_sms, schedule.units_per_segment(next_n)
+    kv_len = block.lengths(are_rows=next_n == 1)
 
-    def segments(indices: Vectors) -> Vectors:
-        lengths = of_items(indices)
+    def segments(item: jax.Array) -> jax.Array:
+        length = kv_len(item)
         if spec.pooled:
-            pool = spec.index_kpool
-            lengths = [jnp.maximum(lax.div(n, jnp.full_like(n, pool)), 1) for n in lengths]
+            length = jnp.maximum(quotient_and_rest(length, spec.index_kpool)[0], 1)
         # Rounded up, where the sum with 255 may leave int32.
-        return [(n >> 8) + jnp.where((n & (_KEYS_PER_SEGMENT - 1)) > 0, 1, 0) for n in lengths]
+        return (length >> 8) + jnp.where((length & (_KEYS_PER_SEGMENT - 1)) > 0, 1, 0)
 
-    sums = Cumulative.of(lanes, items, segments, shared, start)
-    q, r = sums.total.times(a).divided(num_sms)
-    vectors = -(-(num_sms + 1) // LANES)
-    sms = [k * LANES + lanes.iota(LANES) for k in range(vectors)]
+    starts = block.sums(items, lambda item: Wide.of(segments(item)).times(a))
+    quotient, remainder = starts.total.divided(num_sms)
 
-    def first_unit(s: jax.Array) -> Wide:
-        s = jnp.minimum(s, num_sms)
+    def write(first: Any) -> None:
+        row = first + lanes.iota(LANES)
+        s = jnp.minimum(row, num_sms)
         late = schedule.layout == "sm90"
-        extra = jnp.maximum(s - (num_sms - r), 0) if late else jnp.minimum(s, r)
-        return q.times(s) + Wide.of(jnp.zeros_like(extra), extra)
-
-    # Units are counted in segments, of which each is `a` of them, and in what remains.
-    units = [first_unit(s).divided(a) for s in sms]
-    places = sums.locate([whole for whole, _ in units])
-    widths = segments([jnp.minimum(item, items - 1) for item, _ in places])
-    for s, (_, rest), (item, segment), width in zip(sms, units, places, widths, strict=True):
-        row = jnp.where(s <= num_sms, s, -1)
+        extra = jnp.maximum(s - (num_sms - remainder), 0) if late else jnp.minimum(s, remainder)
+        unit = quotient.times(s) + extra
+        item, begin = starts.find(unit)
+        # Past the last item there is nothing to begin with.
+        offset = jnp.where(item < items, unit.minus(begin), 0)
         if schedule.layout == "legacy":
-            columns = item, segment
+            columns = item, offset
         elif schedule.layout == "sm100":
-            columns = item * a, segment
+            columns = item * a, quotient_and_rest(offset, a)[0]
         else:
-            # Past the end there is nothing left of the units, but the width of the last item.
-            offset = jnp.where(item < items, segment * a + rest, 0)
-            width = jnp.maximum(width, 1)
+            width = jnp.maximum(segments(jnp.minimum(item, items - 1)), 1)
             atom = lax.div(offset, width)
             columns = item * a + atom, offset - atom * width
-        for ref, lead in destinations.of("paged_mqa_schedule", kv_lens.rows.offset):
-            lanes.store_rows(ref, lead, row, *columns)
+        block.store("paged_mqa_schedule", jnp.where(row <= num_sms, row, -1), *columns)
+
+    block.share.for_tiles(num_sms + 1, write)

@@ -75,7 +75,7 @@ def store_part(
         _assembly(f"{{ {' '.join(lines)} }}", pointer, *values, *of_access)
 
 
-def scatter(
+def store_starts(
     memory: ir.Value,
     registers: mgpu.FragmentedArray,
     positions: mgpu.FragmentedArray,
@@ -166,76 +166,76 @@ def sums(memory: ir.Value, *addends: mgpu.FragmentedArray) -> list[mgpu.Fragment
     return [_splat(functools.reduce(arith.addi, of_warp)) for of_warp in parts]
 
 
-def minimum(memory: ir.Value, *vectors: mgpu.FragmentedArray) -> mgpu.FragmentedArray:
-    """The least element of int32 arrays of 128 elements.
-
-    Args:
-      memory: memref of shared memory, at least four int32.
-      vectors: the arrays.
-    """
-    values = [element for v in vectors for element in _elements(v.registers.item(), 1)]
-    least = functools.reduce(arith.minsi, values)
+def any_of(array: mgpu.FragmentedArray) -> mgpu.FragmentedArray:
+    """1 where one of the elements of an int32 array of 128 is not 0, a scalar; otherwise 0."""
     i32 = ir.IntegerType.get_signless(32)
-    of_warp = _assembly("redux.sync.min.s32 $0, $1, 0xffffffff;", least, result=i32)
-    (parts,) = _exchanged(memory, [of_warp])
-    return _splat(functools.reduce(arith.minsi, parts))
+    (value,) = _elements(array.registers.item(), 1)
+    barrier = arith.addi(mgpu.utils.warpgroup_idx(sync=False), mgpu.utils.c(1, i32))
+    text = (
+        "{ .reg .pred is_set, is_any; setp.ne.s32 is_set, $1, 0;"
+        f" barrier.cta.red.or.pred is_any, $2, {mgpu.utils.WARPGROUP_SIZE}, is_set;"
+        " selp.b32 $0, 1, 0, is_any; }"
+    )
+    return _splat(_assembly(text, value, barrier, result=i32))
 
 
-def cumulative_sums(
-    memory: ir.Value, *sequences: Sequence[mgpu.FragmentedArray]
+def exclusive_scan(
+    operation: str, memory: ir.Value, *arrays: mgpu.FragmentedArray
 ) -> list[mgpu.FragmentedArray]:
-    """The inclusive prefix sums of several int32 vectors, each held by arrays of 128 elements.
+    """Of int32 arrays of 128 elements, the sum or the greatest of those before each element.
 
-    Each warp scans its own and tells the others its sums: one exchange, however many there are.
+    Each warp scans its own and tells the others its result: one exchange, however many there are.
 
     Args:
+      operation: "add", which wraps as int32 does, or "max", of elements that are not negative.
       memory: memref of shared memory, at least four int32 for each array.
-      sequences: of each vector its arrays, one behind the other.
+      arrays: they.
 
     Returns:
-      The arrays of the prefix sums of all vectors, and behind them the sum of each, a scalar.
+      Of each array its scan, 0 for the first element, and the result of all, a scalar.
     """
     i32 = ir.IntegerType.get_signless(32)
-    flat = [array for sequence in sequences for array in sequence]
-    scanned = [_elements(array.registers.item(), 1)[0] for array in flat]
-    of_warps = [_assembly(_WARP_SUM, value, result=i32) for value in scanned]
-    for distance in (1, 2, 4, 8, 16):
+    combine = {"add": arith.addi, "max": arith.maxsi}[operation]
+    values = [_elements(v.registers.item(), 1)[0] for v in arrays]
+    reduce = f"redux.sync.{operation}.s32 $0, $1, 0xffffffff;"
+    of_warps = [_assembly(reduce, value, result=i32) for value in values]
+    # The element of the thread before, then of twice as many in each step.
+    combined = f"{operation}.s32 $0, $1, before"
+    scanned = values
+    for distance, use in [(1, "mov.b32 $0, before"), *((2**k, combined) for k in range(5))]:
         text = (
             "{ .reg .pred exists; .reg .b32 before;"
             f" shfl.sync.up.b32 before|exists, $1, {distance}, 0, 0xffffffff;"
-            " @!exists mov.b32 before, 0; add.s32 $0, $1, before; }"
+            f" @!exists mov.b32 before, 0; {use}; }}"
         )
         scanned = [_assembly(text, value, result=i32) for value in scanned]
-    warp = _warp()
-    exchanged = iter(zip(scanned, _exchanged(memory, of_warps), strict=True))
-    zero = mgpu.utils.c(0, i32)
-    arrays, totals = [], []
-    for sequence in sequences:
-        before = zero
-        for array, (value, parts) in zip(sequence, exchanged, strict=False):
-            for k, part in enumerate(parts):
-                later = arith.cmpi(arith.CmpIPredicate.sgt, warp, mgpu.utils.c(k, i32))
-                value = arith.addi(value, arith.select(later, part, zero))
-            value = arith.addi(value, before)
-            before = functools.reduce(arith.addi, parts, before)
-            register = vector.broadcast(ir.VectorType.get((1,), i32), value)
-            registers = np.array([register], dtype=object).reshape(array.registers.shape)
-            arrays.append(
-                mgpu.FragmentedArray(_registers=registers, _layout=array.layout, _is_signed=True)
-            )
-        totals.append(_splat(before))
-    return arrays + totals
+    warp, zero = _warp(), mgpu.utils.c(0, i32)
+    results = []
+    for array, value, parts in zip(arrays, scanned, _exchanged(memory, of_warps), strict=True):
+        for k, part in enumerate(parts):
+            later = arith.cmpi(arith.CmpIPredicate.sgt, warp, mgpu.utils.c(k, i32))
+            value = combine(value, arith.select(later, part, zero))
+        results += [_vector_like(array, value), _splat(functools.reduce(combine, parts))]
+    return results
 
 
 def gather(memory: ir.Value, indices: mgpu.FragmentedArray) -> mgpu.FragmentedArray:
     """The elements at the indices of a memref of one dimension, none of them outside it."""
     i32 = ir.IntegerType.get_signless(32)
-    base = mgpu.utils.memref_ptr(memory)
+    return _vector_like(indices, llvm.load(i32, _place(memory, indices)))
+
+
+def scatter(memory: ir.Value, indices: mgpu.FragmentedArray, vector: mgpu.FragmentedArray) -> None:
+    """Stores an int32 array at the indices of a memref of one dimension, none of them outside."""
+    (value,) = _elements(vector.registers.item(), 1)
+    llvm.store(value, _place(memory, indices))
+
+
+def _place(memory: ir.Value, indices: mgpu.FragmentedArray) -> ir.Value:
+    """The address of the thread's index."""
     (index,) = _elements(indices.registers.item(), 1)
-    value = llvm.load(i32, mgpu.utils.getelementptr(base, [index], i32))
-    register = vector.broadcast(ir.VectorType.get((1,), i32), value)
-    registers = np.array([register], dtype=object).reshape(indices.registers.shape)
-    return mgpu.FragmentedArray(_registers=registers, _layout=indices.layout, _is_signed=True)
+    i32 = ir.IntegerType.get_signless(32)
+    return mgpu.utils.getelementptr(mgpu.utils.memref_ptr(memory), [index], i32)
 
 
 def store_rows(
@@ -290,9 +290,22 @@ def _exchanged(memory: ir.Value, of_warp: Sequence[ir.Value]) -> list[list[ir.Va
     return results
 
 
+def _vector_like(array: mgpu.FragmentedArray, value: ir.Value) -> mgpu.FragmentedArray:
+    """An int32 array of 128 elements, of which a thread has one, in the layout of another."""
+    register = vector.broadcast(ir.VectorType.get((1,), ir.IntegerType.get_signless(32)), value)
+    registers = np.array([register], dtype=object).reshape(array.registers.shape)
+    return mgpu.FragmentedArray(_registers=registers, _layout=array.layout, _is_signed=True)
+
+
 def _splat(value: ir.Value) -> mgpu.FragmentedArray:
     """A scalar that all threads have."""
     return mgpu.FragmentedArray.splat(value, (), mgpu.WGSplatFragLayout(()), is_signed=True)
+
+
+def end_of_loop(count: int) -> mgpu.FragmentedArray:
+    """`count`, a scalar, where neither LLVM nor ptxas is to write out the loop around it."""
+    text = f'.pragma "nounroll"; mov.b32 $0, {count};'
+    return _splat(_assembly(text, result=ir.IntegerType.get_signless(32)))
 
 
 def use(scalar: mgpu.FragmentedArray) -> None:

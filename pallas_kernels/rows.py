@@ -218,10 +218,15 @@ class Share(NamedTuple):
         """The same block among those of all requests."""
         return Share(request.i * self.blocks + self.block, request.rows.requests * self.blocks)
 
+    @property
+    def exists(self) -> jax.Array:
+        """Whether it is one of them."""
+        return (self.block >= 0) & (self.block < self.blocks)
+
     def for_tiles(self, places: Scalar, body: Callable, vectors: int = 1) -> None:
         """Calls `body(first)` for its tiles of `vectors` * 128 of so many places."""
-        if isinstance(places, int) and places <= vectors * LANES and self.blocks == 1:
-            body(0)
+        if isinstance(places, int) and -(-places // (vectors * LANES)) == self.blocks:
+            body(self.block * (vectors * LANES))
             return
         tile = jnp.int32(vectors * LANES)
         tiles = lax.div(jnp.int32(places) + (tile - 1), tile)

@@ -2,58 +2,55 @@
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import NamedTuple
 
-from jaxnsa.spec import Inputs, Spec
+from jaxnsa.spec import Spec
 from pallas_kernels import flash_mla, paged_mqa, topk_plan
-from pallas_kernels.destinations import Destinations
-from pallas_kernels.kv_lens import KvLens
-from pallas_kernels.lanes import LANES, Lanes
-from pallas_kernels.rows import Lengths
+from pallas_kernels.lanes import LANES
+from pallas_kernels.schedule_block import ScheduleBlock
+
+_MOST_SHARES = 16  # blocks that share the rows of a schedule, each of which computes what all need
 
 
-def schedule_writers(
-    lanes: Lanes, spec: Spec, *, fresh: bool
-) -> tuple[Sequence[Callable[[Inputs, Any, Destinations], None]], int]:
-    """What writes the schedules of a computation, for each offset of backends, the slowest first.
+class Writer(NamedTuple):
+    """What writes a schedule.
+
+    Attributes:
+      blocks: how many blocks do, of all offsets of backends together.
+      write: what one of them does.
+    """
+
+    blocks: int
+    write: Callable[[ScheduleBlock], None]
+
+
+def schedule_writers(spec: Spec, *, fresh: bool) -> tuple[Sequence[Writer], int]:
+    """What writes the schedules of a computation, FlashMLA's, the slowest, first.
 
     Args:
-      lanes: vector operations.
       spec: the computation.
       fresh: whether no results were there before.
 
     Returns:
-      Of each block what it does, given inputs, shared memory and destinations; and how many int32
-      of shared memory they take behind the first 128.
+      The writers, and how many int32 of shared memory they take.
     """
-    wanted, start = spec.schedules, LANES + KvLens.words(spec.rows)
-    functions: list[Callable[..., None]] = []
+    wanted = spec.schedules
+    writers: list[Writer] = []
     words = [0]
-    if wanted.flash_mla and not wanted.flash_mla.is_constant:
-        functions.append(flash_mla.write_schedule)
-        words.append(flash_mla.words(spec))
+
+    def add(write: Callable[[ScheduleBlock], None], places: int) -> None:
+        shares = min(-(-places // LANES), _MOST_SHARES)
+        writers.append(Writer(ScheduleBlock.blocks(spec, shares), write))
+
+    if wanted.flash_mla:
+        constant = wanted.flash_mla.is_constant
+        write = flash_mla.copy_schedule if constant else flash_mla.write_schedule
+        add(write, flash_mla.places(spec))
+        words.append(0 if constant else flash_mla.words(spec))
     if wanted.paged_mqa:
-        functions += [paged_mqa.write_schedule, paged_mqa.write_context_lengths]
+        add(paged_mqa.write_schedule, wanted.paged_mqa.num_sms + 1)
+        add(paged_mqa.write_context_lengths, spec.rows.count)
         words.append(paged_mqa.words(spec))
     if wanted.topk_plan:
-        functions.append(functools.partial(topk_plan.write_plan, fresh=fresh))
-
-    def write(
-        function: Callable[..., None],
-        offset: int,
-        inputs: Inputs,
-        shared: Any,
-        destinations: Destinations,
-    ) -> None:
-        lengths = Lengths(inputs.seq_lens, inputs.extend_seq_lens)
-        kv_lens = KvLens.load(lanes, spec.rows_of(offset), lengths, shared, LANES)
-        function(lanes, spec, kv_lens, shared, start, destinations)
-
-    writers = [
-        functools.partial(write, function, offset)
-        for function in functions
-        for offset in sorted(set(spec.offsets))
-    ]
-    if wanted.flash_mla and wanted.flash_mla.is_constant:
-        writers.append(functools.partial(flash_mla.copy_schedule, lanes, spec))
-    return writers, start - LANES + max(words) if functions else 0
+        add(functools.partial(topk_plan.write_plan, fresh=fresh), 1)
+    return writers, ScheduleBlock.words(spec) + max(words) if writers else 0

@@ -4,73 +4,60 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.experimental import pallas as pl
 
-from jaxnsa.spec import Spec
-from pallas_kernels.cumulative import Vectors
-from pallas_kernels.destinations import Destinations
-from pallas_kernels.kv_lens import KvLens
-from pallas_kernels.lanes import LANES, Lanes
+from pallas_kernels.lanes import LANES
+from pallas_kernels.schedule_block import ScheduleBlock
 
 
-def write_plan(
-    lanes: Lanes,
-    spec: Spec,
-    kv_lens: KvLens,
-    shared: Any,
-    start: int,
-    destinations: Destinations,
-    *,
-    fresh: bool,
-) -> None:
-    """`topk_plan`; where results are fresh, with zeros behind its end."""
-    del start
-    scratch = shared.at[pl.ds(0, LANES)]
-    plan, rows = spec.schedules.topk_plan, spec.rows.count
+def write_plan(block: ScheduleBlock, *, fresh: bool) -> None:
+    """`topk_plan`, by one block; where results are fresh, with zeros behind its end."""
+    lanes, plan, rows = block.lanes, block.spec.schedules.topk_plan, block.spec.rows.count
     assert plan is not None
+    kv_len = block.lengths(are_rows=True)
+    zero = lanes.zeros(LANES)
 
-    def lengths_of(indices: Vectors) -> Vectors:
-        lengths = kv_lens.of_rows([jnp.minimum(row, rows - 1) for row in indices])
-        # Longer than no threshold.
-        return [jnp.where(r < rows, n, -1) for r, n in zip(indices, lengths, strict=True)]
+    def length_of(row: jax.Array) -> jax.Array:
+        # Past the last row, longer than no threshold.
+        return jnp.where(row < rows, kv_len(jnp.minimum(row, rows - 1)), -1)
 
-    def count(indices: Vectors, counts: Vectors) -> Vectors:
-        lengths = lengths_of(indices)
+    def count(row: jax.Array, counts: list[jax.Array]) -> list[jax.Array]:
+        length = length_of(row)
         return [
-            sum((jnp.where(n > threshold, 1, 0) for n in lengths), counted)
+            counted + jnp.where(length > threshold, 1, 0)
             for (threshold, _), counted in zip(plan.pairs, counts, strict=True)
         ]
 
-    counts = lanes.for_indices(rows, count, [lanes.zeros(LANES) for _ in plan.pairs])
+    counts = lanes.for_neighbours(rows, count, [zero] * len(plan.pairs))
+    longer = lanes.sums(block.scratch, *counts)
     threshold = jnp.int32(plan.pairs[-1][0])
     fits = jnp.bool_(True)
-    for (candidate, capacity), longer in reversed(
-        list(zip(plan.pairs, lanes.sums(scratch, *counts), strict=True))
-    ):
-        fits = fits & (longer <= capacity)
+    for (candidate, capacity), rows_longer in reversed(list(zip(plan.pairs, longer, strict=True))):
+        fits = fits & (rows_longer <= capacity)
         threshold = jnp.where(fits, candidate, threshold)
     threshold = jnp.maximum(threshold, plan.floor)
 
-    def write(indices: Vectors, planned: jax.Array) -> jax.Array:
-        lengths = lengths_of(indices)
-        is_planned = [jnp.where(n > threshold, 1, 0) for n in lengths]
-        ((places, more),) = lanes.cumulative_sums(scratch, is_planned)
-        for row, length, wanted, place in zip(indices, lengths, is_planned, places, strict=True):
-            place = jnp.where(wanted > 0, planned + place, -1)
-            for ref, lead in destinations.of("topk_plan", kv_lens.rows.offset):
-                lanes.store_rows(ref, lead, place, row, length)
-        return planned + more
+    def count_planned(row: jax.Array, planned: jax.Array) -> jax.Array:
+        return planned + jnp.where(length_of(row) > threshold, 1, 0)
 
-    planned = lanes.for_indices(rows, write, jnp.int32(0))
+    planned = lanes.for_neighbours(rows, count_planned, zero)
+    ((before, planned),) = lanes.exclusive_sums(block.scratch, planned)
 
-    def clear(indices: Vectors) -> None:
-        for row in indices:
-            place = jnp.where((row >= planned) & (row < rows), row + 1, -1)
-            for ref, lead in destinations.of("topk_plan", kv_lens.rows.offset):
-                lanes.store_rows(ref, lead, place, lanes.zeros(LANES), lanes.zeros(LANES))
+    def write(row: jax.Array, place: jax.Array) -> jax.Array:
+        length = length_of(row)
+        is_planned = length > threshold
+        place = place + jnp.where(is_planned, 1, 0)
+        block.store("topk_plan", jnp.where(is_planned, place, -1), row, length)
+        return place
+
+    lanes.for_neighbours(rows, write, before)
+    head = jnp.where(lanes.iota(LANES) == 0, 0, -1)
+    block.store("topk_plan", head, zero + threshold, zero + planned)
+
+    def clear(k: Any, _: Any) -> Any:
+        row = k * LANES + lanes.iota(LANES)
+        place = jnp.where((row >= planned) & (row < rows), row + 1, -1)
+        block.store("topk_plan", place, zero, zero)
+        return _
 
     if fresh:
-        lanes.for_indices(rows, clear)
-    for ref, lead in destinations.of("topk_plan", kv_lens.rows.offset):
-        ref[(*lead, 0, 0)] = threshold
-        ref[(*lead, 0, 1)] = planned
+        lanes.repeat(-(-rows // LANES), clear, None)
