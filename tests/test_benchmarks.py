@@ -35,8 +35,9 @@ def results(tmp_path_factory):
 
 @pytest.fixture
 def hasty(monkeypatch):
-    """Times mean nothing here: no warming up, and few sets of memory to take turns."""
+    """Times mean nothing here: no warming up, few calls, and few sets of memory to take turns."""
     monkeypatch.setattr(measure, "WARM_UP_SECONDS", 0)
+    monkeypatch.setattr(measure, "MOST_CALLS", 5)
     monkeypatch.setattr(measure, "COLD_BYTES", 2**17)
 
 

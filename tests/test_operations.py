@@ -190,7 +190,7 @@ def test_long_context_in_place(implementation):
 @pytest.mark.blocks
 @pytest.mark.parametrize("mode", TABLE_MODES)
 @pytest.mark.parametrize("tail", ("copy", "keep"))
-@pytest.mark.parametrize("bs, max_len", ((11, 131_072), (130, 66_000), (130, 33_003)))
+@pytest.mark.parametrize("bs, max_len", ((11, 131_072), (130, 66_000), (66, 33_003)))
 def test_tables_of_many_tiles(bs, max_len, tail, mode, implementation):
     """A few large tables: more tiles than there are blocks, and those of the larger size."""
     check_broadcast(
