@@ -107,7 +107,7 @@ def test_shared_sums(count, capfd):
 
 
 def test_schedules_of_many_items_are_no_longer_programs():
-    """They are loops: what is written out takes seconds to compile, and longer to fetch than run."""
+    """They are loops: what is written out takes long to compile, and to fetch."""
 
     def lines(bs, parts):
         compute = functools.partial(
