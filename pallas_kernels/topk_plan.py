@@ -4,6 +4,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.experimental import pallas as pl
 
 from pallas_kernels.lanes import LANES
 from pallas_kernels.schedule_block import ScheduleBlock
@@ -20,26 +21,26 @@ def write_plan(block: ScheduleBlock, *, fresh: bool) -> None:
         # Past the last row, longer than no threshold.
         return jnp.where(row < rows, kv_len(jnp.minimum(row, rows - 1)), -1)
 
+    # What a row has to be longer than to count for a pair, and to be planned with it.
+    planned_from = [max(threshold, plan.floor) for threshold, _ in plan.pairs]
+    limits = sorted({*(threshold for threshold, _ in plan.pairs), *planned_from})
+
     def count(row: jax.Array, counts: list[jax.Array]) -> list[jax.Array]:
         length = length_of(row)
         return [
-            counted + jnp.where(length > threshold, 1, 0)
-            for (threshold, _), counted in zip(plan.pairs, counts, strict=True)
+            counted + jnp.where(length > limit, 1, 0)
+            for limit, counted in zip(limits, counts, strict=True)
         ]
 
-    counts = lanes.for_neighbours(rows, count, [zero] * len(plan.pairs))
-    longer = lanes.sums(block.scratch, *counts)
-    threshold = jnp.int32(plan.pairs[-1][0])
+    counts = lanes.for_neighbours(rows, count, [zero] * len(limits))
+    of_thread = dict(zip(limits, counts, strict=True))
+    longer = lanes.sums(block.scratch, *(of_thread[threshold] for threshold, _ in plan.pairs))
+    threshold, planned = jnp.int32(planned_from[-1]), of_thread[planned_from[-1]]
     fits = jnp.bool_(True)
-    for (candidate, capacity), rows_longer in reversed(list(zip(plan.pairs, longer, strict=True))):
-        fits = fits & (rows_longer <= capacity)
-        threshold = jnp.where(fits, candidate, threshold)
-    threshold = jnp.maximum(threshold, plan.floor)
-
-    def count_planned(row: jax.Array, planned: jax.Array) -> jax.Array:
-        return planned + jnp.where(length_of(row) > threshold, 1, 0)
-
-    planned = lanes.for_neighbours(rows, count_planned, zero)
+    for k in reversed(range(len(plan.pairs))):
+        fits = fits & (longer[k] <= plan.pairs[k][1])
+        threshold = jnp.where(fits, planned_from[k], threshold)
+        planned = jnp.where(fits, of_thread[planned_from[k]], planned)
     ((before, planned),) = lanes.exclusive_sums(block.scratch, planned)
 
     def write(row: jax.Array, place: jax.Array) -> jax.Array:
@@ -49,7 +50,10 @@ def write_plan(block: ScheduleBlock, *, fresh: bool) -> None:
         block.store("topk_plan", jnp.where(is_planned, place, -1), row, length)
         return place
 
-    lanes.for_neighbours(rows, write, before)
+    @pl.when(planned > 0)
+    def _():
+        lanes.for_neighbours(rows, write, before)
+
     head = jnp.where(lanes.iota(LANES) == 0, 0, -1)
     block.store("topk_plan", head, zero + threshold, zero + planned)
 

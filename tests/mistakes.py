@@ -1045,8 +1045,15 @@ MISTAKES = [
     Mistake(
         "pallas: a plan that is just full does not fit",
         "pallas_kernels/topk_plan.py",
-        "fits & (rows_longer <= capacity)",
-        "fits & (rows_longer < capacity)",
+        "fits & (longer[k] <= plan.pairs[k][1])",
+        "fits & (longer[k] < plan.pairs[k][1])",
+        schedules("interpreted and pallas"),
+    ),
+    Mistake(
+        "pallas: a plan has the rows of the largest threshold",
+        "pallas_kernels/topk_plan.py",
+        "planned = jnp.where(fits, of_thread[planned_from[k]], planned)",
+        "pass",
         schedules("interpreted and pallas"),
     ),
     Mistake(
@@ -1057,10 +1064,10 @@ MISTAKES = [
         schedules("interpreted and pallas"),
     ),
     Mistake(
-        "pallas: a part that ends on an overhead does not snap",
+        "pallas: a part behind a snap begins where it would without",
         "pallas_kernels/flash_mla.py",
-        "costs.find(begin + overhead)",
-        "costs.find(begin)",
+        "jnp.maximum(later - at, 0)",
+        "jnp.maximum(-at, 0)",
         schedules("interpreted and pallas"),
     ),
     Mistake(

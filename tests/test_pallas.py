@@ -17,7 +17,9 @@ from jaxnsa.spec import Inputs, Rows, Spec
 from pallas_kernels.destinations import Destinations
 from pallas_kernels.jax_internals import InterpretGPUParams, force_gpu_interpret_mode
 from pallas_kernels.lanes import access_width
+from pallas_kernels.shared_sums import SharedSums
 from pallas_kernels.tables import Table
+from pallas_kernels.wide import Wide
 
 INTERPRETER = InterpretGPUParams(detect_races=True)
 
@@ -63,6 +65,66 @@ def test_sums_over_requests(requests, limit, capfd):
         assert sums.tolist() == np.array(exact).astype(np.int32).tolist()
     else:
         assert sums.tolist() == [min(limit, total) for total in exact]
+
+
+@pytest.mark.interpreted
+@pytest.mark.parametrize("count", (1, 257, 2100))
+def test_shared_sums(count, capfd):
+    """More values than a vector holds, and than sums are kept."""
+    rng = np.random.default_rng(count)
+    values = rng.integers(0, 2**30, count, dtype=np.int32) * rng.integers(0, 2, count, np.int32)
+    sums = np.cumsum([0, *values])
+    # Before, at and behind what some places begin with.
+    numbers = np.resize(np.maximum(rng.choice(sums, 40)[:, None] + [-1, 0, 1], 0), 128)
+    numbers[:2] = sums[-1], sums[-1] + 2**20
+    lanes = pallas_kernels.lanes.Lanes(interpret=True)
+
+    def kernel(_, read, result, shared):
+        ref, high, low = read
+        found = SharedSums(
+            lanes, count, lambda index: Wide.of(*lanes.gather(ref, index)), shared, 128
+        )
+        place, begin = found.find(Wide(high[...], low[...]))
+        value = found.value(jnp.minimum(place, count - 1))
+        for k, vector in enumerate((place, *begin, value)):
+            result[k] = vector
+        result[4] = found.total.high + lanes.zeros(128)
+
+    result = pallas_kernels.launch.launch(
+        kernel,
+        (values, (numbers >> 16).astype(np.int32), (numbers & 0xFFFF).astype(np.int32)),
+        None,
+        jax.ShapeDtypeStruct((5, 128), jnp.int32),
+        blocks=1,
+        shared=(128 + SharedSums.words(count),),
+        name="shared_sums",
+        interpret=INTERPRETER,
+    )
+    assert "RACE DETECTED" not in capfd.readouterr().out
+    places = np.searchsorted(sums, numbers, side="right") - 1
+    rows = (places, sums[places] >> 16, sums[places] & 0xFFFF, values[places.clip(max=count - 1)])
+    np.testing.assert_array_equal(result, [*rows, np.full(128, sums[-1] >> 16)])
+
+
+def test_schedules_of_many_items_are_no_longer_programs():
+    """They are loops: what is written out takes long to compile, and to fetch."""
+
+    def lines(bs, parts):
+        compute = functools.partial(
+            jaxnsa.precompute_decode_metadata,
+            wide_table=False,
+            schedules=jaxnsa.Schedules(
+                jaxnsa.PagedMqaSchedule(parts, "sm90"),
+                jaxnsa.TopkPlan.h200(),
+                jaxnsa.FlashMlaSchedule(parts, "cache_seqlens"),
+            ),
+            implementation="pallas",
+        )
+        vector = jax.ShapeDtypeStruct((bs,), jnp.int32)
+        pool = jax.ShapeDtypeStruct((bs, 256), jnp.int32)
+        return str(jax.jit(compute).trace(vector, vector, pool).jaxpr).count("\n")
+
+    assert lines(1000, 1000) < 1.2 * lines(129, 132)
 
 
 def test_blocks_stride_over_tiles(capfd):
