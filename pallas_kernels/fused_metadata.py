@@ -13,7 +13,6 @@ Outputs: the arrays of `Spec.shapes` of every destination.
 
 import dataclasses
 import functools
-import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -34,8 +33,7 @@ from pallas_kernels.rows import (
     padding_row_values,
     row_values,
 )
-from pallas_kernels.schedule_block import ScheduleBlock
-from pallas_kernels.schedules import schedule_writers
+from pallas_kernels.schedules import ScheduleWriters
 from pallas_kernels.tables import Source, Table, Targets
 from pallas_kernels.tuning import BlockConfig
 
@@ -158,8 +156,7 @@ def fused_metadata(
     plan = _Plan.of(spec, inputs.req_to_token.shape, config)
     pool_rows = inputs.req_to_token.shape[0]
     lanes = Lanes(bool(interpret))
-    writers, words = schedule_writers(spec, fresh=out is None)
-    firsts = [*itertools.accumulate((writer.blocks for writer in writers), initial=0)]
+    schedules = ScheduleWriters(spec, fresh=out is None)
     read: dict[str, Any] = {"inputs": inputs, "pages": {}}
     for table in (plan.real, plan.pooled):
         if table and table.width:
@@ -170,17 +167,10 @@ def fused_metadata(
         inputs = read["inputs"]
         lengths = Lengths(inputs.seq_lens, inputs.extend_seq_lens)
         destinations = Destinations(spec, results)
-        for first, writer in zip(firsts, writers, strict=False):
-            share = Share(index - first, writer.blocks)
-
-            @pl.when(share.exists)
-            def _(writer=writer, share=share):
-                block = ScheduleBlock.of(lanes, spec, inputs, shared, destinations, share)
-                writer.write(block)
-
+        schedules.write(index, lanes, inputs, shared, destinations)
         scratch = shared.at[pl.ds(0, LANES)]
         # Neighbouring blocks write neighbouring memory.
-        index = index - firsts[-1]
+        index = index - schedules.blocks
         i = lax.div(jnp.maximum(index, 0), jnp.int32(plan.blocks))
         block = jnp.where(index < 0, plan.blocks, index - i * plan.blocks)
 
@@ -245,8 +235,8 @@ def fused_metadata(
         read,
         None if out is None else [o.arrays() for o in out],
         [dict(spec.shapes())] * spec.destinations,
-        blocks=firsts[-1] + spec.rows.requests * plan.blocks,
-        shared=(max(LANES, words),),
+        blocks=schedules.blocks + spec.rows.requests * plan.blocks,
+        shared=(max(LANES, schedules.words),),
         name="fused_metadata",
         interpret=interpret,
     )
