@@ -171,19 +171,24 @@ def _run(suite: Suite, quick: bool, out: Path, commit: str | None, device_name: 
     if not jobs:
         console.print(f"{suite.name}: nothing that it measures is installed here")
         return
+    info = get_kernel_info()
+    device = device_name or info["devices"][0]
+    folder = out / device.lower().replace(" ", "-")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise click.ClickException(f"--out: {error}") from None
     records = []
     for job in track(jobs, suite.name, console=Console(stderr=True)):
         records.append(Record(job.case, job.name, job.run()))
-    info = get_kernel_info()
     report = Report.of(
         suite,
         records,
-        device=device_name or info["devices"][0],
+        device=device,
         commit=commit or _git_commit(),
         command=shlex.join(["python", "-m", "benchmarks", *sys.argv[1:]]),
         versions=info["versions"],
     )
-    folder = out / report.device.lower().replace(" ", "-")
     report.write(folder)
     if importlib.util.find_spec("matplotlib"):
         plots.draw(suite, report, folder)

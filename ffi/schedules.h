@@ -64,12 +64,15 @@ struct PagedMqaSchedule {
   }
 
   // What begins at a unit, `offset` units into an item of `segments`; past the end both are 0.
-  JAXNSA_HOST_DEVICE PagedMqaRow row(int32_t item, int32_t offset, int32_t segments,
+  JAXNSA_HOST_DEVICE PagedMqaRow row(int32_t item, int64_t offset, int32_t segments,
                                      int32_t units) const {
-    if (layout == PagedMqaLayout::kLegacy) return {item, offset};
-    if (layout == PagedMqaLayout::kSm100) return {item * units, offset / units};
+    if (layout == PagedMqaLayout::kLegacy) return {item, static_cast<int32_t>(offset)};
+    if (layout == PagedMqaLayout::kSm100) {
+      return {item * units, static_cast<int32_t>(offset / units)};
+    }
     if (segments == 0) return {item * units, 0};
-    return {item * units + offset / segments, offset % segments};
+    return {item * units + static_cast<int32_t>(offset / segments),
+            static_cast<int32_t>(offset % segments)};
   }
 };
 

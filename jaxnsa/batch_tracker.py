@@ -9,13 +9,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxnsa import argument_checks as checks
-from jaxnsa.metadata import Array, ForwardMode
+from jaxnsa.metadata import Array, ForwardMode, pytree
 from jaxnsa.row_owners import row_owners
 from jaxnsa.spec import INT32_MAX, MAX_ROWS, Rows, saturated
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
+@pytree
+@dataclasses.dataclass(frozen=True, eq=False)
 class BatchTracker:
     """What the table rows of one set of destinations hold: a value, which a step makes anew.
 
@@ -138,9 +138,10 @@ def _words(request_ids: Any, length: int | None = None) -> Array:
     if isinstance(value, np.ndarray):
         wide = value.astype(np.uint64 if value.dtype == np.uint64 else np.int64)
         return wide.view(np.int32).reshape(-1, 2).copy()
-    if value.dtype.itemsize == 8:  # only under x64
-        shifts = jnp.array([0, 32], value.dtype)
-        return jax.lax.convert_element_type(value[:, None] >> shifts, jnp.int32)
+    if value.dtype.itemsize == 8:  # made under x64, which need not be set any more
+        with jax.enable_x64(True):
+            shifts = jnp.array([0, 32], value.dtype)
+            return jax.lax.convert_element_type(value[:, None] >> shifts, jnp.int32)
     low = jax.lax.convert_element_type(value, jnp.int32)
     high = jnp.zeros_like(low) if jnp.issubdtype(value.dtype, jnp.unsignedinteger) else low >> 31
     return jnp.stack([low, high], axis=1)

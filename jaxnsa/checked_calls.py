@@ -38,7 +38,7 @@ class _Alike:
         self.computation: Computation | None = None
 
 
-# typed: True is 1, and yet another option.
+# typed: True is 1, and yet another option; so it is in a tuple, whose types `_find` gives as well.
 @functools.lru_cache(maxsize=1024, typed=True)
 def _alike(*facts: Any) -> _Alike:
     return _Alike()
@@ -98,4 +98,5 @@ def _find(inputs: Sequence[Any], destinations: Sequence[Any], options: Sequence[
     # `array.shape` and `array.dtype` would each ask for `array.aval`.
     abstract = [None if array is None else array.aval for array in inputs]
     shapes = tuple([None if a is None else (a.shape, a.dtype) for a in abstract])
-    return _alike(sources(), inputs[0].platform(), shapes, len(destinations), *options)
+    within = [tuple(map(type, option)) for option in options if type(option) is tuple]
+    return _alike(sources(), inputs[0].platform(), shapes, len(destinations), *options, *within)

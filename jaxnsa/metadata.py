@@ -33,6 +33,14 @@ class ForwardMode(enum.Enum):
         return self in (ForwardMode.DRAFT_EXTEND, ForwardMode.EXTEND)
 
 
+export.register_pytree_node_serialization(
+    ForwardMode,
+    serialized_name="jaxnsa.ForwardMode",
+    serialize_auxdata=lambda mode: mode.value.encode(),
+    deserialize_auxdata=lambda value: ForwardMode(value.decode()),
+)
+
+
 class Extent(enum.Enum):
     """What an array has an element for, and one of two dimensions a row."""
 

@@ -46,10 +46,14 @@ class Inputs(NamedTuple):
 
 
 def saturated(x: Array) -> jax.Array:
-    """A wider vector as int32, its values brought into int32's range; int32 itself untouched."""
+    """A wider vector as int32, its values brought into int32's range; int32 itself untouched.
+
+    An int64 array may be older than the setting that there are none, which would cut it off first.
+    """
     if x.dtype == jnp.int32:
         return jnp.asarray(x)
-    return jnp.clip(x, INT32_MIN, INT32_MAX).astype(jnp.int32)
+    with jax.enable_x64(True):
+        return jnp.clip(x, INT32_MIN, INT32_MAX).astype(jnp.int32)
 
 
 @dataclasses.dataclass(frozen=True)

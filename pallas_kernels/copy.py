@@ -35,7 +35,7 @@ def copy(
     """Copies every array to all destinations.
 
     Args:
-      src: int32 arrays of one or two dimensions, none of them empty.
+      src: int32 arrays, none of them empty.
       out: destinations of the same shapes to fill in place, or None for fresh ones.
       num_backends: number of copies.
       live: the computation that `src` came from: only the live columns of its tables are copied,
@@ -105,4 +105,4 @@ def _is_table(name: str) -> bool:
 def _view(name: str, array: Array, live: Spec | None) -> jax.Array:
     """What is copied whole is one long row, where an index reaches its end."""
     flat = not (live and _is_table(name)) and array.size <= _MAX_FLAT
-    return jnp.reshape(array, (1, -1) if flat else array.shape)
+    return jnp.reshape(array, (1, -1) if flat else (-1, array.shape[-1]))

@@ -13,6 +13,7 @@ from pallas_kernels.shared_sums import SharedSums
 from pallas_kernels.wide import Wide, quotient_and_rest
 
 _KEYS_PER_SEGMENT = 256
+_MOST_UNITS = 2**8  # of a segment: an item has 2^23 segments at most, and its units fit int32
 
 
 def words(spec: Spec) -> int:
@@ -41,6 +42,11 @@ def write_schedule(block: ScheduleBlock) -> None:
     assert schedule is not None
     items, next_n = spec.paged_mqa_items
     num_sms, a = schedule.num_sms, schedule.units_per_segment(next_n)
+    if a > _MOST_UNITS:
+        raise NotImplementedError(
+            f"num_draft_tokens: got {next_n}, which count as {a} units of a paged MQA schedule, "
+            f"expected at most {_MOST_UNITS}; take another implementation"
+        )
     kv_len = block.lengths(are_rows=next_n == 1)
 
     def segments(item: jax.Array) -> jax.Array:

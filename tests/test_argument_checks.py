@@ -370,7 +370,7 @@ def test_calls_like_one_before_are_checked_for_what_can_differ():
             *arguments, out=out, **(options | changed)
         )
 
-    out = fill(fill(fill(None)))
+    out = fill(fill(fill(fill(None), backend_offsets=(0, 1))))
     shorter = jax.tree.map(lambda a: a[:-1], out[1])
     paged = dataclasses.replace(out[1], page_indices=None)
     host = dataclasses.replace(out[1], cache_seqlens=np.zeros(3, np.int32))
@@ -396,6 +396,9 @@ def test_calls_like_one_before_are_checked_for_what_can_differ():
     for name, value in (("nsa_index_topk", True), ("real_page_size", 64.0)):
         with pytest.raises(TypeError, match=f"{name}: got {value}, expected an int"):
             fill(out, **{name: value})
+    for value in (True, 1.0):
+        with pytest.raises(TypeError, match=rf"backend_offsets\[1\]: got {value}, expected an int"):
+            fill(out, backend_offsets=(0, value))
     with pytest.raises(ValueError, match="the array of seq_lens, expected its own"):
         fill(out, arguments=(out[0].cache_seqlens, *arguments[1:]))
     with (

@@ -65,6 +65,13 @@ def test_every_suite_runs(suite, results):
     assert SUITES[suite].title.split(" ")[0] in done.output
 
 
+def test_a_folder_that_cannot_be_made_is_an_error_before_anything_is_measured(tmp_path):
+    (tmp_path / "file").touch()
+    done = run("modes", "--out", str(tmp_path / "file" / "results"))
+    assert done.exit_code == 1
+    assert "Error: --out: [Errno 20] Not a directory" in done.output
+
+
 @pytest.mark.usefixtures("hasty")
 def test_without_matplotlib_there_are_no_plots(monkeypatch, tmp_path):
     found = importlib.util.find_spec

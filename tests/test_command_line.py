@@ -109,6 +109,18 @@ def test_demo_refuses(tmp_path):
     assert re.search(r"Error: 16384 requests and 1000 backends take \d+.\d GB, this", large.output)
 
 
+def test_demo_refuses_a_picture_before_it_measures(tmp_path):
+    folder = tmp_path / "none" / "steps.png"
+    assert f"--plot: got {folder}, expected a file in a folder" in run(
+        "demo", "--plot", str(folder)
+    ).output.replace("\n", "")
+    assert "--plot: got .weird, expected one of" in run("demo", "--plot", "x.weird").output
+
+
+def test_verify_refuses_seconds_that_are_no_number():
+    assert "--fuzz: got nan, expected seconds" in run("verify", "--fuzz", "nan").output
+
+
 def test_verify_passes():
     result = run("verify", "--cases", "40", "--seed", "3")
     assert result.exit_code == 0, result.output
@@ -211,6 +223,16 @@ def test_bad_settings_are_errors_and_not_tracebacks(monkeypatch):
     monkeypatch.setenv("JAXNSA_IMPLEMENTATION", "xla")
     monkeypatch.setenv("JAXNSA_VALIDATE", "maybe")
     assert "Error: JAXNSA_VALIDATE: got 'maybe'" in run("verify", "--cases", "1").output
+
+
+def test_a_platform_that_jax_has_not_is_an_error_and_no_traceback(monkeypatch):
+    def fail():
+        raise RuntimeError("Unable to initialize backend 'moon'")
+
+    monkeypatch.setenv("JAX_PLATFORMS", "moon")
+    monkeypatch.setattr(jax, "default_backend", fail)
+    output = run("info").output
+    assert "Error: JAX_PLATFORMS: got 'moon', expected platforms that JAX finds here: Una" in output
 
 
 def test_info_without_an_implementation_that_runs(monkeypatch):

@@ -24,7 +24,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import jaxnsa
-from jaxnsa import ForwardMode, reference
+from jaxnsa import BatchTracker, ForwardMode, reference
 from jaxnsa.app import verify
 
 
@@ -409,6 +409,16 @@ def test_int64_inputs_are_narrowed(implementation):
         x = jnp.asarray(wide)
         assert_same(jaxnsa.prefix_sum(x, implementation=implementation), reference.prefix_sum(wide))
     check_broadcast((wide, wide, pool), implementation=implementation, num_backends=1)
+
+
+def test_int64_arrays_that_outlive_x64():
+    wide = np.array([2**40, -(2**40), 5])
+    with jax.enable_x64(True):
+        lengths = jnp.asarray(wide)
+    arguments = (lengths, np.arange(3), inputs(3, pool_cols=12)[2])
+    check_broadcast(arguments, implementation="xla", num_backends=1)
+    ids = BatchTracker.empty(3).step(lengths, lengths)[1].request_ids
+    assert ids.tolist() == wide.view(np.int32).reshape(-1, 2).tolist()
 
 
 def test_results_are_the_same_under_x64(implementation):

@@ -167,6 +167,26 @@ def test_pages_start_with_an_access_where_they_are_written_with_the_wide_table(p
     assert not narrow.yields_pages(64)
 
 
+def test_copies_of_stacked_arrays_that_no_index_reaches_the_end_of():
+    table = jax.ShapeDtypeStruct((3, 2**15, 2**15), jnp.int32)
+    lengths = jax.ShapeDtypeStruct((3, 2), jnp.int32)
+    src = jaxnsa.NSAMetadata(lengths, lengths, lengths, lengths, lengths, table)
+    copy = functools.partial(pallas_kernels.copy, out=None, num_backends=1, interpret=INTERPRETER)
+    assert jax.eval_shape(copy, src)[0].page_indices == table
+
+
+def test_units_of_a_schedule_that_are_too_many():
+    arguments = inputs(1, pool_cols=2)
+    schedules = jaxnsa.Schedules(paged_mqa=jaxnsa.PagedMqaSchedule(7, "sm90"))
+    with (
+        force_gpu_interpret_mode(INTERPRETER),
+        pytest.raises(NotImplementedError, match="num_draft_tokens: got 513, .* at most 256; take"),
+    ):
+        jaxnsa.precompute_target_verify_metadata(
+            *arguments, num_draft_tokens=513, schedules=schedules, implementation="pallas"
+        )
+
+
 def test_an_array_that_no_block_writes_is_an_error():
     spec = Spec(Rows(2, 2, 1, 0), 8, 64, 64, True, "copy")
     refs = {name: jnp.zeros(shape.shape) for name, shape in spec.shapes().items()}

@@ -1,8 +1,10 @@
 """Trace files: formats, compression, and errors that name file, line and reason."""
 
+import concurrent.futures
 import gzip
 import itertools
 import json
+import os
 
 import numpy as np
 import pytest
@@ -24,6 +26,16 @@ def test_formats(text, compress, tmp_path):
     data = text.encode()
     path.write_bytes(gzip.compress(data) if compress else data)
     assert read_trace(path) == [Request(4808, 10), Request(110, 27)]
+
+
+@pytest.mark.parametrize("compress", (False, True))
+def test_pipes(compress, tmp_path):
+    path = tmp_path / "pipe"
+    os.mkfifo(path)
+    data = gzip.compress(AZURE.encode()) if compress else AZURE.encode()
+    with concurrent.futures.ThreadPoolExecutor(1) as writer:
+        writer.submit(path.write_bytes, data)
+        assert read_trace(path) == [Request(4808, 10), Request(110, 27)]
 
 
 @pytest.mark.parametrize(

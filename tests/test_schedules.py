@@ -149,6 +149,21 @@ def test_layouts_of_several_rows(layout, next_n, implementation):
         check(lengths_of(kind, bs), schedules, implementation, mode=mode, num_draft_tokens=next_n)
 
 
+@pytest.mark.large
+@pytest.mark.parametrize("layout", ("atoms", "sm100"))
+def test_units_of_an_item_past_int32(layout, implementation):
+    if implementation == "pallas":
+        pytest.skip("Pallas refuses so many, as test_pallas.py sees on any machine")
+    check(
+        np.full(1, 2**31 - 1, np.int32),
+        Schedules(paged_mqa=PagedMqaSchedule(7, layout)),
+        implementation,
+        mode=ForwardMode.TARGET_VERIFY,
+        num_draft_tokens=600,
+        wide_table=False,
+    )
+
+
 @pytest.mark.parametrize(
     "strategy, tail",
     (

@@ -201,6 +201,18 @@ def test_exported_functions_are_serialised_for_fixed_sizes():
             export.export(jax.jit(function))(symbolic)
 
 
+def test_a_tracker_and_a_mode_are_serialised():
+    def step(tracker, mode, lengths):
+        return tracker.step(lengths, lengths, forward_mode=mode)
+
+    tracker, lengths = jaxnsa.BatchTracker.empty(3), np.array([4, 5, 6], np.int32)
+    exported = export.export(jax.jit(step))(tracker, ForwardMode.DECODE, lengths)
+    restored = export.deserialize(exported.serialize())
+    _, tracker = restored.call(tracker, ForwardMode.DECODE, lengths)
+    written, _ = restored.call(tracker, ForwardMode.DECODE, lengths)
+    assert written.tolist() == [4, 5, 6]
+
+
 @pytest.mark.parametrize("configuration", CONFIGURATIONS)
 def test_ragged_paged_attention_however_jax_is_configured(configuration):
     lengths = np.array([3, 2**32 + 5, -(2**62)])

@@ -33,7 +33,7 @@ inline std::vector<int32_t> PagedMqaRows(const PagedMqaSchedule& schedule, int32
     const auto item = std::upper_bound(starts.begin(), starts.end(), unit) - starts.begin() - 1;
     const bool is_past = item == static_cast<int64_t>(lengths.size());
     const PagedMqaRow row =
-        schedule.row(static_cast<int32_t>(item), static_cast<int32_t>(unit - starts[item]),
+        schedule.row(static_cast<int32_t>(item), unit - starts[item],
                      is_past ? 0 : schedule.segments(lengths[item]), units);
     rows.insert(rows.end(), {row.item, row.segment});
   }

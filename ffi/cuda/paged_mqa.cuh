@@ -27,8 +27,8 @@ __device__ void WritePagedMqaSchedule(SumsMemory& memory, const PagedMqaSchedule
     const int64_t unit = schedule.first_unit(s, quotient, remainder);
     const Found found = starts.Find(unit);
     const int32_t i = found.index;
-    const PagedMqaRow begin = schedule.row(i, static_cast<int32_t>(unit - found.sum),
-                                           i < items ? segments(i) : 0, units);
+    const PagedMqaRow begin =
+        schedule.row(i, unit - found.sum, i < items ? segments(i) : 0, units);
     const int32_t columns[] = {begin.item, begin.segment};
     store(s, columns);
   }

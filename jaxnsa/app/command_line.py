@@ -3,6 +3,7 @@
 import collections
 import importlib.util
 import itertools
+import math
 import os
 import sys
 from pathlib import Path
@@ -49,6 +50,11 @@ def main() -> None:
         candidates(None, settings(), jax.default_backend())
     except ValueError as error:  # a setting in the environment
         raise click.ClickException(str(error)) from None
+    except (RuntimeError, AssertionError) as error:  # JAX's own setting
+        platforms = os.environ.get("JAX_PLATFORMS")
+        raise click.ClickException(
+            f"JAX_PLATFORMS: got {platforms!r}, expected platforms that JAX finds here: {error}"
+        ) from None
 
 
 @main.command()
@@ -115,10 +121,8 @@ def demo(
         )
     except (ValueError, ImplementationUnavailableError) as error:
         raise click.ClickException(str(error)) from None
-    if plot is not None and importlib.util.find_spec("matplotlib") is None:
-        raise click.ClickException(
-            "--plot: needs matplotlib, which is not installed; run: pip install matplotlib"
-        )
+    if plot is not None:
+        _check_can_be_drawn(plot)
     needed = simulation.bytes_needed(batch_size, num_backends)
     installed = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     if needed > installed:
@@ -143,6 +147,25 @@ def demo(
         simulation.draw(report, plot)
     if any(row.mismatches for row in report.rows):
         sys.exit(1)
+
+
+def _check_can_be_drawn(plot: Path) -> None:
+    """Raises before anything is measured where there could be no picture of it."""
+    if importlib.util.find_spec("matplotlib") is None:
+        raise click.ClickException(
+            "--plot: needs matplotlib, which is not installed; run: pip install matplotlib"
+        )
+    from matplotlib.backend_bases import FigureCanvasBase
+
+    kinds = FigureCanvasBase.get_supported_filetypes()
+    if plot.suffix and plot.suffix[1:].lower() not in kinds:
+        raise click.ClickException(
+            f"--plot: got {plot.suffix}, expected one of {', '.join(sorted(kinds))}"
+        )
+    if not os.access(plot.parent, os.W_OK):
+        raise click.ClickException(
+            f"--plot: got {plot}, expected a file in a folder that can be written to"
+        )
 
 
 def _demo_table(report: simulation.Report, batch_size: int, num_backends: int, steps: int) -> Table:
@@ -207,6 +230,8 @@ def verify(cases: int, seed: int, fuzz: float | None) -> None:
     are to be refused by name. They run in child processes, whose crash is a failure like others.
     """
     if fuzz is not None:
+        if math.isnan(fuzz):
+            raise click.BadParameter("got nan, expected seconds", param_hint="--fuzz")
         _fuzz(fuzz, seed)
         return
     info = get_kernel_info()["implementations"]

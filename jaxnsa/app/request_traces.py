@@ -2,6 +2,7 @@
 
 import csv
 import gzip
+import io
 import itertools
 import json
 import math
@@ -76,11 +77,12 @@ def read_trace(path: Path) -> list[Request]:
       TraceError: the file cannot be read, has no request, or has a malformed row.
     """
     try:
+        # Opened once: a pipe cannot be read again.
         with path.open("rb") as file:
-            compressed = file.read(2) == b"\x1f\x8b"
-        opener: Any = gzip.open if compressed else open
-        with opener(path, "rt", encoding="utf-8-sig", newline="") as file:
-            requests = list(_requests(_lines(file, path), path))
+            is_compressed = file.peek(2)[:2] == b"\x1f\x8b"
+            content: Any = gzip.GzipFile(fileobj=file) if is_compressed else file
+            with io.TextIOWrapper(content, encoding="utf-8-sig", newline="") as text:
+                requests = list(_requests(_lines(text, path), path))
     except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
         raise TraceError(f"{path}: {error}") from error
     if not requests:

@@ -355,7 +355,7 @@ def _write_of_request(
     if share >= 0:
         index = tl.load(inputs.req_pool_indices + i)
         pool_row = tl.minimum(tl.maximum(index, 0), sizes.pool_rows - 1).to(tl.int64)
-        source = inputs.req_to_token + pool_row * (sizes.pool_stride * TABLES.pool_unit)
+        source = inputs.req_to_token + pool_row * sizes.pool_stride * TABLES.pool_unit
         if share < sizes.key_programs:
             _write_keys(results.keys, source, share, lengths, i, sizes, OFFSETS, TABLES)
         else:
@@ -407,8 +407,8 @@ def _write_keys(
     if TABLES.tail != "keep":
         programs = sizes.rows.requests * sizes.key_programs
         program = i * sizes.key_programs + share
-        for first in range(location.total + program * TILE, capacity, programs * TILE):
-            key = first + tl.arange(0, TILE)
+        for index in range(program, tl.cdiv(capacity - location.total, TILE), programs):
+            key = location.total + index * TILE + tl.arange(0, TILE)
             store_values(arrays, key, Keys(0), key < capacity)
 
 

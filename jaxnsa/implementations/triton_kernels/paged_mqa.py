@@ -98,15 +98,14 @@ def write_paged_mqa(pointers, lengths, items, sizes, ROWS: tl.constexpr, M: tl.c
         total += tl.sum(segments.to(tl.int64))
     exists = places.item < items
     item = tl.minimum(places.item, items)
-    segment = tl.where(exists, whole - places.start, 0).to(tl.int32)
+    segment = tl.where(exists, whole - places.start, 0)
     row = item * M.units
     if M.layout == "legacy":
         row = item
     elif M.layout != "sm100":
-        rest = (unit - whole * M.units).to(tl.int32)
-        offset = tl.where(exists, segment * M.units + rest, 0)
+        offset = tl.where(exists, segment * M.units + (unit - whole * M.units), 0)
         width = tl.maximum(_segments(lengths, item, sizes, ROWS, M), 1)
-        row += offset // width
+        row += (offset // width).to(tl.int32)
         segment = offset % width
     store(pointers, 2 * s, row, s <= M.num_sms)
-    store(pointers, 2 * s + 1, segment, s <= M.num_sms)
+    store(pointers, 2 * s + 1, segment.to(tl.int32), s <= M.num_sms)

@@ -268,12 +268,10 @@ def write_rows(
         nsa_sums = sums.nsa_cache_seqlens + _nsa_sum(request, seen, sizes.topk, ROWS)
         store_values(row_sums, row + 1, RowSums(nsa_sums), exists)
     if ROWS.rows_per_request is None:
-        for first in range(
-            location.total + (request.i * shares + share) * AT_ONCE,
-            sizes.rows,
-            sizes.requests * shares * AT_ONCE,
-        ):
-            row = first + tl.arange(0, AT_ONCE)
+        programs = sizes.requests * shares
+        tiles = tl.cdiv(sizes.rows - location.total, AT_ONCE)
+        for index in range(request.i * shares + share, tiles, programs):
+            row = location.total + index * AT_ONCE + tl.arange(0, AT_ONCE)
             exists = row < sizes.rows
             store_values(row_arrays, row, row_values(0, 0, 0, sizes, ROWS), exists)
             store_values(row_sums, row + 1, RowSums(sums.nsa_total), exists)
