@@ -1,6 +1,5 @@
 """The KV lengths of a schedule's items, which are rows or requests, by vectors of indices."""
 
-import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -24,7 +23,7 @@ class ItemLengths:
       which: a scalar, which of these.
       are_rows: whether items are rows; a request is the last of its rows.
       shared: int32 in shared memory, as `SharedSums` takes it.
-      start: where `words(rows, are_rows)` of them are free.
+      start: where `words(rows)` of them are free.
     """
 
     def __init__(
@@ -68,13 +67,10 @@ class ItemLengths:
 
     def _of_requests(self, i: jax.Array) -> jax.Array:
         (seq_len,) = self._lanes.gather(self._lengths.seq_lens, i)
-        first, *others = (cache_seqlen_of(rows, seq_len) for rows in self._rows)
-        choices = enumerate(others, start=1)
-        return functools.reduce(
-            lambda length, other: jnp.where(self._which == other[0], other[1], length),
-            choices,
-            first,
-        )
+        length = cache_seqlen_of(self._rows[0], seq_len)
+        for k, rows in enumerate(self._rows[1:], start=1):
+            length = jnp.where(self._which == k, cache_seqlen_of(rows, seq_len), length)
+        return length
 
     def _of_row(self, i: jax.Array, j: jax.Array, q: Any) -> jax.Array:
         length = self._of_requests(i)

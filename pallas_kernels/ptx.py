@@ -170,6 +170,7 @@ def any_of(array: mgpu.FragmentedArray) -> mgpu.FragmentedArray:
     """1 where one of the elements of an int32 array of 128 is not 0, a scalar; otherwise 0."""
     i32 = ir.IntegerType.get_signless(32)
     (value,) = _elements(array.registers.item(), 1)
+    # As `warpgroup_barrier` numbers it.
     barrier = arith.addi(mgpu.utils.warpgroup_idx(sync=False), mgpu.utils.c(1, i32))
     text = (
         "{ .reg .pred is_set, is_any; setp.ne.s32 is_set, $1, 0;"
@@ -189,7 +190,7 @@ def exclusive_scan(
     Args:
       operation: "add", which wraps as int32 does, or "max", of elements that are not negative.
       memory: memref of shared memory, at least four int32 for each array.
-      arrays: they.
+      arrays: the arrays.
 
     Returns:
       Of each array its scan, 0 for the first element, and the result of all, a scalar.
