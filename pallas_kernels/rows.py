@@ -226,7 +226,7 @@ class Share(NamedTuple):
     def for_tiles(self, places: Scalar, body: Callable, vectors: int = 1) -> None:
         """Calls `body(first)` for its tiles of `vectors` * 128 of so many places."""
         if isinstance(places, int) and -(-places // (vectors * LANES)) == self.blocks:
-            body(self.block * (vectors * LANES))
+            body(self.block * (vectors * LANES) if self.blocks > 1 else 0)
             return
         tile = jnp.int32(vectors * LANES)
         tiles = lax.div(jnp.int32(places) + (tile - 1), tile)
