@@ -102,13 +102,11 @@ def write_schedule(block: ScheduleBlock) -> None:
         begin_item, begin_block, count = begins[part]
         inside = begins.inside_before(jnp.where(is_part, begin_item, row))
 
-        @pl.when(~is_part)
-        def _():
+        def write_splits() -> None:
             item = jnp.where(row <= items, row, -1)
             block.store("flash_mla_num_splits", item, row + inside)
 
-        @pl.when(is_part)
-        def _():
+        def write_part() -> None:
             next_item, next_block, _ = begins[part + 1]
             split = jnp.where(begin_block > 0, count - inside + 1, 0)
             end_item = jnp.where(next_block > 0, next_item, next_item - 1)
@@ -125,6 +123,8 @@ def write_schedule(block: ScheduleBlock) -> None:
                 columns = [begin_item, end_item, begin_block, end_block, split, *flags, zero]
             block.store("flash_mla_schedule", jnp.where(row < parts, row, -1), *columns)
 
+        lax.cond(is_part, write_part, write_splits)
+
     _for_rows(block, write)
 
 
@@ -138,8 +138,11 @@ def copy_schedule(block: ScheduleBlock) -> None:
         block.store(name, jnp.where(row < rows, row, -1), *values)
 
     def write(is_part: jax.Array, row: jax.Array) -> None:
-        pl.when(is_part)(lambda: copy("flash_mla_schedule", 0, row, parts, 8))
-        pl.when(~is_part)(lambda: copy("flash_mla_num_splits", 8 * parts, row, items + 1, 1))
+        lax.cond(
+            is_part,
+            lambda: copy("flash_mla_schedule", 0, row, parts, 8),
+            lambda: copy("flash_mla_num_splits", 8 * parts, row, items + 1, 1),
+        )
 
     _for_rows(block, write)
 
