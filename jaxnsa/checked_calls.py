@@ -55,7 +55,7 @@ def compute_as_before(
       options: everything else.
     """
     first: Any = inputs.seq_lens
-    if isinstance(first, jax.core.Tracer):
+    if isinstance(first, jax.core.Tracer) or not isinstance(destinations, (tuple, list)):
         return None
     try:
         if first.is_deleted():  # JAX ends the process where it is asked for the platform of such

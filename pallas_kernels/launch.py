@@ -9,6 +9,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from jaxnsa.spec import INT32_MAX
 from pallas_kernels.jax_internals import aliased_kernel
 from pallas_kernels.lanes import LANES
 
@@ -41,7 +42,15 @@ def launch(
       The results; those of `out` in its memory where it is donated.
 
     Under `jax.vmap`, fresh results take a launch for each element of the batch.
+
+    Raises:
+      NotImplementedError: more blocks than a grid has.
     """
+    if blocks > INT32_MAX:
+        raise NotImplementedError(
+            f"the arrays are too large: got {blocks} blocks, expected at most {INT32_MAX}; take "
+            f"another implementation"
+        )
     flat_inputs, structure = jax.tree.flatten(inputs)
     flat_shapes, out_structure = jax.tree.flatten(shapes)
     split = len(flat_inputs)

@@ -383,6 +383,7 @@ def test_calls_like_one_before_are_checked_for_what_can_differ():
         ((out[0], deleted), r"out\[1\].seqlens_expanded: got a deleted array"),
         (out[:1], "out: got 1 of them, expected a tuple of 2"),
         (list(out[:1]) * 3, "out: got 3 of them"),
+        ({*out}, "out: got set, expected a tuple of 2"),
         (out[0], "out: got NSAMetadata, expected a tuple of 2"),
     ):
         with pytest.raises(ValueError, match=message):

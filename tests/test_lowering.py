@@ -4,6 +4,7 @@ import functools
 import re
 
 import jax
+import jax.numpy as jnp
 import pytest
 from helpers import (
     inputs,
@@ -135,3 +136,10 @@ def test_launches_of_strategies(name, strategy, launches):
     )
     operations = lowered_operations(compute, *inputs(7, pool_cols=256))
     assert operations == ["custom_call"] * launches
+
+
+def test_more_blocks_than_a_grid_has_are_refused(name):
+    vector = jax.ShapeDtypeStruct((2**30,), jnp.int32)
+    compute = functools.partial(jaxnsa.precompute_decode_metadata, implementation=name)
+    with pytest.raises(NotImplementedError, match="too large: got .*, expected at most 2147483647"):
+        jax.eval_shape(compute, vector, vector, jax.ShapeDtypeStruct((1, 1), jnp.int32))

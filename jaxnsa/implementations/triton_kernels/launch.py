@@ -16,6 +16,8 @@ import triton
 import triton.language as tl
 from jax import lax
 
+from jaxnsa.spec import INT32_MAX
+
 INTERPRET = triton.knobs.runtime.interpret
 """Whether Triton's interpreter runs the kernels, on the CPU."""
 
@@ -75,7 +77,15 @@ def launch(
       The results; those of `out` in its memory where it is donated.
 
     Under `jax.vmap`, fresh results take a launch for each element of the batch.
+
+    Raises:
+      NotImplementedError: more programs than a grid has.
     """
+    if programs > INT32_MAX:
+        raise NotImplementedError(
+            f"the arrays are too large: got {programs} programs, expected at most {INT32_MAX}; "
+            f"take another implementation"
+        )
     flat_inputs, inputs_structure = jax.tree.flatten(inputs)
     flat_shapes, results_structure = jax.tree.flatten(shapes)
     flat_sizes, sizes_structure = jax.tree.flatten(sizes)
