@@ -17,7 +17,6 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from jaxnsa.schedules import FlashMlaSchedule
 from jaxnsa.spec import INT32_MAX, Spec
 from pallas_kernels.lanes import LANES, Lanes, power_of_2
 from pallas_kernels.rows import IndexTopk
@@ -28,12 +27,12 @@ from pallas_kernels.wide import Wide
 
 def words(spec: Spec) -> int:
     """How many int32 of shared memory `write_schedule` takes."""
-    return SharedSums.words(spec.flash_mla_items) + _PartBegins.words(_schedule(spec))
+    return SharedSums.words(spec.flash_mla_items) + _PartBegins.words(_parts(spec))
 
 
 def places(spec: Spec) -> int:
     """Rows of both arrays, those of each in vectors of their own."""
-    return LANES * (-(-_schedule(spec).num_sm_parts // LANES) + spec.flash_mla_items // LANES + 1)
+    return LANES * (-(-_parts(spec) // LANES) + spec.flash_mla_items // LANES + 1)
 
 
 class _PartBegins:
@@ -43,20 +42,20 @@ class _PartBegins:
     Behind the last item where no work is left.
     """
 
-    def __init__(self, lanes: Lanes, schedule: FlashMlaSchedule, shared: Any, start: int):
-        words = self.words(schedule)
-        self._lanes, self._size, self._parts = lanes, words // 3, schedule.num_sm_parts
+    def __init__(self, lanes: Lanes, parts: int, shared: Any, start: int):
+        words = self.words(parts)
+        self._lanes, self._size, self._parts = lanes, words // 3, parts
         self._memory = shared.at[pl.ds(start, words)]
 
     @staticmethod
-    def vectors(schedule: FlashMlaSchedule) -> int:
+    def vectors(parts: int) -> int:
         """How many of them there are."""
-        return schedule.num_sm_parts // LANES + 1
+        return parts // LANES + 1
 
     @staticmethod
-    def words(schedule: FlashMlaSchedule) -> int:
+    def words(parts: int) -> int:
         """How many int32 of shared memory they take."""
-        return 3 * LANES * _PartBegins.vectors(schedule)
+        return 3 * LANES * _PartBegins.vectors(parts)
 
     def keep(self, part: jax.Array, *begin: jax.Array) -> None:
         """Keeps where parts begin: items, blocks, parts inside."""
@@ -84,7 +83,8 @@ class _PartBegins:
 def write_schedule(block: ScheduleBlock) -> None:
     """A block's share of `flash_mla_schedule` and `flash_mla_num_splits`."""
     lanes, spec = block.lanes, block.spec
-    schedule, items, topk = _schedule(spec), spec.flash_mla_items, IndexTopk.of(spec)
+    schedule, items, topk = spec.schedules.flash_mla, spec.flash_mla_items, IndexTopk.of(spec)
+    assert schedule is not None
     parts, overhead = schedule.num_sm_parts, schedule.fixed_overhead_blocks
     dense = schedule.lengths == "cache_seqlens"
     kv_len = block.lengths(are_rows=not dense)
@@ -94,8 +94,8 @@ def write_schedule(block: ScheduleBlock) -> None:
 
     costs = block.sums(items, lambda item: Wide.of(_blocks(length_of(item)) + overhead))
     first_begin = block.start + SharedSums.words(items)
-    begins = _PartBegins(lanes, schedule, block.shared, first_begin)
-    _find_part_begins(lanes, schedule, items, costs, block.scratch, begins)
+    begins = _PartBegins(lanes, parts, block.shared, first_begin)
+    _find_part_begins(lanes, parts, overhead, items, costs, block.scratch, begins)
 
     def write(is_part: jax.Array, row: jax.Array) -> None:
         part = jnp.minimum(row, parts - 1)
@@ -130,7 +130,7 @@ def write_schedule(block: ScheduleBlock) -> None:
 
 def copy_schedule(block: ScheduleBlock) -> None:
     """A block's share of a constant `flash_mla_schedule` and `flash_mla_num_splits`."""
-    parts, items = _schedule(block.spec).num_sm_parts, block.spec.flash_mla_items
+    parts, items = _parts(block.spec), block.spec.flash_mla_items
 
     def copy(name: str, first: int, row: jax.Array, rows: int, columns: int) -> None:
         place = first + columns * jnp.minimum(row, rows - 1)
@@ -152,7 +152,7 @@ def _for_rows(block: ScheduleBlock, write: Callable) -> None:
 
     The last of each go past the end.
     """
-    end = LANES * -(-_schedule(block.spec).num_sm_parts // LANES)
+    end = LANES * -(-_parts(block.spec) // LANES)
 
     def of_tile(first: Any) -> None:
         is_part = first < end
@@ -163,14 +163,14 @@ def _for_rows(block: ScheduleBlock, write: Callable) -> None:
 
 def _find_part_begins(
     lanes: Lanes,
-    schedule: FlashMlaSchedule,
+    parts: int,
+    overhead: int,
     items: int,
     costs: SharedSums,
     scratch: Any,
     begins: _PartBegins,
 ) -> None:
     """Finds where parts begin, 128 at a time, and behind them where the work ends."""
-    parts, overhead = schedule.num_sm_parts, schedule.fixed_overhead_blocks
     step, rest = costs.total.divided(parts)
     step = step + jnp.where(rest > 0, 1, 0)
 
@@ -201,13 +201,13 @@ def _find_part_begins(
         begins.keep(part, item, block, inside + before)
         return earlier + latest, inside + count
 
-    lanes.repeat(begins.vectors(schedule), find, (jnp.int32(0), jnp.int32(0)))
+    lanes.repeat(begins.vectors(parts), find, (jnp.int32(0), jnp.int32(0)))
     plgpu.commit_smem()
 
 
-def _schedule(spec: Spec) -> FlashMlaSchedule:
+def _parts(spec: Spec) -> int:
     assert spec.schedules.flash_mla is not None
-    return spec.schedules.flash_mla
+    return spec.schedules.flash_mla.num_sm_parts
 
 
 def _blocks(length: jax.Array) -> jax.Array:
