@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import importlib.util
+import re
 import shlex
 import shutil
 import subprocess
@@ -110,7 +111,7 @@ def compare(before: Path, after: Path, threshold: float) -> None:
         numbers = ["-" if n is None else f"{n:.2f}" for n in (*change[2:], change.ratio)]
         table.add_row(case, change.name, *numbers)
     Console().print(table)
-    if any(change.ratio is not None and change.ratio > threshold for change in found):
+    if any(change.ratio is not None and not change.ratio <= threshold for change in found):
         sys.exit(1)
 
 
@@ -173,7 +174,7 @@ def _run(suite: Suite, quick: bool, out: Path, commit: str | None, device_name: 
         return
     info = get_kernel_info()
     device = device_name or info["devices"][0]
-    folder = out / device.lower().replace(" ", "-")
+    folder = out / re.sub(r"[^a-z0-9]+", "-", device.lower())
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:

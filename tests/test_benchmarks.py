@@ -78,10 +78,10 @@ def test_without_matplotlib_there_are_no_plots(monkeypatch, tmp_path):
     monkeypatch.setattr(
         importlib.util, "find_spec", lambda name: None if name == "matplotlib" else found(name)
     )
-    done = run("dispatch", "--quick", "--out", str(tmp_path), "--device-name", "x")
+    done = run("dispatch", "--quick", "--out", str(tmp_path), "--device-name", "/../x")
     assert done.exit_code == 0
     assert "no plots, for want of matplotlib; run: pip install matplotlib" in done.output
-    assert sorted(path.name for path in (tmp_path / "x").iterdir()) == [
+    assert sorted(path.name for path in (tmp_path / "-x").iterdir()) == [
         "dispatch.json",
         "dispatch.md",
     ]
