@@ -175,10 +175,7 @@ def _run(suite: Suite, quick: bool, out: Path, commit: str | None, device_name: 
     info = get_kernel_info()
     device = device_name or info["devices"][0]
     folder = out / re.sub(r"[^a-z0-9]+", "-", device.lower())
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise click.ClickException(f"--out: {error}") from None
+    _check_can_be_made(folder)
     records = []
     for job in track(jobs, suite.name, console=Console(stderr=True)):
         records.append(Record(job.case, job.name, job.run()))
@@ -197,6 +194,17 @@ def _run(suite: Suite, quick: bool, out: Path, commit: str | None, device_name: 
         console.print("no plots, for want of matplotlib; run: pip install matplotlib", markup=False)
     console.print(report.terminal())
     console.print(f"{folder / suite.name}.json", soft_wrap=True, highlight=False)
+
+
+def _check_can_be_made(folder: Path) -> None:
+    """Raises before anything is measured where there could be no folder for it; leaves none."""
+    made = [path for path in (folder, *folder.parents) if not path.exists()]
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise click.ClickException(f"--out: {error}") from None
+    for path in made:
+        path.rmdir()
 
 
 def _git_commit() -> str:
