@@ -11,7 +11,7 @@ from histories import Scheduler
 import jaxnsa
 from jaxnsa import BatchTracker, ForwardMode, NSAMetadata, reference
 from jaxnsa.metadata import Extent
-from jaxnsa.spec import Rows, Spec
+from jaxnsa.spec import INT32_MAX, Rows, Spec
 
 PAGE, TOPK, HELD = 4, 16, -7
 
@@ -28,7 +28,7 @@ class Histories:
         rows = Rows(most, 2 * most, None, 0)
         self.spec = Spec(rows, columns, TOPK, PAGE, True, "keep", len(backend_offsets))
         self.shapes = {name: array.shape for name, array in self.spec.shapes().items()}
-        self.known = {}  # by row: the request of the last step, and leading columns of it
+        self.known = {}  # by row: the request of the last step, and what the row holds of it
         self.left_alone = 0  # tokens of requests
 
     def run(self, steps):
@@ -51,8 +51,7 @@ class Histories:
             for j in range(min(q, 2 * self.scheduler.most - row)):
                 known, tokens = before.get(row, (None, 0))
                 held.append(min(tokens, length) if known == request else 0)
-                tokens = min(max(shortest - q + 1 + j, 0), length)
-                self.known[row] = request, min(tokens, self.spec.max_len)
+                self.known[row] = request, min(max(shortest - q + 1 + j, 0), length)
                 row += 1
             self.left_alone += min(held, default=0)
 
@@ -116,12 +115,12 @@ class TorchTables(Histories):
             self.refresh_by_reference(mode, options, lengths, rows)
         else:
             self.full_buffers.update(*given, forward_mode=mode, **arguments)
-        held = self.buffers._held_rows.rows.clone()
-        held[:, 1].clamp_(max=self.spec.max_len)  # by the path "dlpack" they are tokens
+        # By the path "direct" no more than there are columns.
+        most = self.spec.max_len if self.buffers.path == "direct" else INT32_MAX
+        known = {row: (request, min(n, most)) for row, (request, n) in self.known.items()}
         return self._equal() and all(
-            (tokens == 0 and self.known.get(row, (0, 0))[1] == 0)
-            or self.known.get(row) == (request, tokens)
-            for row, (request, tokens) in enumerate(held.tolist())
+            (tokens == 0 and known.get(row, (0, 0))[1] == 0) or known.get(row) == (request, tokens)
+            for row, (request, tokens) in enumerate(self.buffers._held_rows.rows.tolist())
         )
 
     def update(self, mode, given, ids, arguments):
