@@ -6,7 +6,6 @@ the same conditions.
 
 import dataclasses
 import functools
-import itertools
 import logging
 from collections.abc import Iterator, Sequence
 from types import ModuleType
@@ -142,21 +141,10 @@ def check_values(
     emit = checkify.debug_check if debug else checkify.check
     if traced and debug:
         _say_what_jit_needs()
-    rules = itertools.chain(
-        _rules(xp, values, pool_rows, rows, max_len, max(0, *offsets)),
-        *(
-            _rules_of_sums(
-                xp,
-                values,
-                dataclasses.replace(rows, offset=offset),
-                max_total_keys,
-                nsa_index_topk,
-                index_kpool,
-            )
-            for offset in sorted({*offsets})
-        ),
-    )
-    for rule in rules:
+    selection = nsa_index_topk, index_kpool
+    for rule in _rules(
+        xp, values, pool_rows, rows, max_len, max_total_keys, selection, sorted({*offsets})
+    ):
         if rule.values.size == 0:
             continue
         if traced:
@@ -202,13 +190,16 @@ def _rules(
     pool_rows: int | None,
     rows: Rows,
     max_len: int | None,
-    longest_offset: int,
+    max_total_keys: int | None,
+    selection: tuple[int, int],
+    offsets: Sequence[int],
 ) -> Iterator[_Rule]:
     seq_lens, req_pool_indices, extend_seq_lens = values
     yield _Rule("seq_lens", "lengths >= 0", seq_lens < 0, seq_lens)
     if max_len is not None:
-        most = max_len - longest_offset
-        expected = f"at most max_len{f' - {longest_offset}' if longest_offset else ''} = {most}"
+        longer = max(0, offsets[-1])
+        most = max_len - longer
+        expected = f"at most max_len{f' - {longer}' if longer else ''} = {most}"
         yield _Rule("seq_lens", expected, seq_lens > most, seq_lens)
     if pool_rows is not None:
         outside = (req_pool_indices < 0) | (req_pool_indices >= pool_rows)
@@ -219,21 +210,27 @@ def _rules(
         yield _Rule("extend_seq_lens", "at most seq_lens", longer, extend_seq_lens)
         expected = f"a running total of at most max_total_tokens = {rows.count}"
         yield _running_total(xp, "extend_seq_lens", expected, extend_seq_lens, rows.count)
+    # What follows is of int32 lengths.
+    narrow = checks.held if xp is np else saturated
+    seq_lens = narrow(seq_lens)
+    extend_seq_lens = None if extend_seq_lens is None else narrow(extend_seq_lens)
+    for offset in offsets:
+        of_offset = dataclasses.replace(rows, offset=offset)
+        yield from _rules_of_sums(
+            xp, seq_lens, extend_seq_lens, of_offset, max_total_keys, *selection
+        )
 
 
 def _rules_of_sums(
     xp: ModuleType,
-    values: _Values,
+    seq_lens: Array,
+    extend_seq_lens: Array | None,
     rows: Rows,
     max_total_keys: int | None,
     nsa_index_topk: int,
     index_kpool: int,
 ) -> Iterator[_Rule]:
     """What holds for the rows of the backends of an offset."""
-    narrow = checks.held if xp is np else saturated
-    seq_lens = narrow(values.seq_lens)
-    extend = values.extend_seq_lens
-    extend_seq_lens = None if extend is None else narrow(extend)
     longer = f" with {rows.offset} tokens more" if rows.offset else ""
     cache_seqlens = xp.asarray(row_owners.cache_seqlens(rows, jnp.asarray(seq_lens)))
     if max_total_keys is not None:
