@@ -273,12 +273,12 @@ class Lanes:
             def _(k=k, here=here):
                 ref[(*index, first + k)] = jnp.sum(jnp.where(here, pages, 0), dtype=jnp.int32)
 
-    def _inline(self, store: Callable, width: int, *vectors: jax.Array, **options: int) -> Callable:
+    def _inline(self, store: Callable, width: int, *vectors: jax.Array) -> Callable:
         layouts = [plgpu.Layout.WG_STRIDED(v.shape, vec_size=width) for v in vectors]
 
         @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), *layouts))
         def inlined(_, memory, *registers):
-            store(memory, *registers, width=width, **options)
+            store(memory, *registers, width=width)
 
         return inlined
 
