@@ -68,7 +68,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor<kSchedules>
       }
       block -= args.schedules.blocks;
     }
-    // Unsigned, and with one division at most: small batches wait for this.
+    // Unsigned, and no remainder is taken: small batches wait for this.
     const uint32_t groups = args.length_groups, shares = kRagged ? args.length_shares : 1;
     const uint32_t blocks = groups * shares;
     const uint32_t b = blocks == 1 ? block : static_cast<uint32_t>(block) / blocks;
