@@ -100,7 +100,7 @@ def write_schedule(block: ScheduleBlock) -> None:
     def write(is_part: jax.Array, row: jax.Array) -> None:
         part = jnp.minimum(row, parts - 1)
         begin_item, begin_block, count = begins[part]
-        inside = begins.inside_before(jnp.where(is_part, begin_item, row))
+        inside = begins.inside_before(lanes.select(is_part, begin_item, row))
 
         def write_splits() -> None:
             item = jnp.where(row <= items, row, -1)

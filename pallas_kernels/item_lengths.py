@@ -69,7 +69,8 @@ class ItemLengths:
         (seq_len,) = self._lanes.gather(self._lengths.seq_lens, i)
         length = cache_seqlen_of(self._rows[0], seq_len)
         for k, rows in enumerate(self._rows[1:], start=1):
-            length = jnp.where(self._which == k, cache_seqlen_of(rows, seq_len), length)
+            of_rows = cache_seqlen_of(rows, seq_len)
+            length = self._lanes.select(self._which == k, of_rows, length)
         return length
 
     def _of_row(self, i: jax.Array, j: jax.Array, q: Any) -> jax.Array:

@@ -321,6 +321,13 @@ class Lanes:
         """A vector of zeros."""
         return self.laid_out(jnp.zeros((size,), jnp.int32), width)
 
+    def select(self, condition: jax.Array, x: jax.Array, y: jax.Array) -> jax.Array:
+        """One of two vectors of 128 elements, `x` where a scalar is true.
+
+        Mosaic GPU of jax 0.11 selects by vectors of truth values alone.
+        """
+        return jnp.where(self.zeros(LANES) + jnp.where(condition, 1, 0) > 0, x, y)
+
 
 def power_of_2(exponent: Scalar) -> jax.Array:
     """2 to that power."""

@@ -40,7 +40,7 @@ def write_plan(block: ScheduleBlock, *, fresh: bool) -> None:
     for k in reversed(range(len(plan.pairs))):
         fits = fits & (longer[k] <= plan.pairs[k][1])
         threshold = jnp.where(fits, planned_from[k], threshold)
-        planned = jnp.where(fits, of_thread[planned_from[k]], planned)
+        planned = lanes.select(fits, of_thread[planned_from[k]], planned)
     ((before, planned),) = lanes.exclusive_sums(block.scratch, planned)
 
     def write(row: jax.Array, place: jax.Array) -> jax.Array:
