@@ -77,15 +77,19 @@ bool Describe(const ExchangeApi& api, PyObject* object, Tensor* out) {
   return true;
 }
 
+uint64_t StorageBytes(PyObject* storage) {
+  const Py_ssize_t bytes = PyObject_Size(storage);
+  if (bytes < 0) nanobind::raise_python_error();
+  return static_cast<uint64_t>(bytes);
+}
+
 bool StorageEnd(PyObject* tensor, uint64_t* end) {
   static PyObject* const kStorage = PyUnicode_InternFromString("untyped_storage");
   static PyObject* const kAddress = PyUnicode_InternFromString("data_ptr");
-  static PyObject* const kBytes = PyUnicode_InternFromString("nbytes");
   const nanobind::object storage = Call(tensor, kStorage);
   const nanobind::object address = storage ? Call(storage.ptr(), kAddress) : storage;
-  const nanobind::object bytes = address ? Call(storage.ptr(), kBytes) : address;
-  if (!bytes) return !IsRefusal();
-  *end = nanobind::cast<uint64_t>(address) + nanobind::cast<uint64_t>(bytes);
+  if (!address) return !IsRefusal();
+  *end = nanobind::cast<uint64_t>(address) + StorageBytes(storage.ptr());
   return true;
 }
 

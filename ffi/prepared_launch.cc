@@ -10,14 +10,14 @@ namespace nb = nanobind;
 PreparedLaunch::Unchanged::Unchanged(nb::handle tensor, const Tensor& description)
     : tensor(nb::borrow(tensor)),
       description(description),
-      storage_bytes(tensor.attr("untyped_storage")().attr("nbytes")),
-      bytes(nb::cast<uint64_t>(storage_bytes())) {}
+      storage(tensor.attr("untyped_storage")()),
+      storage_bytes(StorageBytes(storage.ptr())) {}
 
 bool PreparedLaunch::Unchanged::holds(const ExchangeApi& api) const {
   Tensor now;
   return Describe(api, tensor.ptr(), &now) &&
          std::memcmp(&now, &description, sizeof(now)) == 0 &&
-         nb::cast<uint64_t>(storage_bytes()) == bytes;
+         StorageBytes(storage.ptr()) == storage_bytes;
 }
 
 void PreparedLaunch::Watch(nb::handle exchange_api, nb::list tensors, bool unchanged,

@@ -86,8 +86,8 @@ class PreparedLaunch {
   struct Unchanged {
     nanobind::object tensor;
     Tensor description;
-    nanobind::object storage_bytes;  // a function, which takes a fraction of what StorageEnd takes
-    uint64_t bytes;
+    nanobind::object storage;
+    uint64_t storage_bytes;
 
     Unchanged(nanobind::handle tensor, const Tensor& description);
     bool holds(const ExchangeApi& api) const;

@@ -27,6 +27,9 @@ class ForwardMode(enum.Enum):
     DRAFT_EXTEND = "draft_extend"
     EXTEND = "extend"
 
+    # Members are singletons; Enum hashes their names, in Python, whenever a call looks up a cache.
+    __hash__ = object.__hash__
+
     @property
     def ragged(self) -> bool:
         """Whether extend_seq_lens says how many rows each request has: they may differ."""

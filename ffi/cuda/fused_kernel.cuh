@@ -43,14 +43,6 @@ constexpr int64_t kMostLengthBlocks = 1024;
 // Blocks that share the rows of a schedule, each of which computes what all of them need.
 constexpr int64_t kMostScheduleShares = 16;
 
-// A backend's arrays of lengths, null at compile time where a kernel is never asked for them.
-template <bool kPrefill, bool kSchedules>
-__device__ Lengths Wanted(Lengths to) {
-  if constexpr (!kPrefill) to = WithoutPrefill(to);
-  if constexpr (!kSchedules) to = WithoutPooled(to);
-  return to;
-}
-
 // `kWhole`: no columns are held, and all backends are computed for the same lengths. `kSchedules`:
 // schedules or pooled arrays are wanted.
 template <int kWidth, bool kRagged, bool kTablesRagged, bool kWhole, int kCapacity, bool kSchedules>
@@ -76,9 +68,9 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor<kSchedules>
       const uint32_t rest = block - b * blocks, group = kRagged ? rest / shares : rest;
       RowRules rules = args.row_rules;
       if constexpr (!kSchedules) rules.index_kpool = 1;
-      WriteLengths<kRagged>(args.rows, rules, {groups, group, shares, rest - group * shares},
-                            kWhole ? 0 : args.backend_offsets[b],
-                            Wanted<kRagged && !kTablesRagged, kSchedules>(args.lengths[b]));
+      const LengthBlock part{groups, group, shares, rest - group * shares};
+      WriteLengths<kRagged, kRagged && !kTablesRagged, kSchedules>(
+          args.rows, rules, part, kWhole ? 0 : args.backend_offsets[b], args.lengths[b]);
       if (block == 0 && args.advances_tracker) {
         ForgetOtherRows<kTablesRagged>(args.tracker, args.rows);
       }

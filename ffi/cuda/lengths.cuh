@@ -62,12 +62,20 @@ struct LengthBlock {
   uint32_t share;
 };
 
+// A backend's arrays of lengths, null at compile time where a kernel is never asked for them.
+template <bool kPrefill, bool kPooled>
+__device__ Lengths Wanted(Lengths to) {
+  if constexpr (!kPrefill) to = WithoutPrefill(to);
+  if constexpr (!kPooled) to = WithoutPooled(to);
+  return to;
+}
+
 // Writes the lengths and prefix sums of one backend, computed for `offset` tokens more, for a group
 // of requests, one for each thread, and a share of their rows; sums over earlier requests it takes
 // by itself. Together the blocks of a backend also write the padding rows.
-template <bool kRagged>
+template <bool kRagged, bool kPrefill, bool kPooled>
 __device__ void WriteLengths(const Rows& rows, const RowRules& rules, LengthBlock block,
-                             int32_t offset, const Lengths& to) {
+                             int32_t offset, const Lengths& lengths) {
   struct Request {
     int32_t cache_seqlen;
     int32_t q;
@@ -99,6 +107,8 @@ __device__ void WriteLengths(const Rows& rows, const RowRules& rules, LengthBloc
   const auto at_most_all = [&](int64_t row) {
     return row < rows.count ? static_cast<int32_t>(row) : rows.count;
   };
+  // From here on: pointers that are fetched earlier hold up the lengths.
+  const Lengths to = Wanted<kPrefill, kPooled>(lengths);
   requests[threadIdx.x] = {cache_seqlen, q, at_most_all(first_row), before.nsa_cache_seqlens,
                            static_cast<int32_t>(before.cache_seqlens)};
   if (i == 0 && block.share == 0) {
