@@ -35,12 +35,12 @@ constexpr std::string_view kTailNames[] = {"copy", "zero", "keep"};
 
 // KV slots of each request's tokens, a row for each request.
 struct Pool {
-  const int32_t* req_to_token;
-  int64_t stride;  // elements from row to row
   int32_t last_row;
+  int64_t stride;  // elements from row to row
+  const int32_t* req_to_token;
 
   static Pool Of(const int32_t* req_to_token, int64_t rows, int64_t stride) {
-    return {req_to_token, stride, static_cast<int32_t>(rows <= kInt32Max ? rows - 1 : kInt32Max)};
+    return {static_cast<int32_t>(rows <= kInt32Max ? rows - 1 : kInt32Max), stride, req_to_token};
   }
 
   // The row of an index, which is clamped into the pool.

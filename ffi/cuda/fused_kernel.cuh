@@ -163,6 +163,7 @@ void LaunchFusedMetadata(Stream stream, const FusedMetadataArguments& args) {
       wanted.real_page_table != nullptr ? args.tables[kRealPageTable].tokens_per_column : 1);
   parameters.num_backends = args.num_backends;
   parameters.requests_are_items = args.requests_are_items;
+  parameters.is_wide = wanted.page_indices != nullptr;
   parameters.rows = rows;
   parameters.row_rules = args.row_rules();
   parameters.clears_padding = args.tail != Tail::kKeep;
@@ -178,14 +179,13 @@ void LaunchFusedMetadata(Stream stream, const FusedMetadataArguments& args) {
       *std::max_element(args.backend_offsets, args.backend_offsets + args.num_backends);
   parameters.written_lens = args.written_lens;
   parameters.tracker = args.tracker;
-  const bool wide = wanted.page_indices != nullptr;
   // A tile begins with an access, at or before the first column that is written.
   const int64_t tokens =
       args.may_hold_columns()
-          ? std::min(args.max_new_tokens + (wide ? kWidth - 1 : 0), args.max_len)
+          ? std::min(args.max_new_tokens + (parameters.is_wide ? kWidth - 1 : 0), args.max_len)
           : args.max_len;
   const int64_t tile_tokens =
-      wide ? kTileColumns<kWidth> : int64_t{kThreads} * parameters.page_size.value;
+      parameters.is_wide ? kTileColumns<kWidth> : int64_t{kThreads} * parameters.page_size.value;
   const int64_t tiles = std::max<int64_t>(1, CeilDiv(tokens, tile_tokens));
   const int64_t table_requests = parameters.table_requests;
   const int64_t blocks = std::clamp(table_requests * tiles / 2, kFewestBlocks, kMostBlocks);

@@ -90,18 +90,19 @@ struct Parameters {
   Vector req_pool_indices;
   int32_t length_rows;     // of the grid, before those of requests
   int32_t table_requests;  // requests; at least one where padding rows are to be cleared
-  int32_t rows_per_request;
-  int32_t added_tokens;
-
   Pool pool;
-  int64_t page_indices_stride;
-  int64_t real_page_table_stride;
-  RowContent least;  // of any row
-  int32_t max_len;
-  Divisor page_size;
 
+  int32_t added_tokens;
+  int32_t max_len;
+  RowContent least;  // of any row
+  int32_t rows_per_request;
+  Divisor page_size;
+  int64_t page_indices_stride;
   int32_t num_backends;
   bool requests_are_items;
+  bool is_wide;  // page_indices is wanted
+
+  int64_t real_page_table_stride;
   PageTables tables[kCapacity];
 
   Rows rows;
@@ -125,8 +126,8 @@ struct Parameters {
 };
 
 using FewParameters = Parameters<kFewBackends, false>;
-static_assert(offsetof(FewParameters, pool) == 64 - 16);
-static_assert(offsetof(FewParameters, num_backends) == 128 - 16);
+static_assert(offsetof(FewParameters, pool.stride) == 64 - 16);
+static_assert(offsetof(FewParameters, real_page_table_stride) == 128 - 16);
 
 // Calls `body` with every backend's part and its index. A few are taken one by one rather than in a
 // loop: then their pointers are operands of the instructions, and no indexed load comes first.

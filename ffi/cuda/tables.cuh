@@ -101,6 +101,11 @@ __device__ __forceinline__ void StorePage(const Parameters<kCapacity, kSchedules
   }
 }
 
+// Whether a column is not before another. Unsigned: none is compared with 0.
+__device__ inline bool IsFrom(int32_t first, int32_t column) {
+  return static_cast<uint32_t>(column) >= static_cast<uint32_t>(first);
+}
+
 // What a thread moves of a tile: kWidth columns from `column` on.
 template <int kWidth>
 struct Columns {
@@ -110,13 +115,13 @@ struct Columns {
   // Loads columns from `first` to before `live`.
   __device__ Columns(const int32_t* source, int32_t column, int32_t first, int32_t live)
       : column(column) {
-    if (column >= first && column + kWidth <= live) {
+    if (IsFrom(first, column) && column + kWidth <= live) {
       Access<kWidth>::Load(source + column, value);
       return;
     }
 #pragma unroll
     for (int e = 0; e < kWidth; ++e) {
-      value[e] = column + e >= first && column + e < live ? source[column + e] : 0;
+      value[e] = IsFrom(first, column + e) && column + e < live ? source[column + e] : 0;
     }
   }
 
@@ -128,7 +133,7 @@ struct Columns {
     const RowContent shortest = contents.shortest, longest = contents.longest;
     const int64_t offset = row * args.page_indices_stride + column;
     const bool equal = column + kWidth <= shortest.live || column >= longest.live;
-    if (column >= contents.first && column + kWidth <= shortest.end && equal) {
+    if (IsFrom(contents.first, column) && column + kWidth <= shortest.end && equal) {
       int32_t stored[kWidth];
 #pragma unroll
       for (int e = 0; e < kWidth; ++e) stored[e] = column < shortest.live ? value[e] : 0;
@@ -140,7 +145,7 @@ struct Columns {
         const RowContent content = contents.of_backend(b);
 #pragma unroll
         for (int e = 0; e < kWidth; ++e) {
-          if (column + e >= contents.first && column + e < content.end) {
+          if (IsFrom(contents.first, column + e) && column + e < content.end) {
             to.page_indices[offset + e] = column + e < content.live ? value[e] : 0;
           }
         }
@@ -148,7 +153,7 @@ struct Columns {
     }
     const int32_t page = args.page_size.Divide(column);
     if (args.tables[0].real_page_table == nullptr || page * args.page_size.value != column ||
-        column < contents.first || column >= longest.end) {
+        !IsFrom(contents.first, column) || column >= longest.end) {
       return;
     }
     StorePage(args, row, page, column, args.page_size.Divide(value[0]), contents);
@@ -222,15 +227,18 @@ __device__ void WriteTables(const Parameters<kCapacity, kSchedules>& args, int32
   };
 
   const auto block = static_cast<int32_t>(blockIdx.x), blocks = static_cast<int32_t>(gridDim.x);
-  if (args.tables[0].page_indices != nullptr) {
-#pragma unroll 1
-    for (int32_t column = first / kWidth * kWidth + block * kTileColumns<kWidth> +
-                          static_cast<int32_t>(threadIdx.x) * kWidth;
-         column < longest.end; column += blocks * kTileColumns<kWidth>) {
-      const Columns<kWidth> columns(source, column, first, longest.live);
+  if (args.is_wide) {
+    int32_t column = first / kWidth * kWidth + block * kTileColumns<kWidth> +
+                     static_cast<int32_t>(threadIdx.x) * kWidth;
+    if (column >= longest.end) return;
+    // The loop's pointers are fetched ahead of it, and would hold up the first load inside it.
+    Columns<kWidth> columns(source, column, first, longest.live);
+    while (true) {
       for_rows([&](int64_t row, const auto& contents) { columns.Store(args, row, contents); });
+      column += blocks * kTileColumns<kWidth>;
+      if (column >= longest.end) return;
+      columns = Columns<kWidth>(source, column, first, longest.live);
     }
-    return;
   }
   // Only the first token of each page is read.
   const int32_t first_page = kWhole ? 0 : args.page_size.DivideUp(first);
