@@ -95,8 +95,12 @@ def remember(
 
 
 def _find(inputs: Sequence[Any], destinations: Sequence[Any], options: Sequence[Any]) -> _Alike:
-    # `array.shape` and `array.dtype` would each ask for `array.aval`.
-    abstract = [None if array is None else array.aval for array in inputs]
-    shapes = tuple([None if a is None else (a.shape, a.dtype) for a in abstract])
-    within = [tuple(map(type, option)) for option in options if type(option) is tuple]
-    return _alike(sources(), inputs[0].platform(), shapes, len(destinations), *options, *within)
+    facts = [sources(), inputs[0].platform(), len(destinations), *options]
+    for array in inputs:
+        # `array.shape` and `array.dtype` would each ask for `array.aval`.
+        abstract = None if array is None else array.aval
+        facts += (None,) if abstract is None else (abstract.shape, abstract.dtype)
+    for option in options:
+        if type(option) is tuple:
+            facts += map(type, option)
+    return _alike(*facts)
