@@ -542,8 +542,8 @@ MISTAKES = [
     Mistake(
         "cuda: what rows hold is written before all blocks have read it",
         "ffi/cuda/batch_tracker.cuh",
-        "atomicInc(&tracker.readers[i], gridDim.x - 1) == gridDim.x - 1",
-        "atomicInc(&tracker.readers[i], gridDim.x - 1) == 0",
+        "is_last = arrived_before == gridDim.x - 1;",
+        "is_last = arrived_before == 0;",
         "test_request_ids.py::test_histories",
     ),
     Mistake(
@@ -1052,7 +1052,7 @@ MISTAKES = [
     Mistake(
         "pallas: a plan has the rows of the largest threshold",
         "pallas_kernels/topk_plan.py",
-        "planned = jnp.where(fits, of_thread[planned_from[k]], planned)",
+        "planned = lanes.select(fits, of_thread[planned_from[k]], planned)",
         "pass",
         schedules("interpreted and pallas"),
     ),
@@ -1356,7 +1356,7 @@ MISTAKES = [
     Mistake(
         "cuda: written columns are written",
         "ffi/cuda/tables.cuh",
-        "column + e >= contents.first && column + e < content.end",
+        "IsFrom(contents.first, column + e) && column + e < content.end",
         "column + e < content.end",
         incremental("ffi"),
     ),

@@ -10,35 +10,48 @@
 
 namespace jaxnsa {
 
-// Leading tokens that all table rows of request i hold, `count` of them from `first_row` on, of
-// which row j gets columns(j) tokens. Called by all threads of the request's gridDim.x blocks; the
-// last block that has read the rows writes what they hold after the step.
-template <typename Columns>
-__device__ int32_t AdvanceTracker(const BatchTracker& tracker, int32_t i, int64_t first_row,
-                                  int32_t count, int32_t seq_len, Columns columns) {
-  const int64_t id = tracker.request_ids.id(i);
-  int32_t held = kInt32Max;
-  for (int32_t j = 0; j < count; ++j) held = Min(held, tracker.held(first_row + j, id, seq_len));
-  if (!tracker.advances) return held;
-  __syncthreads();
-  bool is_last = true;
-  if (gridDim.x > 1) {
-    __shared__ bool is_last_block;
+// The table rows of one request, `count` of them from `first` on, which gridDim.x blocks read; of
+// those the last to have read them writes what they hold after the step.
+struct TrackedRows {
+  const BatchTracker& tracker;
+  int32_t request;
+  int64_t first;
+  int32_t count;
+  int32_t seq_len;
+
+  // Leading tokens that all of them hold.
+  __device__ int32_t held() const {
+    const int64_t id = tracker.request_ids.id(request);
+    int32_t least = kInt32Max;
+    for (int32_t j = 0; j < count; ++j) least = Min(least, tracker.held(first + j, id, seq_len));
+    return least;
+  }
+
+  // Counts this block as one that has read them. Called by all threads; returns, in the first, how
+  // many blocks had before. It is long until that is known: only `Advance` waits for it.
+  __device__ uint32_t Arrive() const {
+    __syncthreads();
+    if (gridDim.x == 1 || threadIdx.x > 0) return 0;
+    __threadfence();  // between this block's reads and what follows the count
+    return atomicInc(&tracker.readers[request], gridDim.x - 1);
+  }
+
+  // Called by all threads at the end; row j got columns(j) tokens.
+  template <typename Columns>
+  __device__ void Advance(uint32_t arrived_before, Columns columns) const {
+    __shared__ bool is_last;
     if (threadIdx.x == 0) {
-      __threadfence();  // between this block's reads and what follows the count
-      is_last_block = atomicInc(&tracker.readers[i], gridDim.x - 1) == gridDim.x - 1;
+      is_last = arrived_before == gridDim.x - 1;
       __threadfence();
     }
     __syncthreads();
-    is_last = is_last_block;
-  }
-  if (is_last) {
+    if (!is_last) return;
+    const int64_t id = tracker.request_ids.id(request);
     for (int32_t j = threadIdx.x; j < count; j += kThreads) {
-      tracker.Hold(first_row + j, id, seq_len, columns(j));
+      tracker.Hold(first + j, id, seq_len, columns(j));
     }
   }
-  return held;
-}
+};
 
 // Forgets the table rows that belong to no request in this step, which no other block looks at; all
 // rows where no request is known. Called by all threads of one block.

@@ -43,9 +43,9 @@ constexpr int64_t kMostLengthBlocks = 1024;
 // Blocks that share the rows of a schedule, each of which computes what all of them need.
 constexpr int64_t kMostScheduleShares = 16;
 
-// `kWhole`: no columns are held, and all backends are computed for the same lengths. `kSchedules`:
-// schedules or pooled arrays are wanted.
-template <int kWidth, bool kRagged, bool kTablesRagged, bool kWhole, int kCapacity, bool kSchedules>
+// `kSchedules`: schedules or pooled arrays are wanted.
+template <int kWidth, bool kRagged, bool kTablesRagged, Refresh kRefresh, int kCapacity,
+          bool kSchedules>
 __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor<kSchedules>)
     FusedMetadataKernel(const __grid_constant__ Parameters<kCapacity, kSchedules> args) {
   const auto row = static_cast<int32_t>(blockIdx.z * kGridRows + blockIdx.y);
@@ -70,7 +70,8 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor<kSchedules>
       if constexpr (!kSchedules) rules.index_kpool = 1;
       const LengthBlock part{groups, group, shares, rest - group * shares};
       WriteLengths<kRagged, kRagged && !kTablesRagged, kSchedules>(
-          args.rows, rules, part, kWhole ? 0 : args.backend_offsets[b], args.lengths[b]);
+          args.rows, rules, part, kRefresh == Refresh::kAny ? args.backend_offsets[b] : 0,
+          args.lengths[b]);
       if (block == 0 && args.advances_tracker) {
         ForgetOtherRows<kTablesRagged>(args.tracker, args.rows);
       }
@@ -79,7 +80,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor<kSchedules>
     }
     return;
   }
-  WriteTables<kWidth, kTablesRagged, kWhole>(args, i);
+  WriteTables<kWidth, kTablesRagged, kRefresh>(args, i);
 }
 
 // Whether four columns of `page_indices` can be moved at once; without it no columns are.
@@ -101,11 +102,6 @@ inline bool HasEqualOffsets(const FusedMetadataArguments& args) {
   const int32_t* const offsets = args.backend_offsets;
   return std::all_of(offsets, offsets + args.num_backends,
                      [=](int32_t offset) { return offset == offsets[0]; });
-}
-
-// Whether no columns are held and no backend is computed for other lengths than the requests have.
-inline bool IsWhole(const FusedMetadataArguments& args) {
-  return !args.may_hold_columns() && args.backend_offsets[0] == 0 && HasEqualOffsets(args);
 }
 
 template <int kCapacity>
@@ -143,7 +139,7 @@ void TakeSchedules(const FusedMetadataArguments& args, ScheduleParameters<kCapac
   }
 }
 
-template <int kWidth, bool kWhole, int kCapacity, bool kSchedules>
+template <int kWidth, Refresh kRefresh, int kCapacity, bool kSchedules>
 void LaunchFusedMetadata(Stream stream, const FusedMetadataArguments& args) {
   const Rows& rows = args.rows;
   const Tables& wanted = args.backends[0].tables;
@@ -210,48 +206,57 @@ void LaunchFusedMetadata(Stream stream, const FusedMetadataArguments& args) {
   grid.y = std::min<int64_t>(grid_rows, kGridRows);
   grid.z = CeilDiv(grid_rows, kGridRows);
   const auto kernel =
-      rows.prefill ? FusedMetadataKernel<kWidth, true, false, kWhole, kCapacity, kSchedules>
+      rows.prefill ? FusedMetadataKernel<kWidth, true, false, kRefresh, kCapacity, kSchedules>
       : rows.ragged()
-          ? FusedMetadataKernel<kWidth, true, true, kWhole, kCapacity, kSchedules>
-          : FusedMetadataKernel<kWidth, false, false, kWhole, kCapacity, kSchedules>;
+          ? FusedMetadataKernel<kWidth, true, true, kRefresh, kCapacity, kSchedules>
+          : FusedMetadataKernel<kWidth, false, false, kRefresh, kCapacity, kSchedules>;
   Launch(kName, stream, kernel, grid, kThreads, parameters);
 }
 
 }  // namespace
 
-// Each kernel costs seconds of compilation: a full refresh has one of its own only where columns
-// move four at once, to few backends, without schedules.
+// Each kernel costs seconds of compilation: refreshes for the same lengths in all backends have
+// their own only where columns move four at once, to few backends, without schedules.
+template <int kCapacity, bool kSchedules>
+constexpr bool kHasEqualKernels = kCapacity == kFewBackends && !kSchedules;
+
 template <int kCapacity, bool kSchedules>
 void LaunchForBackends(Stream stream, const FusedMetadataArguments& args) {
   if (!AllowsVectors(args)) {
-    LaunchFusedMetadata<1, false, kCapacity, kSchedules>(stream, args);
+    LaunchFusedMetadata<1, Refresh::kAny, kCapacity, kSchedules>(stream, args);
     return;
   }
-  if constexpr (kCapacity == kFewBackends && !kSchedules) {
-    if (IsWhole(args)) {
-      LaunchFusedMetadata<4, true, kCapacity, false>(stream, args);
+  if constexpr (kHasEqualKernels<kCapacity, kSchedules>) {
+    if (args.backend_offsets[0] == 0 && HasEqualOffsets(args)) {
+      const auto launch = args.may_hold_columns()
+                              ? LaunchFusedMetadata<4, Refresh::kNew, kCapacity, false>
+                              : LaunchFusedMetadata<4, Refresh::kWhole, kCapacity, false>;
+      launch(stream, args);
       return;
     }
   }
-  LaunchFusedMetadata<4, false, kCapacity, kSchedules>(stream, args);
+  LaunchFusedMetadata<4, Refresh::kAny, kCapacity, kSchedules>(stream, args);
 }
 
 namespace {
 
-template <int kWidth, bool kWhole, int kCapacity, bool kSchedules>
+template <int kWidth, Refresh kRefresh, int kCapacity, bool kSchedules>
 void LoadForRows() {
-  LoadKernels(kName, FusedMetadataKernel<kWidth, false, false, kWhole, kCapacity, kSchedules>,
-              FusedMetadataKernel<kWidth, true, true, kWhole, kCapacity, kSchedules>,
-              FusedMetadataKernel<kWidth, true, false, kWhole, kCapacity, kSchedules>);
+  LoadKernels(kName, FusedMetadataKernel<kWidth, false, false, kRefresh, kCapacity, kSchedules>,
+              FusedMetadataKernel<kWidth, true, true, kRefresh, kCapacity, kSchedules>,
+              FusedMetadataKernel<kWidth, true, false, kRefresh, kCapacity, kSchedules>);
 }
 
 }  // namespace
 
 template <int kCapacity, bool kSchedules>
 void LoadForBackends() {
-  if constexpr (kCapacity == kFewBackends && !kSchedules) LoadForRows<4, true, kCapacity, false>();
-  LoadForRows<4, false, kCapacity, kSchedules>();
-  LoadForRows<1, false, kCapacity, kSchedules>();
+  if constexpr (kHasEqualKernels<kCapacity, kSchedules>) {
+    LoadForRows<4, Refresh::kWhole, kCapacity, false>();
+    LoadForRows<4, Refresh::kNew, kCapacity, false>();
+  }
+  LoadForRows<4, Refresh::kAny, kCapacity, kSchedules>();
+  LoadForRows<1, Refresh::kAny, kCapacity, kSchedules>();
 }
 
 }  // namespace jaxnsa

@@ -50,6 +50,10 @@ struct RowContent {
   int32_t end;
 };
 
+// What a launch writes of its tables: whole rows, or the columns that they do not hold; for the same
+// lengths in all backends, or for any.
+enum class Refresh { kWhole, kNew, kAny };
+
 enum class ScheduleKind : int32_t { kFlashMla, kPagedMqa, kTopkPlan };
 constexpr int kScheduleKinds = 3;
 
@@ -115,7 +119,7 @@ struct Parameters {
   int32_t max_total_keys;
   Lengths lengths[kCapacity];
 
-  // Only read where not all is written everywhere: see FusedMetadataKernel.
+  // Not read in a refresh of whole rows.
   Vector written_lens;  // data is null: none
   BatchTracker tracker;
   int32_t least_offset;

@@ -161,10 +161,10 @@ struct Columns {
 };
 
 // Writes a block's share of request i's rows in both tables, and of the padding rows: tiles in a
-// grid stride of gridDim.x blocks. Where all backends are equal and all columns are to be written,
-// `kWhole` says so.
-template <int kWidth, bool kRagged, bool kWhole, int kCapacity, bool kSchedules>
+// grid stride of gridDim.x blocks.
+template <int kWidth, bool kRagged, Refresh kRefresh, int kCapacity, bool kSchedules>
 __device__ void WriteTables(const Parameters<kCapacity, kSchedules>& args, int32_t i) {
+  constexpr bool kMayHold = kRefresh != Refresh::kWhole, kEqual = kRefresh != Refresh::kAny;
   // Where there are no requests, one that does not exist clears the padding rows.
   const bool exists = !kRagged || i < args.rows.requests;
   // All loads are issued before a value is used.
@@ -188,20 +188,22 @@ __device__ void WriteTables(const Parameters<kCapacity, kSchedules>& args, int32
     count = room < q ? static_cast<int32_t>(room) : q;
   }
   int32_t written = 0;
-  if (!kWhole && exists) {
+  bool advances = false;
+  uint32_t arrived_before = 0;
+  const TrackedRows tracked{args.tracker, i, first_row, count, seq_len};
+  if (kMayHold && exists) {
     if (args.tracker.request_ids.data != nullptr) {
-      const int32_t kv_len = Rows::cache_seqlen_of(seq_len, args.least_offset, args.added_tokens);
-      written = AdvanceTracker(
-          args.tracker, i, first_row, count, seq_len,
-          [&](int32_t j) { return Min(Rows::kv_len(kv_len, q, j), args.max_len); });
+      written = tracked.held();
+      advances = args.tracker.advances;
+      if (advances) arrived_before = tracked.Arrive();
     } else if (args.written_lens.data != nullptr) {
       written = args.written_lens[i];
     }
   }
-  const int32_t first = kWhole ? 0 : Min(Max(written, 0), args.max_len);
+  const int32_t first = kMayHold ? Min(Max(written, 0), args.max_len) : 0;
   const RowContent padding{0, kRagged && args.clears_padding ? args.max_len : 0};
-  const int32_t least_offset = kWhole ? 0 : args.least_offset;
-  const int32_t greatest_offset = kWhole ? 0 : args.greatest_offset;
+  const int32_t least_offset = kEqual ? 0 : args.least_offset;
+  const int32_t greatest_offset = kEqual ? 0 : args.greatest_offset;
   const RowContent longest =
       !kRagged || count > 0 ? request.longest(greatest_offset) : padding;
   // Calls `write` with every row and what it gets: those of the request, then padding rows.
@@ -217,40 +219,49 @@ __device__ void WriteTables(const Parameters<kCapacity, kSchedules>& args, int32
         return kRagged && pads ? padding : request.row(j, offset);
       };
       const RowContent shortest = content(least_offset);
-      const RowContent longest = kWhole ? shortest : content(greatest_offset);
+      const RowContent longest = kEqual ? shortest : content(greatest_offset);
       const auto of_backend = [&](int b) {
-        return kWhole ? shortest : content(args.backend_offsets[b]);
+        return kEqual ? shortest : content(args.backend_offsets[b]);
       };
       const int32_t begin = pads ? 0 : first;
       write(row, RowContents<decltype(of_backend)>{begin, shortest, longest, of_backend});
     }
   };
 
-  const auto block = static_cast<int32_t>(blockIdx.x), blocks = static_cast<int32_t>(gridDim.x);
-  if (args.is_wide) {
-    int32_t column = first / kWidth * kWidth + block * kTileColumns<kWidth> +
-                     static_cast<int32_t>(threadIdx.x) * kWidth;
-    if (column >= longest.end) return;
-    // The loop's pointers are fetched ahead of it, and would hold up the first load inside it.
-    Columns<kWidth> columns(source, column, first, longest.live);
-    while (true) {
-      for_rows([&](int64_t row, const auto& contents) { columns.Store(args, row, contents); });
-      column += blocks * kTileColumns<kWidth>;
+  const auto write_tiles = [&] {
+    const auto block = static_cast<int32_t>(blockIdx.x), blocks = static_cast<int32_t>(gridDim.x);
+    if (args.is_wide) {
+      int32_t column = first / kWidth * kWidth + block * kTileColumns<kWidth> +
+                       static_cast<int32_t>(threadIdx.x) * kWidth;
       if (column >= longest.end) return;
-      columns = Columns<kWidth>(source, column, first, longest.live);
+      // The loop's pointers are fetched ahead of it, and would hold up the first load inside it.
+      Columns<kWidth> columns(source, column, first, longest.live);
+      while (true) {
+        for_rows([&](int64_t row, const auto& contents) { columns.Store(args, row, contents); });
+        column += blocks * kTileColumns<kWidth>;
+        if (column >= longest.end) return;
+        columns = Columns<kWidth>(source, column, first, longest.live);
+      }
     }
-  }
-  // Only the first token of each page is read.
-  const int32_t first_page = kWhole ? 0 : args.page_size.DivideUp(first);
+    // Only the first token of each page is read.
+    const int32_t first_page = kMayHold ? args.page_size.DivideUp(first) : 0;
 #pragma unroll 1
-  for (int32_t page = first_page + block * kThreads + static_cast<int32_t>(threadIdx.x);;
-       page += blocks * kThreads) {
-    const int64_t token = int64_t{page} * args.page_size.value;
-    if (token >= longest.end) return;
-    const int32_t number =
-        token < longest.live ? args.page_size.Divide(__ldg(source + token)) : 0;
-    for_rows([&](int64_t row, const auto& contents) {
-      StorePage(args, row, page, token, number, contents);
+    for (int32_t page = first_page + block * kThreads + static_cast<int32_t>(threadIdx.x);;
+         page += blocks * kThreads) {
+      const int64_t token = int64_t{page} * args.page_size.value;
+      if (token >= longest.end) return;
+      const int32_t number =
+          token < longest.live ? args.page_size.Divide(__ldg(source + token)) : 0;
+      for_rows([&](int64_t row, const auto& contents) {
+        StorePage(args, row, page, token, number, contents);
+      });
+    }
+  };
+  write_tiles();
+  if (advances) {
+    const int32_t kv_len = Rows::cache_seqlen_of(seq_len, least_offset, args.added_tokens);
+    tracked.Advance(arrived_before, [&](int32_t j) {
+      return Min(Rows::kv_len(kv_len, q, j), args.max_len);
     });
   }
 }
