@@ -55,6 +55,8 @@ class Suite:
       plots: the pictures.
       metric: that the table shows; None: device time on a GPU, "latency_us" elsewhere.
       replays: whether `jobs` takes the paths of traces too.
+      passes: over all jobs, far apart, of which each keeps that with the least "metric": what else
+        runs on a shared host takes part in some.
     """
 
     name: str
@@ -64,6 +66,7 @@ class Suite:
     plots: tuple[Plot, ...] = ()
     metric: str | None = None
     replays: bool = False
+    passes: int = 1
 
 
 def runnable() -> list[str]:
