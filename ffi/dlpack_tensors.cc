@@ -77,10 +77,11 @@ bool Describe(const ExchangeApi& api, PyObject* object, Tensor* out) {
   return true;
 }
 
-uint64_t StorageBytes(PyObject* storage) {
-  const Py_ssize_t bytes = PyObject_Size(storage);
-  if (bytes < 0) nanobind::raise_python_error();
-  return static_cast<uint64_t>(bytes);
+bool StorageBytes(PyObject* storage, uint64_t* bytes) {
+  const Py_ssize_t size = PyObject_Size(storage);
+  if (size < 0) return !IsRefusal();
+  *bytes = static_cast<uint64_t>(size);
+  return true;
 }
 
 bool StorageEnd(PyObject* tensor, uint64_t* end) {
@@ -89,7 +90,9 @@ bool StorageEnd(PyObject* tensor, uint64_t* end) {
   const nanobind::object storage = Call(tensor, kStorage);
   const nanobind::object address = storage ? Call(storage.ptr(), kAddress) : storage;
   if (!address) return !IsRefusal();
-  *end = nanobind::cast<uint64_t>(address) + StorageBytes(storage.ptr());
+  uint64_t bytes;
+  if (!StorageBytes(storage.ptr(), &bytes)) return false;
+  *end = nanobind::cast<uint64_t>(address) + bytes;
   return true;
 }
 

@@ -37,8 +37,8 @@ const ExchangeApi* ExchangeApiOf(PyObject* capsule);
 // that means anything else, such as an interrupt, is thrown as nanobind::python_error.
 bool Describe(const ExchangeApi& api, PyObject* object, Tensor* out);
 
-// The size of a storage of PyTorch. Throws nanobind::python_error.
-uint64_t StorageBytes(PyObject* storage);
+// The size of a storage of PyTorch. Returns and throws as `Describe` does.
+bool StorageBytes(PyObject* storage, uint64_t* bytes);
 
 // The address past the storage of a tensor of PyTorch. DLPack does not say, and a storage can be
 // resized under its tensors. Returns and throws as `Describe` does.

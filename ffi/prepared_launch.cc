@@ -7,17 +7,12 @@ namespace jaxnsa {
 
 namespace nb = nanobind;
 
-PreparedLaunch::Unchanged::Unchanged(nb::handle tensor, const Tensor& description)
-    : tensor(nb::borrow(tensor)),
-      description(description),
-      storage(tensor.attr("untyped_storage")()),
-      storage_bytes(StorageBytes(storage.ptr())) {}
-
 bool PreparedLaunch::Unchanged::holds(const ExchangeApi& api) const {
   Tensor now;
+  uint64_t bytes;
   return Describe(api, tensor.ptr(), &now) &&
          std::memcmp(&now, &description, sizeof(now)) == 0 &&
-         StorageBytes(storage.ptr()) == storage_bytes;
+         StorageBytes(storage.ptr(), &bytes) && bytes == storage_bytes;
 }
 
 void PreparedLaunch::Watch(nb::handle exchange_api, nb::list tensors, bool unchanged,
@@ -35,7 +30,13 @@ void PreparedLaunch::Watch(nb::handle exchange_api, nb::list tensors, bool uncha
       return;
     }
     on_device_ = described;
-    if (unchanged) unchanged_.emplace_back(tensor, described);
+    if (!unchanged) continue;
+    Unchanged kept{nb::borrow(tensor), described, tensor.attr("untyped_storage")(), 0};
+    if (!StorageBytes(kept.storage.ptr(), &kept.storage_bytes)) {
+      declined_ = "the storage of a registered tensor has no size";
+      return;
+    }
+    unchanged_.push_back(std::move(kept));
   }
   written_ = std::move(written);
   min_columns_ = min_columns;

@@ -89,7 +89,6 @@ class PreparedLaunch {
     nanobind::object storage;
     uint64_t storage_bytes;
 
-    Unchanged(nanobind::handle tensor, const Tensor& description);
     bool holds(const ExchangeApi& api) const;
   };
 

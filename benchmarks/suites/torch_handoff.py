@@ -140,9 +140,8 @@ def jobs(quick: bool) -> list[Job]:
     """Ways to refresh; none without PyTorch."""
     if importlib.util.find_spec("torch") is None:
         return []
-    direct = functools.partial(_registered, "direct")
     makers: dict[str, Callable] = {
-        "direct": direct,
+        "direct": functools.partial(_registered, "direct"),
         "DLPack": functools.partial(_registered, "dlpack"),
         "sgl_kernel names": _sgl_names,
         "torch eager x N": _eager,
@@ -152,19 +151,15 @@ def jobs(quick: bool) -> list[Job]:
     if on_gpu() and importlib.util.find_spec("sglang") is not None:
         makers["SGLang's Triton x N"] = _sglang
     shapes = [(4, 1024, 1024)] if quick else [(32, 2048, 2048), (32, 65_536, 8192)]
-    problems = [Problem(ForwardMode.DECODE, bs, n, 3, live) for bs, n, live in shapes]
-    scheduled = [dataclasses.replace(problem, schedules=ALL) for problem in problems]
-    return [
-        *(
-            Job(problem.case, name, functools.partial(_measure, make, problem))
-            for problem in problems
-            for name, make in makers.items()
-        ),
-        *(
-            Job(problem.case, "direct, schedules", functools.partial(_measure, direct, problem))
-            for problem in scheduled
-        ),
-    ]
+    found = []
+    for bs, n, live in shapes:
+        problem = Problem(ForwardMode.DECODE, bs, n, 3, live)
+        ways = {name: (make, problem) for name, make in makers.items()}
+        ways["direct, schedules"] = makers["direct"], dataclasses.replace(problem, schedules=ALL)
+        found += [
+            Job(problem.case, name, functools.partial(_measure, *way)) for name, way in ways.items()
+        ]
+    return found
 
 
 SUITE = Suite(

@@ -101,7 +101,8 @@ __device__ __forceinline__ void StorePage(const Parameters<kCapacity, kSchedules
   }
 }
 
-// Whether a column is not before another. Unsigned: none is compared with 0.
+// Whether a column is not before another. As unsigned: where `first` is a constant 0, nothing is
+// compared.
 __device__ inline bool IsFrom(int32_t first, int32_t column) {
   return static_cast<uint32_t>(column) >= static_cast<uint32_t>(first);
 }
