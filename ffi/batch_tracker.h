@@ -9,35 +9,45 @@
 
 namespace jaxnsa {
 
-// The request of a table row in the last step, and leading tokens that the row holds of it.
-struct alignas(16) HeldRow {
+// Leading tokens that a table row held of a request after a step.
+struct alignas(16) HeldTokens {
   int64_t request_id;
-  int64_t tokens;
+  int32_t tokens;
+  uint32_t step;  // its number, modulo 2^32
+
+  JAXNSA_HOST_DEVICE int32_t of(int64_t request) const {
+    return request_id == request ? tokens : 0;
+  }
+};
+
+// What a table row held after the last two steps, in either order. The next step is taken down in
+// the place of the earlier one.
+struct HeldRow {
+  HeldTokens steps[2];
+
+  JAXNSA_HOST_DEVICE bool last_is_second() const {
+    return static_cast<int32_t>(steps[1].step - steps[0].step) > 0;
+  }
+  JAXNSA_HOST_DEVICE HeldTokens last() const { return last_is_second() ? steps[1] : steps[0]; }
+  JAXNSA_HOST_DEVICE HeldTokens earlier() const { return last_is_second() ? steps[0] : steps[1]; }
 };
 
 struct BatchTracker {
   HeldRow* rows;
   int32_t count;
-  uint32_t* readers;   // [requests], blocks of a launch that have read a request's rows; 0 outside
   Vector request_ids;  // of a step; data is null: rows hold nothing that is known
   bool advances;       // whether the launch is a step's last and writes `rows`
 
-  // Leading tokens that a table row holds of a request, before the step.
-  JAXNSA_HOST_DEVICE int32_t held(int64_t row, int64_t request_id, int32_t seq_len) const {
-    const HeldRow before = rows[row];
-    if (before.request_id != request_id) return 0;
-    return Min(static_cast<int32_t>(before.tokens), Max(seq_len, 0));
-  }
-
-  // What it holds after the step, in which it gets the columns of `tokens`. Those past the
-  // request's own, such as drafts, are new in every step.
-  JAXNSA_HOST_DEVICE void Hold(int64_t row, int64_t request_id, int32_t seq_len,
-                               int32_t tokens) const {
-    rows[row] = {request_id, Min(tokens, Max(seq_len, 0))};
+  // What a row holds of a request after a step in which it gets the columns of `kv_len` tokens.
+  // Those past the request's own, such as drafts, are new in every step.
+  static JAXNSA_HOST_DEVICE int32_t TokensAfter(int32_t kv_len, int32_t seq_len, int32_t max_len) {
+    return Min(Min(kv_len, max_len), Max(seq_len, 0));
   }
 
   // A row of no request in this step.
-  JAXNSA_HOST_DEVICE void Forget(int64_t row) const { rows[row].tokens = 0; }
+  JAXNSA_HOST_DEVICE void Forget(int64_t row) const {
+    for (HeldTokens& held : rows[row].steps) held.tokens = 0;
+  }
 };
 
 }  // namespace jaxnsa

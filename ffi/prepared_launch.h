@@ -49,10 +49,8 @@ class PreparedLaunch {
              std::vector<Span> written, int64_t min_columns);
 
   // Lets launches keep track of what table rows hold, in memory that stays where it is, zeros at
-  // first: `rows` elements of `held`, and one of `readers` for each request.
-  void Track(HeldRow* held, int32_t rows, uint32_t* readers) {
-    args_.tracker = {held, rows, readers, {}, false};
-  }
+  // first.
+  void Track(HeldRow* held, int32_t rows) { args_.tracker = {held, rows, {}, false}; }
 
   // Takes a step's tensors as they are and launches on their framework's current stream. Returns
   // false, having launched nothing, where anything is not as it should be: why is in `declined`.

@@ -223,11 +223,10 @@ NB_MODULE(jaxnsa_native, module) {
       .def("watch", &PreparedLaunch::Watch, nb::arg("exchange_api"), nb::arg("tensors"),
            nb::kw_only(), nb::arg("unchanged"), nb::arg("written"), nb::arg("min_columns"))
       .def("track",
-           [](PreparedLaunch& self, uint64_t held, int32_t rows, uint64_t readers) {
-             self.Track(reinterpret_cast<HeldRow*>(held), rows,
-                        reinterpret_cast<uint32_t*>(readers));
+           [](PreparedLaunch& self, uint64_t held, int32_t rows) {
+             self.Track(reinterpret_cast<HeldRow*>(held), rows);
            },
-           nb::arg("held"), nb::arg("rows"), nb::arg("readers"))
+           nb::arg("held"), nb::arg("rows"))
       .def("try_launch", &PreparedLaunch::TryLaunch, nb::arg("rows"), nb::arg("seq_lens").none(),
            nb::arg("req_pool_indices").none(), nb::arg("req_to_token").none(),
            nb::arg("extend_seq_lens").none(), nb::arg("written_lens") = nb::none(),

@@ -15,19 +15,29 @@ struct Vector {
   const void* data;
   int32_t itemsize;  // bytes
 
-  JAXNSA_HOST_DEVICE int32_t operator[](int64_t i) const {
+  // An element as it lies in memory; `high` only where elements are of 8 bytes.
+  struct Words {
+    int32_t low;
+    int32_t high;
+  };
+
+  JAXNSA_HOST_DEVICE Words words(int64_t i) const {
     const auto* const words =
         reinterpret_cast<const int32_t*>(static_cast<const char*>(data) + i * itemsize);
-    const int32_t low = words[0];
-    if (itemsize == 4) return low;
-    const int32_t high = words[1];
-    return high == low >> 31 ? low : high >> 31 ^ kInt32Max;
+    return {words[0], itemsize == 4 ? 0 : words[1]};
   }
 
+  JAXNSA_HOST_DEVICE int32_t value(Words words) const {
+    if (itemsize == 4) return words.low;
+    return words.high == words.low >> 31 ? words.low : words.high >> 31 ^ kInt32Max;
+  }
+
+  JAXNSA_HOST_DEVICE int32_t operator[](int64_t i) const { return value(words(i)); }
+
   // A value that is no number of tokens, as it is.
-  JAXNSA_HOST_DEVICE int64_t id(int64_t i) const {
-    return itemsize == 4 ? static_cast<const int32_t*>(data)[i]
-                         : static_cast<const int64_t*>(data)[i];
+  JAXNSA_HOST_DEVICE int64_t id(Words words) const {
+    if (itemsize == 4) return words.low;
+    return int64_t{words.high} << 32 | static_cast<uint32_t>(words.low);
   }
 };
 

@@ -66,7 +66,7 @@ struct PagedMqaSchedule {
   // What begins at a unit, `offset` units into an item of `segments`; past the end both are 0.
   JAXNSA_HOST_DEVICE PagedMqaRow row(int32_t item, int64_t offset, int32_t segments,
                                      int32_t units) const {
-    if (layout == PagedMqaLayout::kLegacy) return {item, static_cast<int32_t>(offset)};
+    if (units == 1) return {item, static_cast<int32_t>(offset)};
     if (layout == PagedMqaLayout::kSm100) {
       return {item * units, static_cast<int32_t>(offset / units)};
     }

@@ -120,8 +120,14 @@ class TorchTables(Histories):
         known = {row: (request, min(n, most)) for row, (request, n) in self.known.items()}
         return self._equal() and all(
             (tokens == 0 and known.get(row, (0, 0))[1] == 0) or known.get(row) == (request, tokens)
-            for row, (request, tokens) in enumerate(self.buffers._held_rows.rows.tolist())
+            for row, (request, tokens) in enumerate(self._held())
         )
+
+    def _held(self):
+        """What rows hold after the last step, as the buffers know it."""
+        for steps in self.buffers._held_rows.rows.cpu().numpy():
+            last = steps[-1] if steps[-1, 3] - steps[0, 3] > 0 else steps[0]
+            yield int(last[:2].view(np.int64)[0]), int(last[2])
 
     def update(self, mode, given, ids, arguments):
         self.buffers.update(*given, forward_mode=mode, request_ids=ids, **arguments)

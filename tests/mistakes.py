@@ -540,11 +540,25 @@ MISTAKES = [
     ),
     # CUDA, in the simulator.
     Mistake(
-        "cuda: what rows hold is written before all blocks have read it",
+        "cuda: what rows hold after a step is taken for what they held before it",
         "ffi/cuda/batch_tracker.cuh",
-        "is_last = arrived_before == gridDim.x - 1;",
-        "is_last = arrived_before == 0;",
+        "if (last != tokens) return last;",
+        "return last;",
         "test_request_ids.py::test_histories",
+    ),
+    Mistake(
+        "cuda: what rows hold is taken down in the place of the last step",
+        "ffi/cuda/batch_tracker.cuh",
+        "rows_[j].steps + !row.last_is_second()",
+        "rows_[j].steps + row.last_is_second()",
+        "test_request_ids.py",
+    ),
+    Mistake(
+        "cuda: threads that found something else leave columns out",
+        "ffi/cuda/tables.cuh",
+        "int32_t column = (first & -stride) + thread * kWidth;",
+        "int32_t column = first / kWidth * kWidth + thread * kWidth;",
+        "test_request_ids.py",
     ),
     Mistake(
         "cuda: rows of no request are remembered",
@@ -1278,22 +1292,15 @@ MISTAKES = [
     Mistake(
         "native: drafts are held",
         "ffi/batch_tracker.h",
-        "{request_id, Min(tokens, Max(seq_len, 0))}",
-        "{request_id, seq_len < 0 ? 0 : tokens}",
+        "return Min(Min(kv_len, max_len), Max(seq_len, 0));",
+        "return seq_len < 0 ? 0 : Min(kv_len, max_len);",
         "test_request_ids.py -k 'not dlpack'",
     ),
     Mistake(
         "native: columns are held that the pool had not",
-        "ffi/cpu/fused_metadata.cc",
-        "std::min(kv_len, args.max_len)",
-        "kv_len",
-        "test_request_ids.py -k 'not dlpack'",
-    ),
-    Mistake(
-        "cuda: columns are held that the pool had not",
-        "ffi/cuda/tables.cuh",
-        "return Min(Rows::kv_len(kv_len, q, j), args.max_len);",
-        "return Rows::kv_len(kv_len, q, j);",
+        "ffi/batch_tracker.h",
+        "return Min(Min(kv_len, max_len), Max(seq_len, 0));",
+        "return Min(kv_len, Max(seq_len, 0));",
         "test_request_ids.py -k 'not dlpack'",
     ),
     Mistake(
@@ -1320,8 +1327,8 @@ MISTAKES = [
     Mistake(
         "native: another request's columns are held",
         "ffi/batch_tracker.h",
-        "before.request_id != request_id",
-        "before.request_id != request_id && before.tokens < 0",
+        "return request_id == request ? tokens : 0;",
+        "return tokens;",
         "test_request_ids.py -k 'not dlpack'",
     ),
     # The same in CUDA.

@@ -29,7 +29,7 @@ ROWS = ((32, 65_536, 65_536), (128, 131_072, 131_072), (1024, 32_768, 4096))
 SHARES = (0, 1 / 16, 1 / 4, 1 / 2, 3 / 4, 1)
 """Of the live columns, those that change; 0: the last one alone."""
 SYNTHETIC_REQUESTS = 4000
-LAUNCH_SIZES = (1, 4096)
+LAUNCH_SIZES = (1, 4096, 16_384, 65_536)
 """`max_new_tokens` of steps that write no more; others are launched for whole rows."""
 
 
@@ -313,11 +313,11 @@ SUITE = Suite(
     title="Steps that write what changed, beside full refreshes",
     note="Decode in place, N = 3, both tables, page 64. `direct` is PyTorch's "
     "`BackendBuffers.update`, told `request_ids`; the others are JAX's implementations, told "
-    "`written_lens`. Launches are sized by `max_new_tokens` of 1, 4,096 or max_len. Histories are "
-    "continuous batching of a trace's requests: where slots stay, the next request takes that of "
-    "one that finished, otherwise those behind it move up. `live` and `changed_percent`, columns "
-    "that a row did not hold in the step before, are means of all steps; times are those of runs "
-    "of consecutive steps, evenly spread.",
+    "`written_lens`. Launches are sized by `max_new_tokens` of 1, 4,096, 16,384, 65,536 or all. "
+    "Histories are continuous batching of a trace's requests: where slots stay, the next request "
+    "takes that of one that finished, otherwise those behind it move up. `live` and "
+    "`changed_percent`, columns that a row did not hold in the step before, are means of all "
+    "steps; times are those of runs of consecutive steps, evenly spread.",
     jobs=jobs,
     plots=tuple(_plot(bs, live) for bs, _, live in ROWS),
     metric="step_us",

@@ -153,14 +153,16 @@ std::vector<Table> TablesOf(const FusedMetadataArguments& args) {
 int32_t AdvanceTracker(const FusedMetadataArguments& args, int64_t i, int64_t first_row,
                        int64_t count, int32_t q) {
   const BatchTracker& tracker = args.tracker;
-  const int64_t id = tracker.request_ids.id(i);
+  const int64_t id = tracker.request_ids.id(tracker.request_ids.words(i));
   const int32_t seq_len = args.rows.seq_lens[i];
   const int32_t shortest = args.rows.cache_seqlen(i, args.least_offset);
-  int32_t held = kInt32Max;
+  int32_t held = std::max(seq_len, 0);
   for (int64_t j = 0; j < count; ++j) {
-    held = std::min(held, tracker.held(first_row + j, id, seq_len));
-    const int32_t kv_len = Rows::kv_len(shortest, q, static_cast<int32_t>(j));
-    tracker.Hold(first_row + j, id, seq_len, std::min(kv_len, args.max_len));
+    HeldRow& row = tracker.rows[first_row + j];
+    const int32_t tokens = BatchTracker::TokensAfter(
+        Rows::kv_len(shortest, q, static_cast<int32_t>(j)), seq_len, args.max_len);
+    held = std::min(held, row.last().of(id));
+    row.steps[!row.last_is_second()] = {id, tokens, row.last().step + 1};
   }
   return held;
 }

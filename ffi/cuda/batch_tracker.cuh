@@ -1,4 +1,4 @@
-// How the blocks of a launch read and write what table rows hold.
+// How the threads of a launch read and write what table rows hold.
 #ifndef JAXNSA_CUDA_BATCH_TRACKER_CUH_
 #define JAXNSA_CUDA_BATCH_TRACKER_CUH_
 
@@ -10,47 +10,73 @@
 
 namespace jaxnsa {
 
-// The table rows of one request, `count` of them from `first` on, which gridDim.x blocks read; of
-// those the last to have read them writes what they hold after the step.
-struct TrackedRows {
-  const BatchTracker& tracker;
-  int32_t request;
-  int64_t first;
-  int32_t count;
-  int32_t seq_len;
+// Loads a table row's state. 16 bytes move at once: a step is not seen before all of it is there.
+__device__ inline HeldRow LoadHeldRow(const HeldRow* row) {
+  HeldRow held;
+  const auto* const from = reinterpret_cast<const int4*>(row);
+  const int4 words[] = {__ldcg(from), __ldcg(from + 1)};
+#pragma unroll
+  for (int k = 0; k < 2; ++k) {
+    const int64_t high = words[k].y, low = static_cast<uint32_t>(words[k].x);
+    held.steps[k] = {high << 32 | low, words[k].z, static_cast<uint32_t>(words[k].w)};
+  }
+  return held;
+}
 
-  // Leading tokens that all of them hold.
-  __device__ int32_t held() const {
-    const int64_t id = tracker.request_ids.id(request);
-    int32_t least = kInt32Max;
-    for (int32_t j = 0; j < count; ++j) least = Min(least, tracker.held(first + j, id, seq_len));
+// Leading tokens of a request that a row held before the step after which it holds `tokens` of it.
+// Nobody waits for anybody: the step may have been taken down already, or not. Where the last step
+// on record says just that, the earlier one is asked, as far as it still holds.
+__device__ inline int32_t TokensBefore(const HeldRow& row, int64_t request_id, int32_t tokens) {
+  const int32_t last = row.last().of(request_id);
+  if (last != tokens) return last;
+  return Min(row.earlier().of(request_id), tokens);
+}
+
+// The state of one request's table rows, `count` of them from `first` on, which all threads read
+// that write these rows, and one of them writes.
+class TrackedRows {
+ public:
+  // Loads nothing if `exist` is false.
+  __device__ TrackedRows(const BatchTracker& tracker, bool exist, int32_t request, int64_t first,
+                         int32_t count)
+      : tracker_(tracker), rows_(tracker.rows + first), count_(exist ? count : 0) {
+    if (count_ == 0) return;
+    row_ = LoadHeldRow(rows_);
+    id_words_ = tracker.request_ids.words(request);
+  }
+
+  // Leading tokens that all of them held before the step; row j holds tokens_after(j) after it.
+  template <typename TokensAfter>
+  __device__ int32_t held(TokensAfter tokens_after) const {
+    if (count_ == 0) return 0;
+    const int64_t id = tracker_.request_ids.id(id_words_);
+    int32_t least = TokensBefore(row_, id, tokens_after(0));
+#pragma unroll 1
+    for (int32_t j = 1; j < count_; ++j) {
+      least = Min(least, TokensBefore(LoadHeldRow(rows_ + j), id, tokens_after(j)));
+    }
     return least;
   }
 
-  // Counts this block as one that has read them. Called by all threads; returns, in the first, how
-  // many blocks had before. It is long until that is known: only `Advance` waits for it.
-  __device__ uint32_t Arrive() const {
-    __syncthreads();
-    if (gridDim.x == 1 || threadIdx.x > 0) return 0;
-    __threadfence();  // between this block's reads and what follows the count
-    return atomicInc(&tracker.readers[request], gridDim.x - 1);
+  // Takes down what they hold after it: every `threads`th row from `thread` on.
+  template <typename TokensAfter>
+  __device__ void Advance(int32_t thread, int32_t threads, TokensAfter tokens_after) const {
+    const int64_t id = tracker_.request_ids.id(id_words_);
+#pragma unroll 1
+    for (int32_t j = thread; j < count_; j += threads) {
+      const HeldRow row = j == 0 ? row_ : LoadHeldRow(rows_ + j);
+      __stcg(reinterpret_cast<int4*>(rows_[j].steps + !row.last_is_second()),
+             make_int4(static_cast<int32_t>(id), static_cast<int32_t>(id >> 32),
+                       tokens_after(j), static_cast<int32_t>(row.last().step + 1)));
+    }
   }
 
-  // Called by all threads at the end; row j got columns(j) tokens.
-  template <typename Columns>
-  __device__ void Advance(uint32_t arrived_before, Columns columns) const {
-    __shared__ bool is_last;
-    if (threadIdx.x == 0) {
-      is_last = arrived_before == gridDim.x - 1;
-      __threadfence();
-    }
-    __syncthreads();
-    if (!is_last) return;
-    const int64_t id = tracker.request_ids.id(request);
-    for (int32_t j = threadIdx.x; j < count; j += kThreads) {
-      tracker.Hold(first + j, id, seq_len, columns(j));
-    }
-  }
+ private:
+  const BatchTracker& tracker_;
+  HeldRow* rows_;
+  int32_t count_;
+  HeldRow row_;  // the first
+  Vector::Words id_words_;
 };
 
 // Forgets the table rows that belong to no request in this step, which no other block looks at; all

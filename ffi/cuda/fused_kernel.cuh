@@ -5,7 +5,7 @@
 //   then the blocks that write lengths and prefix sums, for each backend and every 128 requests so
 //   many that each thread has about one row, and those that write keys. After them comes a row of
 //   blocks for each request, which share its rows of the page tables: neighbouring blocks write
-//   neighbouring memory. No block waits for another.
+//   neighbouring memory; where few columns are new, a warp has a request. No block waits for another.
 // Block: 128 threads.
 // Inputs: seq_lens, req_pool_indices, req_to_token, and extend_seq_lens where rows are ragged.
 // Outputs: the arrays of every backend that are not null.
@@ -27,9 +27,11 @@ namespace {
 
 constexpr const char* kName = "fused_metadata";
 
-// Bounds the registers: copies want many blocks in flight. Schedules' shared memory allows fewer.
-template <bool kSchedules>
-constexpr int kBlocksPerMultiprocessor = kSchedules ? 8 : 10;
+// Bounds the registers: copies want many blocks in flight, but none of their registers in memory.
+// Schedules' shared memory allows fewer.
+template <Refresh kRefresh, bool kSchedules>
+constexpr int kBlocksPerMultiprocessor =
+    kSchedules ? (kRefresh == Refresh::kAny ? 6 : 8) : (kRefresh == Refresh::kAny ? 7 : 10);
 
 // Blocks that share the tables: half as many as there are tiles, within these bounds. Each costs
 // 0.6 nanoseconds of a Hopper GPU, whether its columns are live or not.
@@ -46,12 +48,12 @@ constexpr int64_t kMostScheduleShares = 16;
 // `kSchedules`: schedules or pooled arrays are wanted.
 template <int kWidth, bool kRagged, bool kTablesRagged, Refresh kRefresh, int kCapacity,
           bool kSchedules>
-__global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor<kSchedules>)
+__global__ void __launch_bounds__(kThreads, (kBlocksPerMultiprocessor<kRefresh, kSchedules>))
     FusedMetadataKernel(const __grid_constant__ Parameters<kCapacity, kSchedules> args) {
+  constexpr int kOwnThreads = kRequestThreads<kRefresh, kTablesRagged>;
   const auto row = static_cast<int32_t>(blockIdx.z * kGridRows + blockIdx.y);
-  const int32_t i = row - args.length_rows;
-  if (i >= args.table_requests) return;
-  if (__builtin_expect(i < 0, 0)) {
+  const int32_t table_row = row - args.length_rows;
+  if (__builtin_expect(table_row < 0, 0)) {
     int32_t block = row * gridDim.x + blockIdx.x;
     if constexpr (kSchedules) {
       if (block < args.schedules.blocks) {
@@ -80,7 +82,9 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor<kSchedules>
     }
     return;
   }
-  WriteTables<kWidth, kTablesRagged, kRefresh>(args, i);
+  int32_t i = table_row;
+  if (kOwnThreads < kThreads) i = i * (kThreads / kOwnThreads) + threadIdx.x / kOwnThreads;
+  if (i < args.table_requests) WriteTables<kWidth, kTablesRagged, kRefresh>(args, i);
 }
 
 // Whether four columns of `page_indices` can be moved at once; without it no columns are.
@@ -139,8 +143,10 @@ void TakeSchedules(const FusedMetadataArguments& args, ScheduleParameters<kCapac
   }
 }
 
-template <int kWidth, Refresh kRefresh, int kCapacity, bool kSchedules>
-void LaunchFusedMetadata(Stream stream, const FusedMetadataArguments& args) {
+template <int kWidth, bool kRagged, bool kTablesRagged, Refresh kRefresh, int kCapacity,
+          bool kSchedules>
+void LaunchForRows(Stream stream, const FusedMetadataArguments& args) {
+  constexpr int kOwnThreads = kRequestThreads<kRefresh, kTablesRagged>;
   const Rows& rows = args.rows;
   const Tables& wanted = args.backends[0].tables;
   Parameters<kCapacity, kSchedules> parameters{};
@@ -173,6 +179,10 @@ void LaunchFusedMetadata(Stream stream, const FusedMetadataArguments& args) {
   parameters.least_offset = args.least_offset;
   parameters.greatest_offset =
       *std::max_element(args.backend_offsets, args.backend_offsets + args.num_backends);
+  parameters.is_pooled = wanted.pooled_page_table != nullptr;
+  parameters.held = args.tracker.request_ids.data != nullptr ? Held::kTracked
+                    : args.written_lens.data != nullptr      ? Held::kWrittenLens
+                                                             : Held::kNothing;
   parameters.written_lens = args.written_lens;
   parameters.tracker = args.tracker;
   // A tile begins with an access, at or before the first column that is written.
@@ -181,12 +191,15 @@ void LaunchFusedMetadata(Stream stream, const FusedMetadataArguments& args) {
           ? std::min(args.max_new_tokens + (parameters.is_wide ? kWidth - 1 : 0), args.max_len)
           : args.max_len;
   const int64_t tile_tokens =
-      parameters.is_wide ? kTileColumns<kWidth> : int64_t{kThreads} * parameters.page_size.value;
+      kOwnThreads * int64_t{parameters.is_wide ? kWidth : parameters.page_size.value};
   const int64_t tiles = std::max<int64_t>(1, CeilDiv(tokens, tile_tokens));
-  const int64_t table_requests = parameters.table_requests;
-  const int64_t blocks = std::clamp(table_requests * tiles / 2, kFewestBlocks, kMostBlocks);
+  const int64_t table_rows = CeilDiv(parameters.table_requests, kThreads / kOwnThreads);
+  const int64_t blocks = std::clamp(table_rows * tiles / 2, kFewestBlocks, kMostBlocks);
   dim3 grid;
-  grid.x = std::clamp<int64_t>(blocks / std::max<int64_t>(table_requests, 1), 1, tiles);
+  grid.x = std::clamp<int64_t>(blocks / std::max<int64_t>(table_rows, 1), 1, tiles);
+  if (args.may_hold_columns()) {  // a power of two
+    while ((grid.x & (grid.x - 1)) != 0) grid.x &= grid.x - 1;
+  }
   const int64_t groups = std::max<int64_t>(1, CeilDiv(rows.requests, kThreads));
   const int64_t most_shares = rows.ragged() ? std::max<int64_t>(1, kMostLengthBlocks / groups) : 1;
   const int64_t shares = std::clamp<int64_t>(CeilDiv(rows.count, kThreads), 1, most_shares);
@@ -202,37 +215,44 @@ void LaunchFusedMetadata(Stream stream, const FusedMetadataArguments& args) {
     first_blocks += parameters.schedules.blocks;
   }
   parameters.length_rows = CeilDiv(first_blocks, grid.x);
-  const int64_t grid_rows = parameters.length_rows + table_requests;
+  const int64_t grid_rows = parameters.length_rows + table_rows;
   grid.y = std::min<int64_t>(grid_rows, kGridRows);
   grid.z = CeilDiv(grid_rows, kGridRows);
-  const auto kernel =
-      rows.prefill ? FusedMetadataKernel<kWidth, true, false, kRefresh, kCapacity, kSchedules>
-      : rows.ragged()
-          ? FusedMetadataKernel<kWidth, true, true, kRefresh, kCapacity, kSchedules>
-          : FusedMetadataKernel<kWidth, false, false, kRefresh, kCapacity, kSchedules>;
-  Launch(kName, stream, kernel, grid, kThreads, parameters);
+  Launch(kName, stream,
+         FusedMetadataKernel<kWidth, kRagged, kTablesRagged, kRefresh, kCapacity, kSchedules>, grid,
+         kThreads, parameters);
+}
+
+template <int kWidth, Refresh kRefresh, int kCapacity, bool kSchedules>
+void LaunchFusedMetadata(Stream stream, const FusedMetadataArguments& args) {
+  const auto launch =
+      args.rows.prefill ? LaunchForRows<kWidth, true, false, kRefresh, kCapacity, kSchedules>
+      : args.rows.ragged()
+          ? LaunchForRows<kWidth, true, true, kRefresh, kCapacity, kSchedules>
+          : LaunchForRows<kWidth, false, false, kRefresh, kCapacity, kSchedules>;
+  launch(stream, args);
 }
 
 }  // namespace
 
-// Each kernel costs seconds of compilation: refreshes for the same lengths in all backends have
-// their own only where columns move four at once, to few backends, without schedules.
-template <int kCapacity, bool kSchedules>
-constexpr bool kHasEqualKernels = kCapacity == kFewBackends && !kSchedules;
-
+// Each kernel costs seconds of compilation. For the same lengths in all backends there are own ones
+// only where columns move four at once, to few backends, and of refreshes only without schedules.
 template <int kCapacity, bool kSchedules>
 void LaunchForBackends(Stream stream, const FusedMetadataArguments& args) {
   if (!AllowsVectors(args)) {
     LaunchFusedMetadata<1, Refresh::kAny, kCapacity, kSchedules>(stream, args);
     return;
   }
-  if constexpr (kHasEqualKernels<kCapacity, kSchedules>) {
+  if constexpr (kCapacity == kFewBackends) {
     if (args.backend_offsets[0] == 0 && HasEqualOffsets(args)) {
-      const auto launch = args.may_hold_columns()
-                              ? LaunchFusedMetadata<4, Refresh::kNew, kCapacity, false>
-                              : LaunchFusedMetadata<4, Refresh::kWhole, kCapacity, false>;
-      launch(stream, args);
-      return;
+      if (!args.may_hold_columns()) {
+        LaunchFusedMetadata<4, Refresh::kWhole, kCapacity, kSchedules>(stream, args);
+        return;
+      }
+      if constexpr (!kSchedules) {
+        LaunchFusedMetadata<4, Refresh::kNew, kCapacity, kSchedules>(stream, args);
+        return;
+      }
     }
   }
   LaunchFusedMetadata<4, Refresh::kAny, kCapacity, kSchedules>(stream, args);
@@ -251,9 +271,9 @@ void LoadForRows() {
 
 template <int kCapacity, bool kSchedules>
 void LoadForBackends() {
-  if constexpr (kHasEqualKernels<kCapacity, kSchedules>) {
-    LoadForRows<4, Refresh::kWhole, kCapacity, false>();
-    LoadForRows<4, Refresh::kNew, kCapacity, false>();
+  if constexpr (kCapacity == kFewBackends) {
+    LoadForRows<4, Refresh::kWhole, kCapacity, kSchedules>();
+    if constexpr (!kSchedules) LoadForRows<4, Refresh::kNew, kCapacity, kSchedules>();
   }
   LoadForRows<4, Refresh::kAny, kCapacity, kSchedules>();
   LoadForRows<1, Refresh::kAny, kCapacity, kSchedules>();

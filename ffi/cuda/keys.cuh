@@ -38,10 +38,11 @@ __device__ void WriteKeys(const Parameters<kCapacity, kSchedules>& args, int32_t
     sources[threadIdx.x] = args.pool.row(index);
     if (threadIdx.x == kThreads - 1) end = start + length;
     __syncthreads();
+    const int last_request = Min(args.rows.requests - static_cast<int32_t>(group), kThreads) - 1;
 #pragma unroll
     for (int u = 0; u < kKeysPerThread; ++u) {
       if (key(u) < before || key(u) >= end) continue;
-      int low = 0, high = kThreads - 1;  // the last request that begins at this key or before it
+      int low = 0, high = last_request;  // the last that begins at this key or before it
       while (low < high) {
         const int middle = (low + high + 1) / 2;
         if (starts[middle] <= key(u)) {

@@ -87,7 +87,9 @@ __device__ void WriteLengths(const Rows& rows, const RowRules& rules, LengthBloc
   __shared__ int64_t rows_end;  // of the group, where rows are ragged
   const auto q_of = [&](int64_t i) -> int64_t { return rows.q(i); };
   const auto sums_of = [&](int32_t cache_seqlen, int32_t q) -> LengthSums {
-    return {static_cast<uint32_t>(cache_seqlen), NsaSum(rules, cache_seqlen, q, q - 1)};
+    const auto length = static_cast<uint32_t>(cache_seqlen);
+    if (q == 1) return {length, static_cast<uint32_t>(rules.nsa_cache_seqlen(cache_seqlen))};
+    return {length, NsaSum(rules, cache_seqlen, q, q - 1)};
   };
   const auto sums = [&](int64_t i) { return sums_of(rows.cache_seqlen(i, offset), rows.q(i)); };
   const int64_t first = int64_t{block.group} * kThreads, i = first + threadIdx.x;
@@ -96,8 +98,8 @@ __device__ void WriteLengths(const Rows& rows, const RowRules& rules, LengthBloc
 
   const int32_t cache_seqlen = exists ? rows.cache_seqlen(i, offset) : 0;
   const int32_t q = exists ? rows.q(i) : 0;
-  const LengthSums before =
-      BlockSum<LengthSums>(0, first, sums) + SumBeforeThread(sums_of(cache_seqlen, q));
+  const LengthSums own = sums_of(cache_seqlen, q);
+  const LengthSums before = BlockSum<LengthSums>(0, first, sums) + SumBeforeThread(own);
   int64_t first_row = i * rows.rows_per_request, end_row = end * rows.rows_per_request;
   if (kRagged) {
     const int64_t rows_before = BlockSum<int64_t>(0, first, q_of);
@@ -109,8 +111,7 @@ __device__ void WriteLengths(const Rows& rows, const RowRules& rules, LengthBloc
   };
   // From here on: pointers that are fetched earlier hold up the lengths.
   const Lengths to = Wanted<kPrefill, kPooled>(lengths);
-  requests[threadIdx.x] = {cache_seqlen, q, at_most_all(first_row), before.nsa_cache_seqlens,
-                           static_cast<int32_t>(before.cache_seqlens)};
+  const auto first_key = static_cast<int32_t>(before.cache_seqlens);
   if (i == 0 && block.share == 0) {
     Store(to, 0, RequestSums(0));
     Store(to, 0, RowSums(0));
@@ -119,6 +120,16 @@ __device__ void WriteLengths(const Rows& rows, const RowRules& rules, LengthBloc
     Store(to, i, RequestValues(cache_seqlen));
     Store(to, i + 1, RequestSums(static_cast<int32_t>(before.cache_seqlens + cache_seqlen)));
   }
+  if (!kRagged && rows.rows_per_request == 1) {
+    if (!exists) return;
+    const RowOwner owner{static_cast<int32_t>(i), cache_seqlen, first_key};
+    Store(to, i, RowValuesOf(cache_seqlen, owner, rules));
+    const LengthSums after = before + own;
+    Store(to, i + 1, RowSums(static_cast<int32_t>(after.nsa_cache_seqlens)));
+    return;
+  }
+  requests[threadIdx.x] = {cache_seqlen, q, at_most_all(first_row), before.nsa_cache_seqlens,
+                           first_key};
   __syncthreads();
   if (kRagged) end_row = rows_end;
 
@@ -128,7 +139,7 @@ __device__ void WriteLengths(const Rows& rows, const RowRules& rules, LengthBloc
   for (uint32_t row = requests[0].first_row + lane; row < last_row; row += lanes) {
     int low = 0;
     if (kRagged) {
-      int high = kThreads - 1;  // the last request that begins at this row or before it
+      int high = static_cast<int>(end - first) - 1;  // the last request that begins at this row or before it
       while (low < high) {
         const int middle = (low + high + 1) / 2;
         if (static_cast<uint32_t>(requests[middle].first_row) <= row) {

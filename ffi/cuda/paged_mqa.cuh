@@ -28,7 +28,7 @@ __device__ void WritePagedMqaSchedule(SumsMemory& memory, const PagedMqaSchedule
     const Found found = starts.Find(unit);
     const int32_t i = found.index;
     const PagedMqaRow begin =
-        schedule.row(i, unit - found.sum, i < items ? segments(i) : 0, units);
+        schedule.row(i, unit - found.sum, units > 1 && i < items ? segments(i) : 0, units);
     const int32_t columns[] = {begin.item, begin.segment};
     store(s, columns);
   }

@@ -13,6 +13,9 @@ namespace jaxnsa {
 // Threads of a block.
 constexpr int kThreads = 128;
 
+constexpr int kWarpThreads = 32;
+constexpr uint32_t kWholeWarp = 0xffffffff;
+
 // So many backends or fewer have a kernel of their own.
 constexpr int kFewBackends = 8;
 
@@ -53,6 +56,15 @@ struct RowContent {
 // What a launch writes of its tables: whole rows, or the columns that they do not hold; for the same
 // lengths in all backends, or for any.
 enum class Refresh { kWhole, kNew, kAny };
+
+// Threads that share the tables' rows of a request: a block, or a warp where few columns are new. A
+// block that is to know its rows adds up those before it.
+template <Refresh kRefresh, bool kTablesRagged>
+constexpr int kRequestThreads =
+    kRefresh == Refresh::kNew && !kTablesRagged ? kWarpThreads : kThreads;
+
+// How a launch knows which columns its rows hold.
+enum class Held : uint8_t { kNothing, kWrittenLens, kTracked };
 
 enum class ScheduleKind : int32_t { kFlashMla, kPagedMqa, kTopkPlan };
 constexpr int kScheduleKinds = 3;
@@ -104,27 +116,27 @@ struct Parameters {
   int64_t page_indices_stride;
   int32_t num_backends;
   bool requests_are_items;
-  bool is_wide;  // page_indices is wanted
+  bool is_wide;    // page_indices is wanted
+  bool is_pooled;  // pooled_page_table is wanted
+  Held held;
 
   int64_t real_page_table_stride;
   PageTables tables[kCapacity];
+  Vector written_lens;
+  int32_t least_offset;
+  int32_t greatest_offset;
+  int32_t backend_offsets[kCapacity];
 
   Rows rows;
   RowRules row_rules;
   bool clears_padding;
-  bool advances_tracker;  // as `tracker` says, which is not fetched where it is not advanced
+  bool advances_tracker;
   int32_t length_groups;  // groups of 128 requests, of a backend
   int32_t length_shares;  // blocks that share the rows of a group
   int32_t key_blocks;     // after those of lengths
   int32_t max_total_keys;
   Lengths lengths[kCapacity];
-
-  // Not read in a refresh of whole rows.
-  Vector written_lens;  // data is null: none
   BatchTracker tracker;
-  int32_t least_offset;
-  int32_t greatest_offset;
-  int32_t backend_offsets[kCapacity];
 
   std::conditional_t<kSchedules, ScheduleParameters<kCapacity>, NoScheduleParameters> schedules;
 };
@@ -132,6 +144,7 @@ struct Parameters {
 using FewParameters = Parameters<kFewBackends, false>;
 static_assert(offsetof(FewParameters, pool.stride) == 64 - 16);
 static_assert(offsetof(FewParameters, real_page_table_stride) == 128 - 16);
+static_assert(offsetof(FewParameters, rows) == 320 - 16);
 
 // Calls `body` with every backend's part and its index. A few are taken one by one rather than in a
 // loop: then their pointers are operands of the instructions, and no indexed load comes first.

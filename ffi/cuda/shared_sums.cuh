@@ -15,7 +15,7 @@ struct Found {
   int64_t sum;
 };
 
-constexpr int kMostSums = 1024;
+constexpr int kLogMostSums = 10, kMostSums = 1 << kLogMostSums;
 
 using SumsMemory = int64_t[kMostSums + 1];
 
@@ -29,7 +29,7 @@ class SharedSums {
   // Called by all threads of the block.
   __device__ SharedSums(SumsMemory& sums, int32_t count, Value value)
       : sums_(sums), count_(count), value_(value) {
-    while ((count - 1) >> log_group_ >= kMostSums) ++log_group_;
+    log_group_ = Max(32 - kLogMostSums - __clz(Max(count, 1) - 1), 0);
     groups_ = ((count - 1) >> log_group_) + 1;
     const ThreadItems mine(groups_);
     int64_t sum = 0;
@@ -84,7 +84,7 @@ class SharedSums {
   }
 
   int64_t* sums_;
-  int32_t count_, groups_, log_group_ = 0;
+  int32_t count_, groups_, log_group_;
   int64_t total_;
   Value value_;
 };

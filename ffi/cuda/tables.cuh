@@ -1,4 +1,4 @@
-// How a block of the fused kernel writes its share of one request's rows in both page tables.
+// How threads of the fused kernel write their share of one request's rows in both page tables.
 #ifndef JAXNSA_CUDA_TABLES_CUH_
 #define JAXNSA_CUDA_TABLES_CUH_
 
@@ -9,10 +9,6 @@
 #include "parameters.cuh"
 
 namespace jaxnsa {
-
-// Columns of a tile, a part of a row of `page_indices` that a block moves at once.
-template <int kWidth>
-constexpr int kTileColumns = kWidth * kThreads;
 
 // kWidth neighbouring elements, moved by one access.
 template <int kWidth>
@@ -92,7 +88,7 @@ __device__ __forceinline__ void StorePage(const Parameters<kCapacity, kSchedules
         row * args.real_page_table_stride + page);
   if constexpr (kSchedules) {
     const auto& schedules = args.schedules;
-    if (schedules.pooled_page_tables[0] == nullptr) return;
+    if (!args.is_pooled) return;
     const Divisor& pages = schedules.pages_per_pooled_page;
     const int32_t pooled = pages.Divide(page);
     if (pooled * pages.value != page) return;
@@ -102,7 +98,7 @@ __device__ __forceinline__ void StorePage(const Parameters<kCapacity, kSchedules
 }
 
 // Whether a column is not before another. As unsigned: where `first` is a constant 0, nothing is
-// compared.
+// compared, and a column past 2^31 is not before any.
 __device__ inline bool IsFrom(int32_t first, int32_t column) {
   return static_cast<uint32_t>(column) >= static_cast<uint32_t>(first);
 }
@@ -161,20 +157,17 @@ struct Columns {
   }
 };
 
-// Writes a block's share of request i's rows in both tables, and of the padding rows: tiles in a
-// grid stride of gridDim.x blocks.
+// Writes these threads' share of request i's rows in both tables, and of the padding rows: in a
+// stride of as many threads of gridDim.x blocks.
 template <int kWidth, bool kRagged, Refresh kRefresh, int kCapacity, bool kSchedules>
 __device__ void WriteTables(const Parameters<kCapacity, kSchedules>& args, int32_t i) {
+  constexpr int kOwnThreads = kRequestThreads<kRefresh, kRagged>;
   constexpr bool kMayHold = kRefresh != Refresh::kWhole, kEqual = kRefresh != Refresh::kAny;
   // Where there are no requests, one that does not exist clears the padding rows.
   const bool exists = !kRagged || i < args.rows.requests;
-  // All loads are issued before a value is used.
-  const int32_t index = exists ? args.req_pool_indices[i] : 0;
-  const int32_t seq_len = exists ? args.seq_lens[i] : 0;
+  const bool is_tracked = kMayHold && exists && args.held == Held::kTracked;
+  const bool is_told = kMayHold && exists && args.held == Held::kWrittenLens;
   const int32_t q = !kRagged ? args.rows_per_request : exists ? args.rows.q(i) : 0;
-  const RequestContent request{seq_len,      args.added_tokens, q,
-                               args.max_len, args.least,        args.requests_are_items};
-  const int32_t* const source = args.pool.row(index);
 
   // Rows from `total` on are padding rows.
   int64_t first_row = static_cast<int64_t>(i) * q, total = args.rows.count;
@@ -188,23 +181,37 @@ __device__ void WriteTables(const Parameters<kCapacity, kSchedules>& args, int32
     const int64_t room = first_row < args.rows.count ? args.rows.count - first_row : 0;
     count = room < q ? static_cast<int32_t>(room) : q;
   }
+  // All loads are issued before a value is used.
+  const TrackedRows tracked(args.tracker, is_tracked, i, first_row, count);
+  Vector::Words written_words{}, index_words{}, seq_len_words{};
+  if (is_told) written_words = args.written_lens.words(i);
+  if (exists) {
+    index_words = args.req_pool_indices.words(i);
+    seq_len_words = args.seq_lens.words(i);
+  }
+
+  const int32_t seq_len = args.seq_lens.value(seq_len_words);
+  const RequestContent request{seq_len,      args.added_tokens, q,
+                               args.max_len, args.least,        args.requests_are_items};
+  const int32_t* const source = args.pool.row(args.req_pool_indices.value(index_words));
+  const int32_t least_offset = kEqual ? 0 : args.least_offset;
+  const int32_t greatest_offset = kEqual ? 0 : args.greatest_offset;
+  const uint32_t own_thread = kOwnThreads < kThreads ? threadIdx.x % kOwnThreads : threadIdx.x;
+  const auto thread = static_cast<int32_t>(blockIdx.x * kOwnThreads + own_thread);
+  const auto threads = static_cast<int32_t>(gridDim.x * kOwnThreads);
   int32_t written = 0;
-  bool advances = false;
-  uint32_t arrived_before = 0;
-  const TrackedRows tracked{args.tracker, i, first_row, count, seq_len};
-  if (kMayHold && exists) {
-    if (args.tracker.request_ids.data != nullptr) {
-      written = tracked.held();
-      advances = args.tracker.advances;
-      if (advances) arrived_before = tracked.Arrive();
-    } else if (args.written_lens.data != nullptr) {
-      written = args.written_lens[i];
-    }
+  if (is_tracked) {
+    const int32_t shortest = Rows::cache_seqlen_of(seq_len, least_offset, args.added_tokens);
+    const auto tokens_after = [&](int32_t j) {
+      return BatchTracker::TokensAfter(Rows::kv_len(shortest, q, j), seq_len, args.max_len);
+    };
+    written = Min(tracked.held(tokens_after), seq_len);
+    if (args.tracker.advances) tracked.Advance(thread, threads, tokens_after);
+  } else if (is_told) {
+    written = args.written_lens.value(written_words);
   }
   const int32_t first = kMayHold ? Min(Max(written, 0), args.max_len) : 0;
   const RowContent padding{0, kRagged && args.clears_padding ? args.max_len : 0};
-  const int32_t least_offset = kEqual ? 0 : args.least_offset;
-  const int32_t greatest_offset = kEqual ? 0 : args.greatest_offset;
   const RowContent longest =
       !kRagged || count > 0 ? request.longest(greatest_offset) : padding;
   // Calls `write` with every row and what it gets: those of the request, then padding rows.
@@ -229,40 +236,34 @@ __device__ void WriteTables(const Parameters<kCapacity, kSchedules>& args, int32
     }
   };
 
-  const auto write_tiles = [&] {
-    const auto block = static_cast<int32_t>(blockIdx.x), blocks = static_cast<int32_t>(gridDim.x);
-    if (args.is_wide) {
-      int32_t column = first / kWidth * kWidth + block * kTileColumns<kWidth> +
-                       static_cast<int32_t>(threadIdx.x) * kWidth;
-      if (column >= longest.end) return;
-      // The loop's pointers are fetched ahead of it, and would hold up the first load inside it.
-      Columns<kWidth> columns(source, column, first, longest.live);
-      while (true) {
-        for_rows([&](int64_t row, const auto& contents) { columns.Store(args, row, contents); });
-        column += blocks * kTileColumns<kWidth>;
-        if (column >= longest.end) return;
-        columns = Columns<kWidth>(source, column, first, longest.live);
-      }
+  // Every column has a thread, whatever the others found that rows hold: `first` is rounded down to
+  // a multiple of the stride, a power of two unless it is 0.
+  if (args.is_wide) {
+    const int32_t stride = threads * kWidth;
+    int32_t column = (first & -stride) + thread * kWidth;
+    if (kMayHold && column + kWidth <= first) column += stride;
+    if (IsFrom(longest.end, column)) return;
+    // The loop's pointers are fetched ahead of it, and would hold up the first load inside it.
+    Columns<kWidth> columns(source, column, first, longest.live);
+    while (true) {
+      for_rows([&](int64_t row, const auto& contents) { columns.Store(args, row, contents); });
+      column += stride;
+      if (IsFrom(longest.end, column)) return;
+      columns = Columns<kWidth>(source, column, first, longest.live);
     }
-    // Only the first token of each page is read.
-    const int32_t first_page = kMayHold ? args.page_size.DivideUp(first) : 0;
+  }
+  // Only the first token of each page is read.
+  const int32_t first_page = kMayHold ? args.page_size.DivideUp(first) : 0;
+  uint32_t page = (first_page & -threads) + thread;
+  if (kMayHold && !IsFrom(first_page, page)) page += threads;
 #pragma unroll 1
-    for (int32_t page = first_page + block * kThreads + static_cast<int32_t>(threadIdx.x);;
-         page += blocks * kThreads) {
-      const int64_t token = int64_t{page} * args.page_size.value;
-      if (token >= longest.end) return;
-      const int32_t number =
-          token < longest.live ? args.page_size.Divide(__ldg(source + token)) : 0;
-      for_rows([&](int64_t row, const auto& contents) {
-        StorePage(args, row, page, token, number, contents);
-      });
-    }
-  };
-  write_tiles();
-  if (advances) {
-    const int32_t kv_len = Rows::cache_seqlen_of(seq_len, least_offset, args.added_tokens);
-    tracked.Advance(arrived_before, [&](int32_t j) {
-      return Min(Rows::kv_len(kv_len, q, j), args.max_len);
+  for (;; page += threads) {
+    const int64_t token = int64_t{page} * args.page_size.value;
+    if (token >= longest.end) return;
+    const int32_t number =
+        token < longest.live ? args.page_size.Divide(__ldg(source + token)) : 0;
+    for_rows([&](int64_t row, const auto& contents) {
+      StorePage(args, row, page, token, number, contents);
     });
   }
 }

@@ -79,14 +79,14 @@ class PreparedLaunch(Protocol):
           min_columns: of `req_to_token`.
         """
 
-    def track(self, held: int, rows: int, readers: int) -> None:
+    def track(self, held: int, rows: int) -> None:
         """Lets launches keep track of what table rows hold, as `jaxnsa.BatchTracker` does.
 
         Args:
-          held: the address of int64 [rows, 2], zeros at first, which stays where it is: the request
-            of each table row in the last step, and leading tokens that the row holds of it.
+          held: the address of int32 [rows, 2, 4], zeros at first, which stays where it is: of the
+            last two steps of each table row, in either order, the request in two words, leading
+            tokens that the row held of it, and the step's number.
           rows: table rows.
-          readers: the address of int32 [requests], zeros at first.
         """
 
     def try_launch(

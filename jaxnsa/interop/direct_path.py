@@ -46,7 +46,7 @@ class DirectPath:
         self._has_constants = flash_mla is not None and flash_mla.is_constant
         if self._has_constants:
             self._hold_constants(registered.spec.rows.count)
-        self._launch.track(held.rows.data_ptr(), len(held.rows), held.readers.data_ptr())
+        self._launch.track(held.rows.data_ptr(), len(held.rows))
         self._looks_at_tensors = False
         if api := exchange_api():
             self._looks_at_tensors = True

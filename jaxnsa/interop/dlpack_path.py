@@ -232,7 +232,7 @@ class _Plan:
                     f"{name}"
                 )
             self._tensors.append(tensor[: size.shape[0]])
-        self._tensors.append(held_rows.rows.view(torch.int32))
+        self._tensors.append(held_rows.rows.flatten(1))
         self._structure = jax.tree.structure((destinations, 0))
         self._held: list[Array] | None = None
 

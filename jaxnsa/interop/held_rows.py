@@ -9,21 +9,18 @@ class HeldRows:
     """The state that launches read and write, at the same addresses for as long as this lives.
 
     Attributes:
-      rows: int64 [rows, 2], the request of each table row in the last step, and leading tokens that
-        the row holds of it.
-      readers: int32 [requests], blocks of a launch that have read a request's rows; 0 outside.
+      rows: int32 [rows, steps, 4], of the last steps of each table row, in any order: the request
+        in two words, leading tokens that the row held of it, and, of two, the step's number.
     """
 
-    def __init__(self, rows: int, requests: int, device: torch.device):
+    def __init__(self, rows: int, steps: int, device: torch.device):
         # Copied, which is done on return: any stream may use them next.
-        self.rows = torch.zeros((rows, 2), dtype=torch.int64).to(device)
-        self.readers = torch.zeros(requests, dtype=torch.int32).to(device)
+        self.rows = torch.zeros((rows, steps, 4), dtype=torch.int32).to(device)
 
     def invalidate(self, request_ids: Checked | None) -> None:
         """Forgets the rows of some requests, or of all, on PyTorch's current stream."""
-        ids, tokens = self.rows[:, 0], self.rows[:, 1]
+        ids, tokens = self.rows.view(torch.int64)[..., 0], self.rows[..., 2]
         if request_ids is None:
             tokens.zero_()
         else:
-            named = (ids[:, None] == request_ids.tensor).any(dim=1)
-            tokens.masked_fill_(named, 0)
+            tokens.masked_fill_((ids[..., None] == request_ids.tensor).any(dim=-1), 0)

@@ -173,7 +173,8 @@ class BackendBuffers:
         argument_checks.one_of("path", path, ("direct", "dlpack"))
         self._validate = settings().validate
         largest, device = self._registered.spec.rows, self._registered.device
-        self._held_rows = HeldRows(largest.tables.count, largest.requests, device)
+        steps = 2 if path == "direct" else 1  # the launch's own threads ask and tell
+        self._held_rows = HeldRows(largest.tables.count, steps, device)
         self._path: DirectPath | DlpackPath
         if path == "direct":
             self._path = DirectPath(self._registered, self._held_rows)

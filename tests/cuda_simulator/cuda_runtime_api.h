@@ -88,13 +88,6 @@ inline int32_t atomicMin(int32_t* address, int32_t value) {
   return held;
 }
 
-inline unsigned atomicInc(unsigned* address, unsigned last) {
-  const unsigned held = *address;
-  *address = held >= last ? 0 : held + 1;
-  return held;
-}
-inline void __threadfence() {}
-
 inline int4 make_int4(int32_t x, int32_t y, int32_t z, int32_t w) { return {x, y, z, w}; }
 
 template <typename T>
@@ -104,9 +97,19 @@ T __ldg(const T* source) {
 }
 
 template <typename T>
+T __ldcg(const T* source) {
+  return __ldg(source);
+}
+
+template <typename T>
 void __stcs(T* destination, T value) {
   cuda_simulator::RequireAligned(destination, sizeof(T));
   *destination = value;
+}
+
+template <typename T>
+void __stcg(T* destination, T value) {
+  __stcs(destination, value);
 }
 
 template <typename... Parameters, typename... Arguments>
