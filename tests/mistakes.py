@@ -1300,7 +1300,7 @@ MISTAKES = [
         "native: columns are held that the pool had not",
         "ffi/batch_tracker.h",
         "return Min(Min(kv_len, max_len), Max(seq_len, 0));",
-        "return Min(kv_len, Max(seq_len, 0));",
+        "return Min(Max(kv_len, max_len), Max(seq_len, 0));",
         "test_request_ids.py -k 'not dlpack'",
     ),
     Mistake(
@@ -1328,7 +1328,7 @@ MISTAKES = [
         "native: another request's columns are held",
         "ffi/batch_tracker.h",
         "return request_id == request ? tokens : 0;",
-        "return tokens;",
+        "return request_id == request || tokens > 0 ? tokens : 0;",
         "test_request_ids.py -k 'not dlpack'",
     ),
     # The same in CUDA.

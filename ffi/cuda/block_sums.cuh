@@ -10,21 +10,32 @@
 
 namespace jaxnsa {
 
-// The sum of `value(i)` over [begin, end), which every thread receives.
+// The sum of `value(i)` over this thread's share of [begin, end).
 template <typename T, typename Value>
-__device__ T BlockSum(int64_t begin, int64_t end, Value value) {
+__device__ T ThreadSum(int64_t begin, int64_t end, Value value) {
+  T sum{};
+  for (int64_t i = begin + threadIdx.x; i < end; i += kThreads) sum = sum + value(i);
+  return sum;
+}
+
+// The sum of the values of all threads, which every thread receives.
+template <typename T>
+__device__ T SumOfThreads(T value) {
   using Reduce = cub::BlockReduce<T, kThreads>;
   __shared__ typename Reduce::TempStorage temp;
   __shared__ T result;
-  T sum{};
-  if (begin >= end) return sum;
-  for (int64_t i = begin + threadIdx.x; i < end; i += kThreads) sum = sum + value(i);
-  sum = Reduce(temp).Sum(sum);
+  const T sum = Reduce(temp).Sum(value);
   if (threadIdx.x == 0) result = sum;
   __syncthreads();
-  sum = result;
+  value = result;
   __syncthreads();
-  return sum;
+  return value;
+}
+
+// The sum of `value(i)` over [begin, end), which every thread receives.
+template <typename T, typename Value>
+__device__ T BlockSum(int64_t begin, int64_t end, Value value) {
+  return begin < end ? SumOfThreads(ThreadSum<T>(begin, end, value)) : T{};
 }
 
 // The sum of the values of the threads before this one.

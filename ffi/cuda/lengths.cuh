@@ -87,9 +87,7 @@ __device__ void WriteLengths(const Rows& rows, const RowRules& rules, LengthBloc
   __shared__ int64_t rows_end;  // of the group, where rows are ragged
   const auto q_of = [&](int64_t i) -> int64_t { return rows.q(i); };
   const auto sums_of = [&](int32_t cache_seqlen, int32_t q) -> LengthSums {
-    const auto length = static_cast<uint32_t>(cache_seqlen);
-    if (q == 1) return {length, static_cast<uint32_t>(rules.nsa_cache_seqlen(cache_seqlen))};
-    return {length, NsaSum(rules, cache_seqlen, q, q - 1)};
+    return {static_cast<uint32_t>(cache_seqlen), NsaSum(rules, cache_seqlen, q, q - 1)};
   };
   const auto sums = [&](int64_t i) { return sums_of(rows.cache_seqlen(i, offset), rows.q(i)); };
   const int64_t first = int64_t{block.group} * kThreads, i = first + threadIdx.x;
@@ -98,8 +96,19 @@ __device__ void WriteLengths(const Rows& rows, const RowRules& rules, LengthBloc
 
   const int32_t cache_seqlen = exists ? rows.cache_seqlen(i, offset) : 0;
   const int32_t q = exists ? rows.q(i) : 0;
-  const LengthSums own = sums_of(cache_seqlen, q);
-  const LengthSums before = BlockSum<LengthSums>(0, first, sums) + SumBeforeThread(own);
+  // What a request of one row adds takes little to compute.
+  const bool is_row = !kRagged && rows.rows_per_request == 1;
+  const auto sums_of_row = [&](int32_t cache_seqlen) -> LengthSums {
+    const int32_t nsa_cache_seqlen = rules.nsa_cache_seqlen(cache_seqlen);
+    return {static_cast<uint32_t>(cache_seqlen), static_cast<uint32_t>(nsa_cache_seqlen)};
+  };
+  const LengthSums own = is_row ? sums_of_row(cache_seqlen) : sums_of(cache_seqlen, q);
+  LengthSums before = SumBeforeThread(own);
+  if (first > 0) {
+    const auto row_sums = [&](int64_t i) { return sums_of_row(rows.cache_seqlen(i, offset)); };
+    before = before + SumOfThreads(is_row ? ThreadSum<LengthSums>(0, first, row_sums)
+                                          : ThreadSum<LengthSums>(0, first, sums));
+  }
   int64_t first_row = i * rows.rows_per_request, end_row = end * rows.rows_per_request;
   if (kRagged) {
     const int64_t rows_before = BlockSum<int64_t>(0, first, q_of);
@@ -120,7 +129,7 @@ __device__ void WriteLengths(const Rows& rows, const RowRules& rules, LengthBloc
     Store(to, i, RequestValues(cache_seqlen));
     Store(to, i + 1, RequestSums(static_cast<int32_t>(before.cache_seqlens + cache_seqlen)));
   }
-  if (!kRagged && rows.rows_per_request == 1) {
+  if (is_row) {
     if (!exists) return;
     const RowOwner owner{static_cast<int32_t>(i), cache_seqlen, first_key};
     Store(to, i, RowValuesOf(cache_seqlen, owner, rules));
