@@ -477,8 +477,8 @@ MISTAKES = [
     Mistake(
         "native: int64 lengths wrap",
         "ffi/rows.h",
-        "return high == low >> 31 ? low : high >> 31 ^ kInt32Max;",
-        "return high == low ? low : low;",
+        "return words.high == words.low >> 31 ? words.low : words.high >> 31 ^ kInt32Max;",
+        "return words.low;",
         "test_ffi.py::test_handlers_take_int64_lengths",
     ),
     Mistake(
