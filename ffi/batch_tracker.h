@@ -9,19 +9,19 @@
 
 namespace jaxnsa {
 
-// Leading tokens that a table row held of a request after a step.
+// Leading tokens that a table row held of a request after a step that gave it the row.
 struct alignas(16) HeldTokens {
   int64_t request_id;
   int32_t tokens;
-  uint32_t step;  // its number, modulo 2^32
+  uint32_t step;  // its number among those of the row, modulo 2^32
 
   JAXNSA_HOST_DEVICE int32_t of(int64_t request) const {
     return request_id == request ? tokens : 0;
   }
 };
 
-// What a table row held after the last two steps, in either order. The next step is taken down in
-// the place of the earlier one.
+// What a table row held after the last two steps that gave it to a request, in either order. The
+// next one is taken down in the place of the earlier one.
 struct HeldRow {
   HeldTokens steps[2];
 

@@ -10,7 +10,7 @@
 
 namespace jaxnsa {
 
-// Loads a table row's state. 16 bytes move at once: a step is not seen before all of it is there.
+// Loads a table row's state. 16 aligned bytes move at once: a step is seen as a whole or not.
 __device__ inline HeldRow LoadHeldRow(const HeldRow* row) {
   HeldRow held;
   const auto* const from = reinterpret_cast<const int4*>(row);

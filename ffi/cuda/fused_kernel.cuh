@@ -5,10 +5,11 @@
 //   then the blocks that write lengths and prefix sums, for each backend and every 128 requests so
 //   many that each thread has about one row, and those that write keys. After them comes a row of
 //   blocks for each request, which share its rows of the page tables: neighbouring blocks write
-//   neighbouring memory; where few columns are new, a warp has a request. No block waits for another.
+//   neighbouring memory; where few columns are new, a row of warps. No block waits for another.
 // Block: 128 threads.
-// Inputs: seq_lens, req_pool_indices, req_to_token, and extend_seq_lens where rows are ragged.
-// Outputs: the arrays of every backend that are not null.
+// Inputs: seq_lens, req_pool_indices, req_to_token, extend_seq_lens where rows are ragged, and
+//   written_lens or request_ids where rows may hold columns.
+// Outputs: the arrays of every backend that are not null; what rows hold, which is an input too.
 #ifndef JAXNSA_CUDA_FUSED_KERNEL_CUH_
 #define JAXNSA_CUDA_FUSED_KERNEL_CUH_
 

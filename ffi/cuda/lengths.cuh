@@ -148,7 +148,7 @@ __device__ void WriteLengths(const Rows& rows, const RowRules& rules, LengthBloc
   for (uint32_t row = requests[0].first_row + lane; row < last_row; row += lanes) {
     int low = 0;
     if (kRagged) {
-      int high = static_cast<int>(end - first) - 1;  // the last request that begins at this row or before it
+      int high = static_cast<int>(end - first) - 1;  // the last that begins at this row or before
       while (low < high) {
         const int middle = (low + high + 1) / 2;
         if (static_cast<uint32_t>(requests[middle].first_row) <= row) {

@@ -53,7 +53,7 @@ struct RowContent {
   int32_t end;
 };
 
-// What a launch writes of its tables: whole rows, or the columns that they do not hold; for the same
+// What a launch writes of its tables: whole rows, or the columns that they do not hold; for equal
 // lengths in all backends, or for any.
 enum class Refresh { kWhole, kNew, kAny };
 

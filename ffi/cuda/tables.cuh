@@ -20,7 +20,7 @@ struct Access<4> {
     const int4 v = __ldg(reinterpret_cast<const int4*>(source));
     value[0] = v.x, value[1] = v.y, value[2] = v.z, value[3] = v.w;
   }
-  // A launch reads nothing that it wrote: those lines are the first that the cache can do without.
+  // A launch reads nothing of tables: their lines are the first that the cache can do without.
   static __device__ void Store(int32_t* destination, const int32_t (&value)[4]) {
     __stcs(reinterpret_cast<int4*>(destination), make_int4(value[0], value[1], value[2], value[3]));
   }
@@ -236,8 +236,8 @@ __device__ void WriteTables(const Parameters<kCapacity, kSchedules>& args, int32
     }
   };
 
-  // Every column has a thread, whatever the others found that rows hold: `first` is rounded down to
-  // a multiple of the stride, a power of two unless it is 0.
+  // Every column has a thread, whatever others found that rows hold: all begin at a multiple of
+  // the stride, which is a power of two where `first` may be more than 0.
   if (args.is_wide) {
     const int32_t stride = threads * kWidth;
     int32_t column = (first & -stride) + thread * kWidth;

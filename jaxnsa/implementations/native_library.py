@@ -84,8 +84,8 @@ class PreparedLaunch(Protocol):
 
         Args:
           held: the address of int32 [rows, 2, 4], zeros at first, which stays where it is: of the
-            last two steps of each table row, in either order, the request in two words, leading
-            tokens that the row held of it, and the step's number.
+            last two steps that gave each table row to a request, in either order, the request in
+            two words, leading tokens that the row held of it, and the step's number.
           rows: table rows.
         """
 

@@ -9,8 +9,9 @@ class HeldRows:
     """The state that launches read and write, at the same addresses for as long as this lives.
 
     Attributes:
-      rows: int32 [rows, steps, 4], of the last steps of each table row, in any order: the request
-        in two words, leading tokens that the row held of it, and, of two, the step's number.
+      rows: int32 [rows, steps, 4], of the last steps that gave each table row to a request, in any
+        order: the request in two words, leading tokens that the row held of it, and, of two, the
+        step's number.
     """
 
     def __init__(self, rows: int, steps: int, device: torch.device):
