@@ -36,6 +36,12 @@ JAXNSA_HOST_DEVICE int32_t FloorDiv(int32_t x, int32_t divisor) {
 // For a >= 0 and b > 0.
 JAXNSA_HOST_DEVICE int64_t CeilDiv(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
+// A number of 8 bytes.
+JAXNSA_HOST_DEVICE int64_t FromWords(int32_t low, int32_t high) {
+  return static_cast<int64_t>(uint64_t{static_cast<uint32_t>(high)} << 32 |
+                              static_cast<uint32_t>(low));
+}
+
 }  // namespace jaxnsa
 
 #endif  // JAXNSA_INTEGERS_H_

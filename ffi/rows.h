@@ -37,7 +37,7 @@ struct Vector {
   // A value that is no number of tokens, as it is.
   JAXNSA_HOST_DEVICE int64_t id(Words words) const {
     if (itemsize == 4) return words.low;
-    return int64_t{words.high} << 32 | static_cast<uint32_t>(words.low);
+    return FromWords(words.low, words.high);
   }
 };
 

@@ -17,8 +17,8 @@ __device__ inline HeldRow LoadHeldRow(const HeldRow* row) {
   const int4 words[] = {__ldcg(from), __ldcg(from + 1)};
 #pragma unroll
   for (int k = 0; k < 2; ++k) {
-    const int64_t high = words[k].y, low = static_cast<uint32_t>(words[k].x);
-    held.steps[k] = {high << 32 | low, words[k].z, static_cast<uint32_t>(words[k].w)};
+    held.steps[k] = {FromWords(words[k].x, words[k].y), words[k].z,
+                     static_cast<uint32_t>(words[k].w)};
   }
   return held;
 }
