@@ -56,8 +56,9 @@ def test_what_is_written_again(path, device):  # noqa: F811
     ids = [2**40 + 1, 2, -3]
     assert decode.left_alone(ids, [50, 60, 0]) == [0, 0, 300]
     assert decode.left_alone(ids, [51, 64, 3]) == [50, 60, 0]
-    left_alone = decode.left_alone(np.array([1, 2, -3], np.int32), [52, 64, 5])
-    assert left_alone in ([0, 300, 3], [0, 60, 3])  # of equal steps, CUDA may write the last again
+    # Of two equal steps CUDA's kernels, simulated or not, may write again what the first one wrote.
+    again = [[0, 300, 3]] + [[0, 60, 3]] * (path == "direct")
+    assert decode.left_alone(np.array([1, 2, -3], np.int32), [52, 64, 5]) in again
     assert decode.left_alone([2, 1, -3], [65, 53, 6], max_new_tokens=1) == [0, 0, 5]
     assert decode.left_alone([2, 1], [66, 54]) == [65, 53]
     assert decode.left_alone([2, 1, -3], [67, 55, 7]) == [66, 54, 0]  # -3 was in no batch

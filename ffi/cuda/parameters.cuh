@@ -14,7 +14,6 @@ namespace jaxnsa {
 constexpr int kThreads = 128;
 
 constexpr int kWarpThreads = 32;
-constexpr uint32_t kWholeWarp = 0xffffffff;
 
 // So many backends or fewer have a kernel of their own.
 constexpr int kFewBackends = 8;
@@ -57,8 +56,8 @@ struct RowContent {
 // lengths in all backends, or for any.
 enum class Refresh { kWhole, kNew, kAny };
 
-// Threads that share the tables' rows of a request: a block, or a warp where few columns are new. A
-// block that is to know its rows adds up those before it.
+// Threads that share the tables' rows of a request: a block, or a warp where few columns are new.
+// Where rows are ragged always a block, which adds up those of earlier requests.
 template <Refresh kRefresh, bool kTablesRagged>
 constexpr int kRequestThreads =
     kRefresh == Refresh::kNew && !kTablesRagged ? kWarpThreads : kThreads;

@@ -9,6 +9,8 @@
 
 namespace jaxnsa {
 
+constexpr uint32_t kWholeWarp = 0xffffffff;
+
 // Writes a top-k plan; `length(row)` is what a row sees, and `store(row, columns)` stores a row of
 // the array.
 template <typename Length, typename Store>

@@ -173,7 +173,8 @@ class BackendBuffers:
         argument_checks.one_of("path", path, ("direct", "dlpack"))
         self._validate = settings().validate
         largest, device = self._registered.spec.rows, self._registered.device
-        steps = 2 if path == "direct" else 1  # the launch's own threads ask and tell
+        # Threads of a launch ask what rows held before it while others take down what they get.
+        steps = 2 if path == "direct" else 1
         self._held_rows = HeldRows(largest.tables.count, steps, device)
         self._path: DirectPath | DlpackPath
         if path == "direct":
@@ -224,7 +225,8 @@ class BackendBuffers:
           request_ids: int32 or int64 [bs], in place of `written_lens`, a number for each request
             that no other has, of those that live and those of the update before. A row that belongs
             to the same request as in the update before keeps what it has, all others are written
-            anew, and so are all after an update without `request_ids`. As with
+            anew, and so are all after an update without `request_ids`. Where neither it nor its
+            length has changed, a GPU may write again what the update before wrote. As with
             `jaxnsa.BatchTracker`, `req_to_token` is the same pool in each update, and `invalidate`
             says where its entries for tokens that are written have changed. A wrong id leaves old
             columns in place and touches nothing else.
