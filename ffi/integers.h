@@ -6,8 +6,10 @@
 
 #ifdef __CUDACC__
 #define JAXNSA_HOST_DEVICE __host__ __device__ __forceinline__
+#define JAXNSA_APART static __host__ __device__ __noinline__
 #else
 #define JAXNSA_HOST_DEVICE inline
+#define JAXNSA_APART inline
 #endif
 
 namespace jaxnsa {
@@ -26,6 +28,9 @@ JAXNSA_HOST_DEVICE int32_t Add(int32_t a, int32_t b) {
 JAXNSA_HOST_DEVICE int32_t SaturatingAdd(int32_t a, int32_t b) {
   return b < 0 ? Max(a, kInt32Min - b) + b : Min(a, kInt32Max - b) + b;
 }
+
+// A quotient that is rarely wanted: for a GPU its code lies apart from that which always runs.
+JAXNSA_APART int32_t RareQuotient(int32_t x, int32_t divisor) { return x / divisor; }
 
 // Rounds towards minus infinity.
 JAXNSA_HOST_DEVICE int32_t FloorDiv(int32_t x, int32_t divisor) {

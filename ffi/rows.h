@@ -85,7 +85,7 @@ struct RowRules {
   bool context_of_request;  // whether paged_mqa_ctx_lens is a row's request's cache_seqlen
 
   JAXNSA_HOST_DEVICE int32_t pooled(int32_t kv_len) const {
-    return index_kpool == 1 ? kv_len : kv_len / index_kpool;
+    return index_kpool == 1 ? kv_len : RareQuotient(kv_len, index_kpool);
   }
 
   JAXNSA_HOST_DEVICE int32_t nsa_cache_seqlen(int32_t kv_len) const {

@@ -598,7 +598,7 @@ MISTAKES = [
     Mistake(
         "cuda: every block of lengths is a backend",
         "ffi/cuda/fused_kernel.cuh",
-        "b = blocks == 1 ? block : static_cast<uint32_t>(block) / blocks;",
+        "b = blocks == 1 ? block : block / blocks;",
         "b = block;",
         operations("ffi", "batch_sizes"),
     ),
@@ -1344,6 +1344,20 @@ MISTAKES = [
         "ffi/cuda/topk_plan.cuh",
         "if (!is_fresh) return;",
         "if (is_fresh || !is_fresh) return;",
+        schedules("ffi"),
+    ),
+    Mistake(
+        "cuda: a plan's rows of one warp begin one place later",
+        "ffi/cuda/topk_plan.cuh",
+        "place = __popc(all & ((1u << lane) - 1));",
+        "place = __popc(all & ((2u << lane) - 1));",
+        schedules("ffi"),
+    ),
+    Mistake(
+        "cuda: a warp finds work behind the last item",
+        "ffi/cuda/warp_sums.cuh",
+        "at = Min(at + below, count_);",
+        "at += below;",
         schedules("ffi"),
     ),
     Mistake(

@@ -88,6 +88,7 @@ def check(lengths, schedules, implementation, *, mode=ForwardMode.DECODE, **opti
             pytest.param(*values, marks=pytest.mark.large)
             for values in (
                 (0, ForwardMode.DECODE, 33, {}),
+                (3, ForwardMode.DECODE, 32, {"num_backends": 2}),
                 (0, ForwardMode.EXTEND, 3, {"index_kpool": 2}),
                 (1, ForwardMode.DECODE, 2, {"index_kpool": 4, "in_place": True, "tail": "zero"}),
                 (2, ForwardMode.TARGET_VERIFY, 33, {"index_kpool": 2, "in_place": True}),

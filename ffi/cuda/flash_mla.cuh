@@ -85,15 +85,14 @@ __device__ void FindPartBegins(const FlashMlaSchedule& schedule, int32_t items, 
 // `length(item)` are the keys of an item, and `store_row(row, columns)` and
 // `store_splits(row, columns)` store a row.
 template <typename Length, typename StoreRow, typename StoreSplits>
-__device__ void WriteFlashMla(SumsMemory& memory, const FlashMlaSchedule& schedule, int32_t items,
-                              Stride stride, Length length, StoreRow store_row,
-                              StoreSplits store_splits) {
+__device__ void WriteFlashMla(const FlashMlaSchedule& schedule, int32_t items, Stride stride,
+                              Length length, StoreRow store_row, StoreSplits store_splits) {
   __shared__ PartBegins begins;
   const int32_t parts = schedule.num_sm_parts;
   const auto cost = [&](int32_t item) -> int64_t {
     return FlashMlaSchedule::blocks(length(item)) + schedule.fixed_overhead_blocks;
   };
-  const SharedSums<decltype(cost)> costs(memory, items, cost);
+  const SharedSums<decltype(cost)> costs(WorkSums(), items, cost);
   FindPartBegins(schedule, items, costs, begins);
 #pragma unroll 1
   for (int64_t k = stride.first; k <= int64_t{parts} + items; k += stride.step) {

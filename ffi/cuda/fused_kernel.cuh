@@ -54,32 +54,36 @@ __global__ void __launch_bounds__(kThreads, (kBlocksPerMultiprocessor<kRefresh, 
   constexpr int kOwnThreads = kRequestThreads<kRefresh, kTablesRagged>;
   const auto row = static_cast<int32_t>(blockIdx.z * kGridRows + blockIdx.y);
   const int32_t table_row = row - args.length_rows;
-  if (__builtin_expect(table_row < 0, 0)) {
-    int32_t block = row * gridDim.x + blockIdx.x;
-    if constexpr (kSchedules) {
-      if (block < args.schedules.blocks) {
-        WriteSchedule<kRagged>(args.schedules, block);
-        return;
-      }
-      block -= args.schedules.blocks;
-    }
+  // The compiler lays out first what is done where a condition is false, and instructions are
+  // fetched in order: tables come before schedules, and these before lengths.
+  if (table_row < 0) {
+    const int32_t block = row * gridDim.x + blockIdx.x;
     // Unsigned, and no remainder is taken: small batches wait for this.
-    const uint32_t groups = args.length_groups, shares = kRagged ? args.length_shares : 1;
-    const uint32_t blocks = groups * shares;
-    const uint32_t b = blocks == 1 ? block : static_cast<uint32_t>(block) / blocks;
-    if (b < static_cast<uint32_t>(args.num_backends)) {
-      const uint32_t rest = block - b * blocks, group = kRagged ? rest / shares : rest;
-      RowRules rules = args.row_rules;
-      if constexpr (!kSchedules) rules.index_kpool = 1;
-      const LengthBlock part{groups, group, shares, rest - group * shares};
-      WriteLengths<kRagged, kRagged && !kTablesRagged, kSchedules>(
-          args.rows, rules, part, kRefresh == Refresh::kAny ? args.backend_offsets[b] : 0,
-          args.lengths[b]);
-      if (block == 0 && args.advances_tracker) {
-        ForgetOtherRows<kTablesRagged>(args.tracker, args.rows);
+    const auto write_lengths = [&](uint32_t block) {
+      const uint32_t groups = args.length_groups, shares = kRagged ? args.length_shares : 1;
+      const uint32_t blocks = groups * shares;
+      const uint32_t b = blocks == 1 ? block : block / blocks;
+      if (b < static_cast<uint32_t>(args.num_backends)) {
+        const uint32_t rest = block - b * blocks, group = kRagged ? rest / shares : rest;
+        RowRules rules = args.row_rules;
+        if constexpr (!kSchedules) rules.index_kpool = 1;
+        const LengthBlock part{groups, group, shares, rest - group * shares};
+        WriteLengths<kRagged, kRagged && !kTablesRagged, kSchedules>(
+            args.rows, rules, part, kRefresh == Refresh::kAny ? args.backend_offsets[b] : 0,
+            args.lengths[b]);
+        if (block == 0 && args.advances_tracker) {
+          ForgetOtherRows<kTablesRagged>(args.tracker, args.rows);
+        }
+      } else if (kRagged && !kTablesRagged) {
+        WriteKeys(args, block - args.num_backends * blocks);
       }
-    } else if (kRagged && !kTablesRagged) {
-      WriteKeys(args, block - args.num_backends * blocks);
+    };
+    if constexpr (!kSchedules) {
+      write_lengths(block);
+    } else if (const int32_t behind = block - args.schedules.blocks; behind >= 0) {
+      write_lengths(behind);
+    } else {
+      WriteSchedule<kRagged, kRefresh == Refresh::kAny>(args.schedules, block);
     }
     return;
   }
@@ -116,27 +120,29 @@ void TakeSchedules(const FusedMetadataArguments& args, ScheduleParameters<kCapac
   parameters->pooled_page_table_stride = args.tables[kPooledPageTable].stride;
   parameters->rows = args.rows;
   parameters->rules = args.row_rules();
-  parameters->num_backends = args.num_backends;
-  int32_t num_kinds = 0;
-  int64_t rows = 1;  // of the longest arrays that blocks share
-  const auto add = [&](ScheduleKind kind, int64_t rows_of_kind) {
-    parameters->kinds[num_kinds++] = kind;
-    rows = std::max(rows, rows_of_kind);
+  parameters->backends_per_block = HasEqualOffsets(args) ? args.num_backends : 1;
+  const int32_t groups = args.num_backends / parameters->backends_per_block;
+  const auto blocks = [&](int64_t rows, Divisor* shares) {
+    const int64_t wanted_shares = std::min(CeilDiv(rows, kThreads), kMostScheduleShares);
+    *shares = Divisor::Of(static_cast<int32_t>(wanted_shares));
+    return groups * shares->value;
   };
   if (wanted.flash_mla.num_sm_parts > 0) {
-    const FlashMlaSchedule& flash_mla = wanted.flash_mla;
-    add(ScheduleKind::kFlashMla, int64_t{flash_mla.num_sm_parts} + flash_mla.items(args.rows) + 1);
+    const int64_t items = wanted.flash_mla.items(args.rows);
+    const int64_t rows = wanted.flash_mla.num_sm_parts + items + 1;
+    parameters->flash_mla_blocks = blocks(rows, &parameters->flash_mla_shares);
   }
-  if (wanted.paged_mqa.num_sms > 0) add(ScheduleKind::kPagedMqa, wanted.paged_mqa.num_sms + 1);
-  if (wanted.topk_plan.num_pairs > 0) add(ScheduleKind::kTopkPlan, 1);
-  const auto shares = static_cast<int32_t>(std::min(CeilDiv(rows, kThreads), kMostScheduleShares));
-  parameters->backends_per_block = HasEqualOffsets(args) ? args.num_backends : 1;
-  parameters->num_kinds = Divisor::Of(Max(num_kinds, 1));
-  parameters->shares = Divisor::Of(shares);
-  parameters->blocks = num_kinds * shares * (args.num_backends / parameters->backends_per_block);
+  if (wanted.paged_mqa.num_sms > 0) {
+    const int64_t rows = wanted.paged_mqa.num_sms + 1;
+    parameters->paged_mqa_blocks = blocks(rows, &parameters->paged_mqa_shares);
+  }
+  parameters->blocks = parameters->flash_mla_blocks + parameters->paged_mqa_blocks +
+                       (wanted.topk_plan.num_pairs > 0 ? groups : 0);
   parameters->is_fresh = args.is_fresh;
-  parameters->flash_mla = args.flash_mla;
-  parameters->schedules = wanted;
+  parameters->constant_flash_mla = args.flash_mla;
+  parameters->paged_mqa = wanted.paged_mqa;
+  parameters->topk_plan = wanted.topk_plan;
+  parameters->flash_mla = wanted.flash_mla;
   for (int b = 0; b < args.num_backends; ++b) {
     parameters->arrays[b] = args.backends[b].schedules;
     parameters->pooled_page_tables[b] = args.backends[b].tables.pooled_page_table;

@@ -18,7 +18,7 @@ class ItemLengths {
 
   // A request is the last of its rows.
   __device__ int32_t operator()(int32_t item) const {
-    const int32_t request = q_ == 1 ? item : item / q_;
+    const int32_t request = q_ == 1 ? item : RareQuotient(item, q_);
     return Rows::kv_len(rows_.cache_seqlen(request, offset_), q_, item - request * q_);
   }
 

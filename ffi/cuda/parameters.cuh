@@ -14,6 +14,7 @@ namespace jaxnsa {
 constexpr int kThreads = 128;
 
 constexpr int kWarpThreads = 32;
+constexpr uint32_t kWholeWarp = 0xffffffff;
 
 // So many backends or fewer have a kernel of their own.
 constexpr int kFewBackends = 8;
@@ -65,27 +66,30 @@ constexpr int kRequestThreads =
 // How a launch knows which columns its rows hold.
 enum class Held : uint8_t { kNothing, kWrittenLens, kTracked };
 
-enum class ScheduleKind : int32_t { kFlashMla, kPagedMqa, kTopkPlan };
-constexpr int kScheduleKinds = 3;
-
-// What only launches have that write schedules or pooled arrays.
+// What only launches have that write schedules or pooled arrays, in the order in which the blocks
+// of DeepGEMM's schedule need it. Blocks of FlashMLA's come first, those of top-k plans last.
 template <int kCapacity>
 struct alignas(16) ScheduleParameters {
+  int32_t blocks;
+  int32_t flash_mla_blocks;
+  int32_t paged_mqa_blocks;
+  PagedMqaSchedule paged_mqa;
+  Rows rows;  // extend_seq_lens in the next 64 bytes
+
+  RowRules rules;
+  Divisor paged_mqa_shares;    // blocks that share the rows of an array
+  int32_t backends_per_block;  // that the blocks of a schedule write: all equal ones
+  bool is_fresh;
+
+  ScheduleArrays arrays[kCapacity];
+  int32_t offsets[kCapacity];
+  TopkPlan topk_plan;
+  FlashMlaSchedule flash_mla;
+  Divisor flash_mla_shares;
+  const int32_t* constant_flash_mla;  // both arrays where they are constant, one behind the other
+
   Divisor pages_per_pooled_page;
   int64_t pooled_page_table_stride;
-  Divisor num_kinds;
-  ScheduleKind kinds[kScheduleKinds];  // that are wanted
-  int32_t backends_per_block;          // that the blocks of a schedule write: all equal ones
-  Divisor shares;                      // blocks that share the rows of a schedule's arrays
-  int32_t blocks;
-  bool is_fresh;
-  int32_t num_backends;
-  Rows rows;
-  RowRules rules;
-  const int32_t* flash_mla;
-  Schedules schedules;
-  int32_t offsets[kCapacity];
-  ScheduleArrays arrays[kCapacity];
   int32_t* pooled_page_tables[kCapacity];
 };
 
@@ -144,6 +148,8 @@ using FewParameters = Parameters<kFewBackends, false>;
 static_assert(offsetof(FewParameters, pool.stride) == 64 - 16);
 static_assert(offsetof(FewParameters, real_page_table_stride) == 128 - 16);
 static_assert(offsetof(FewParameters, rows) == 320 - 16);
+static_assert(offsetof(ScheduleParameters<kFewBackends>, rows.extend_seq_lens) == 64);
+static_assert(offsetof(ScheduleParameters<kFewBackends>, arrays) == 128 - sizeof(void*) * 2);
 
 // Calls `body` with every backend's part and its index. A few are taken one by one rather than in a
 // loop: then their pointers are operands of the instructions, and no indexed load comes first.

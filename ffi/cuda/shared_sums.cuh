@@ -10,14 +10,23 @@
 namespace jaxnsa {
 
 // The last index whose sum is at most a number, and that sum.
-struct Found {
+template <typename Sum>
+struct FoundSum {
   int32_t index;
-  int64_t sum;
+  Sum sum;
 };
+
+using Found = FoundSum<int64_t>;
 
 constexpr int kLogMostSums = 10, kMostSums = 1 << kLogMostSums;
 
 using SumsMemory = int64_t[kMostSums + 1];
+
+// A block's memory for the sums of the schedule that it writes.
+__device__ inline SumsMemory& WorkSums() {
+  __shared__ SumsMemory memory;
+  return memory;
+}
 
 // 0 and the inclusive prefix sums of `count` values `value(index)`, none of them negative. Where
 // there are more than fit, those of groups of neighbours; a lookup then adds up values by itself.

@@ -9,15 +9,15 @@
 
 namespace jaxnsa {
 
-constexpr uint32_t kWholeWarp = 0xffffffff;
-
 // Writes a top-k plan; `length(row)` is what a row sees, and `store(row, columns)` stores a row of
-// the array.
+// the array. Few rows are the first warp's, which waits for no other.
 template <typename Length, typename Store>
 __device__ void WriteTopkPlan(const TopkPlan& plan, int32_t rows, bool is_fresh, Length length,
                               Store store) {
   constexpr int kWarps = kThreads / kWarpThreads;
   __shared__ int32_t counts[kWarps][kWarpThreads];
+  const bool is_one_warp = rows <= kWarpThreads;
+  if (is_one_warp && threadIdx.x >= kWarpThreads) return;
   const auto lane = static_cast<int32_t>(threadIdx.x % kWarpThreads);
   const ThreadItems mine(rows);
   int32_t count = 0;  // of the rows that this warp sees, those longer than this lane's threshold
@@ -31,11 +31,13 @@ __device__ void WriteTopkPlan(const TopkPlan& plan, int32_t rows, bool is_fresh,
       if (lane == pair) count += longer;
     }
   }
-  counts[threadIdx.x / kWarpThreads][lane] = count;
-  __syncthreads();
-  count = 0;
+  if (!is_one_warp) {
+    counts[threadIdx.x / kWarpThreads][lane] = count;
+    __syncthreads();
+    count = 0;
 #pragma unroll
-  for (int w = 0; w < kWarps; ++w) count += counts[w][lane];
+    for (int w = 0; w < kWarps; ++w) count += counts[w][lane];
+  }
   const bool is_full = lane < plan.num_pairs && count > plan.capacities[lane];
   const uint32_t full = __ballot_sync(kWholeWarp, is_full);
   const int pair = full == 0 ? 0 : Min(32 - __clz(full), plan.num_pairs - 1);
@@ -46,10 +48,16 @@ __device__ void WriteTopkPlan(const TopkPlan& plan, int32_t rows, bool is_fresh,
     int32_t longer = 0;
 #pragma unroll 1
     for (int32_t row = mine.first; row < mine.end; ++row) longer += length(row) > threshold;
-    using Scan = cub::BlockScan<int32_t, kThreads, cub::BLOCK_SCAN_WARP_SCANS>;
-    __shared__ typename Scan::TempStorage temp;
     int32_t place;
-    Scan(temp).ExclusiveSum(longer, place, planned);
+    if (is_one_warp) {
+      const uint32_t all = __ballot_sync(kWholeWarp, longer != 0);
+      place = __popc(all & ((1u << lane) - 1));
+      planned = __popc(all);
+    } else {
+      using Scan = cub::BlockScan<int32_t, kThreads, cub::BLOCK_SCAN_WARP_SCANS>;
+      __shared__ typename Scan::TempStorage temp;
+      Scan(temp).ExclusiveSum(longer, place, planned);
+    }
 #pragma unroll 1
     for (int32_t row = mine.first; longer > 0; ++row) {
       const int32_t columns[] = {row, length(row)};

@@ -78,6 +78,11 @@ inline uint32_t __ballot_sync(uint32_t, bool condition) {
 inline int32_t __shfl_sync(uint32_t, int32_t value, int lane) {
   return static_cast<int32_t>(cuda_simulator::Exchange(static_cast<uint32_t>(value))[lane]);
 }
+inline uint32_t __reduce_add_sync(uint32_t, uint32_t value) {
+  uint32_t sum = 0;
+  for (const uint32_t given : cuda_simulator::Exchange(value)) sum += given;
+  return sum;
+}
 
 inline int __clz(int32_t x) { return x == 0 ? 32 : __builtin_clz(x); }
 inline int __ffs(int32_t x) { return __builtin_ffs(x); }
