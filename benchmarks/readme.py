@@ -177,11 +177,8 @@ def headlines(reports: Reports) -> list[str]:
     lines = [*table(["microseconds", "machine", "jaxnsa", "beside it"], cells), ""]
     decode = reports.get(("nvidia-h200", "sparse-attention"))
     if decode is not None:
-        link = f"[A whole decode](benchmarks/results/nvidia-h200/{decode.suite}.md)"
-        lines += [
-            f"{link} on an {decode.device} keeps {_decode_costs(decode)}",
-            "",
-        ]
+        link = f"[a whole decode](benchmarks/results/nvidia-h200/{decode.suite}.md)"
+        lines += [*_decode(decode, link), ""]
     return lines
 
 
@@ -376,6 +373,16 @@ def _prefill(report: Report) -> list[str]:
     return lines + table(*report.pivot("hot_device_us" if hot else report.metric))
 
 
+def _scale(report: Report) -> list[str]:
+    hot = _has_device(report)
+    lines = [
+        "Requests shared between devices by `shard_map`, N = 3, fresh results, in microseconds "
+        + ("of device time on each:" if hot else "end to end:"),
+        "",
+    ]
+    return lines + table(*report.pivot("hot_device_us" if hot else report.metric))
+
+
 def _schedules(report: Report) -> list[str]:
     hot = _has_device(report)
     metric = "hot_device_us" if hot else report.metric
@@ -450,27 +457,28 @@ def _incremental(report: Report) -> list[str]:
     return lines + table(header, cells)
 
 
-def _decode_costs(report: Report) -> str:
-    """What a step of the worked decode accepts and takes."""
+def _decode(report: Report, title: str) -> list[str]:
+    """What the steps of the worked decode accept and take."""
     case, metrics = report.records[0].case, report.records[0].metrics
-    kept = (
-        f"{metrics['tokens']:.2f} of {case['drafts'] + 1} verified tokens of each of "
-        f"{case['requests']} requests"
-    )
-    if "metadata_us" not in metrics:
-        return f"{kept}. A step takes {metrics['step_us']:,.0f} microseconds end to end."
-    return (
-        f"{kept}. Of a step's {metrics['step_us']:,.0f} microseconds metadata takes "
-        f"{metrics['metadata_us']:.1f}, {metrics['metadata_us'] / metrics['step_us']:.1%}."
-    )
+    verified, step, metadata = case["drafts"] + 1, metrics["step_us"], metrics.get("metadata_us")
+    columns = {
+        title: f"{case['requests']} requests, {case['drafts']} drafts",
+        "machine": report.device,
+        "steps": str(case["steps"]),
+        "tokens that a request accepts of a step": f"{metrics['tokens']:.2f} of {verified}",
+        "microseconds of a step": f"{step:,.0f}",
+        "of these metadata": f"{metadata:.1f}, {metadata / step:.1%}" if metadata else "-",
+    }
+    return table([*columns], [[*columns.values()]])
 
 
 def _sparse_attention(report: Report) -> list[str]:
     return [
         "A whole sparse-attention decode, [in one file](../sparse_attention.py) from prefill to a "
         "speculative loop in `lax.scan`, whose tokens equal those of an oracle without pages and "
-        "those of the same loop [in PyTorch](../sparse_attention_torch.py), "
-        f"keeps {_decode_costs(report)}",
+        "those of the same loop [in PyTorch](../sparse_attention_torch.py):",
+        "",
+        *_decode(report, "batch"),
     ]
 
 
@@ -486,4 +494,5 @@ SECTIONS = {
     "prefix-sum": _prefix_sum,
     "torch": _torch,
     "dispatch": _dispatch,
+    "scale": _scale,
 }

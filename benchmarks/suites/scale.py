@@ -11,7 +11,7 @@ from jax.sharding import PartitionSpec as P
 import jaxnsa
 from benchmarks.measure import on_gpu, timing
 from benchmarks.problem import PAGE_SIZE, TOPK, Problem
-from benchmarks.suite import Job, Plot, Suite, runnable
+from benchmarks.suite import Job, Suite, runnable
 from jaxnsa import ForwardMode
 
 
@@ -73,5 +73,4 @@ SUITE = Suite(
     note="Fresh results, N = 3, the same inputs in each call. Each device has its own requests and "
     "pool; device times are per device. Devices of one CPU share its cores.",
     jobs=jobs,
-    plots=(Plot("scale", "Data-parallel by shard_map", "devices", "devices", lambda case: True),),
 )
