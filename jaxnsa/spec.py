@@ -17,8 +17,9 @@ Tail = Literal["copy", "zero", "keep"]
 
 MAX_LEN = 2**30
 """The widest page table, and the longest flat one, in tokens: kernels count columns in 32 bits."""
-MAX_ROWS = 2**30
-"""The most requests and the most rows, and the longest prefix sum: kernels count them likewise."""
+MAX_ROWS = 2**30 - 1
+"""The most requests and the most rows, and the longest prefix sum: kernels count them likewise, and
+both numbers of each line of a top-k plan, which has one more than there are rows."""
 MAX_BACKENDS = 1024
 """The most backends: compiling a function takes some milliseconds for each of its results."""
 

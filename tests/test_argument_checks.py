@@ -64,7 +64,7 @@ def out(**changes):
         (
             {"forward_mode": ForwardMode.TARGET_VERIFY, "num_draft_tokens": 2**30},
             ValueError,
-            "seq_lens: got 4 requests of 1073741824 rows each, expected at most 1073741824 rows",
+            "seq_lens: got 4 requests of 1073741824 rows each, expected at most 1073741823 rows",
         ),
         (
             {
@@ -339,14 +339,27 @@ def test_prefix_sum_refuses():
         jaxnsa.prefix_sum(jnp.ones(3))
     with pytest.raises(ValueError, match=r"x: got shape \(2, 2\), expected 1 dim"):
         jaxnsa.prefix_sum(jnp.ones((2, 2), jnp.int32))
-    with pytest.raises(ValueError, match="x: got 1073741825 elements, expected at most 1073741824"):
-        jax.eval_shape(jaxnsa.prefix_sum, jax.ShapeDtypeStruct((2**30 + 1,), jnp.int8))
+    with pytest.raises(ValueError, match="x: got 1073741824 elements, expected at most 1073741823"):
+        jax.eval_shape(jaxnsa.prefix_sum, jax.ShapeDtypeStruct((2**30,), jnp.int8))
 
 
 def test_lengths_are_counted_in_32_bits():
-    lengths = jax.ShapeDtypeStruct((2**30 + 1,), jnp.int32)
-    with pytest.raises(ValueError, match="seq_lens: got 1073741825 elements, expected at most"):
+    lengths = jax.ShapeDtypeStruct((2**30,), jnp.int32)
+    with pytest.raises(ValueError, match="seq_lens: got 1073741824 elements, expected at most"):
         jax.eval_shape(lambda s: jaxnsa.precompute_decode_metadata(s, s, POOL), lengths)
+
+
+def test_numbers_of_a_top_k_plan_are_counted_in_32_bits():
+    def plan(lengths):
+        schedules = jaxnsa.Schedules(topk_plan=jaxnsa.TopkPlan(((1, 1),)))
+        return jaxnsa.precompute_decode_metadata(
+            lengths, lengths, POOL, wide_table=False, schedules=schedules, implementation="xla"
+        ).topk_plan
+
+    most = jax.eval_shape(plan, jax.ShapeDtypeStruct((2**30 - 1,), jnp.int32))
+    assert most.size - 1 == 2**31 - 1
+    with pytest.raises(ValueError, match="seq_lens: got 1073741824 elements, expected at most"):
+        jax.eval_shape(plan, jax.ShapeDtypeStruct((2**30,), jnp.int32))
 
 
 def test_metadata_is_frozen():

@@ -139,7 +139,12 @@ def test_launches_of_strategies(name, strategy, launches):
 
 
 def test_more_blocks_than_a_grid_has_are_refused(name):
-    vector = jax.ShapeDtypeStruct((2**30,), jnp.int32)
-    compute = functools.partial(jaxnsa.precompute_decode_metadata, implementation=name)
+    vector = jax.ShapeDtypeStruct((2**30 - 1,), jnp.int32)
+    compute = functools.partial(
+        jaxnsa.fused_metadata_precompute_and_broadcast,
+        num_backends=2,
+        backend_offsets=(0, 1),
+        implementation=name,
+    )
     with pytest.raises(NotImplementedError, match="too large: got .*, expected at most 2147483647"):
         jax.eval_shape(compute, vector, vector, jax.ShapeDtypeStruct((1, 1), jnp.int32))
