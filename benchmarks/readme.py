@@ -228,13 +228,17 @@ def _roofline(report: Report) -> list[str]:
 
 
 def _pages(report: Report) -> list[str]:
-    device = _has_device(report)
-    metric = "hot_device_us" if device else "latency_us"
-    lines = [
-        f"Tables of pages alone, in microseconds {'of device time' if device else 'end to end'}:",
+    return _times("Tables of pages alone", report)
+
+
+def _times(what: str, report: Report) -> list[str]:
+    """A table of times, of the device's where there is one."""
+    hot = _has_device(report)
+    return [
+        f"{what}, in microseconds {'of device time' if hot else 'end to end'}:",
         "",
+        *table(*report.pivot("hot_device_us" if hot else report.metric)),
     ]
-    return lines + table(*report.pivot(metric))
 
 
 def _with_targets(report: Report) -> Report:
@@ -364,23 +368,14 @@ def _prefix_sum(report: Report) -> list[str]:
 
 
 def _prefill(report: Report) -> list[str]:
-    hot = _has_device(report)
-    lines = [
-        "All arrays of a prefill in place, N = 1, in microseconds"
-        + (" of device time:" if hot else " end to end:"),
-        "",
-    ]
-    return lines + table(*report.pivot("hot_device_us" if hot else report.metric))
+    return _times("All arrays of a prefill in place, N = 1", report)
 
 
 def _scale(report: Report) -> list[str]:
-    hot = _has_device(report)
-    lines = [
-        "Requests shared between devices by `shard_map`, N = 3, fresh results, in microseconds "
-        + ("of device time on each:" if hot else "end to end:"),
-        "",
-    ]
-    return lines + table(*report.pivot("hot_device_us" if hot else report.metric))
+    return _times(
+        "Requests shared between devices by `shard_map`, N = 3, fresh results, for each device",
+        report,
+    )
 
 
 def _schedules(report: Report) -> list[str]:

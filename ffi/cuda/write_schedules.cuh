@@ -92,7 +92,7 @@ __device__ __forceinline__ void WriteSchedule(const ScheduleParameters<kCapacity
   WritePagedMqaSchedule(
       args.paged_mqa, args.paged_mqa.items(rows), next_n, args.paged_mqa_shares, block,
       [&](int32_t item) { return PagedMqaSchedule::length(kv_len(item), args.rules); },
-      [&](int32_t group) { return StoreTo(args, group, &ScheduleArrays::paged_mqa_schedule); });
+      [&](int32_t g) { return StoreTo(args, g, &ScheduleArrays::paged_mqa_schedule); });
 }
 
 }  // namespace jaxnsa
