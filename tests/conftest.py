@@ -1,5 +1,6 @@
 """The machine that the tests run on, and `implementation`: everything that computes there."""
 
+import gc
 import itertools
 import os
 import shutil
@@ -17,6 +18,9 @@ if not ON_A_GPU_MACHINE:
 os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), *_FLAGS])
 # Several processes, and PyTorch, share a GPU.
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+
+# What JAX keeps of all that was traced is looked through less often: a tenth of the time.
+gc.set_threshold(200_000, 50, 1000)
 
 import interpreted
 import jax
