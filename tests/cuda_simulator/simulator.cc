@@ -15,17 +15,20 @@ constexpr unsigned kMaxThreads = 1024, kWarpThreads = 32;
 
 enum class State { kReady, kAtBlockBarrier, kAtWarpBarrier, kReturned };
 
-// A thread of the GPU: a stack, and where it goes on.
+// Where a stack goes on, for __builtin_setjmp: swapcontext takes a system call each time.
+using Place = void*[5];
+
+// A thread of the GPU: a stack, null before there was one, and where it goes on.
 struct Fiber {
-  ucontext_t context;
-  std::unique_ptr<char[]> stack{new char[kStackBytes]};
+  std::unique_ptr<char[]> stack;
+  Place place;
   State state = State::kReturned;
   uint32_t given = 0;  // to its warp
 };
 
 struct Multiprocessor {
   std::vector<Fiber> fibers = std::vector<Fiber>(kMaxThreads);
-  ucontext_t scheduler;
+  Place scheduler;
   Fiber* current = nullptr;
   const std::function<void()>* kernel = nullptr;
 };
@@ -35,19 +38,41 @@ Multiprocessor& Here() {
   return here;
 }
 
-void Start() {
-  Multiprocessor& here = Here();
-  (*here.kernel)();
-  here.current->state = State::kReturned;
-  swapcontext(&here.current->context, &here.scheduler);
+// A sanitizer would take a jump for the end of the stack that it leaves.
+[[gnu::noinline, gnu::no_sanitize_address]] void Jump(Place to) { __builtin_longjmp(to, 1); }
+
+[[gnu::noinline, gnu::no_sanitize_address]] void Switch(Place from, Place to) {
+  if (__builtin_setjmp(from) == 0) Jump(to);
 }
 
-void Prepare(Fiber& fiber) {
-  getcontext(&fiber.context);
-  fiber.context.uc_stack.ss_sp = fiber.stack.get();
-  fiber.context.uc_stack.ss_size = kStackBytes;
-  fiber.state = State::kReady;
-  makecontext(&fiber.context, Start, 0);
+// A thread's life: it runs the kernel for one block after the other.
+void RunThread() {
+  Multiprocessor& here = Here();
+  for (;;) {
+    (*here.kernel)();
+    here.current->state = State::kReturned;
+    Switch(here.current->place, here.scheduler);
+  }
+}
+
+[[gnu::noinline, gnu::no_sanitize_address]] void Begin(Place from, const ucontext_t& thread) {
+  if (__builtin_setjmp(from) == 0) setcontext(&thread);
+}
+
+// Lets the current thread go on until it waits or returns.
+void Resume(Multiprocessor& here) {
+  Fiber& fiber = *here.current;
+  if (fiber.stack != nullptr) {
+    Switch(here.scheduler, fiber.place);
+    return;
+  }
+  fiber.stack.reset(new char[kStackBytes]);
+  ucontext_t thread;
+  getcontext(&thread);
+  thread.uc_stack.ss_sp = fiber.stack.get();
+  thread.uc_stack.ss_size = kStackBytes;
+  makecontext(&thread, RunThread, 0);
+  Begin(here.scheduler, thread);
 }
 
 // Lets threads go on that all wait at the same barrier; false where they wait at another, or none
@@ -67,13 +92,13 @@ bool Release(Multiprocessor& here, unsigned begin, unsigned end, State barrier) 
 
 void RunBlock(Multiprocessor& here) {
   const unsigned threads = blockDim.x;
-  for (unsigned k = 0; k < threads; ++k) Prepare(here.fibers[k]);
+  for (unsigned k = 0; k < threads; ++k) here.fibers[k].state = State::kReady;
   for (bool forwards = true, runs = true; runs; forwards = !forwards) {
     for (unsigned k = 0; k < threads; ++k) {
       threadIdx.x = forwards ? k : threads - 1 - k;
       here.current = &here.fibers[threadIdx.x];
       if (here.current->state != State::kReady) continue;
-      swapcontext(&here.scheduler, &here.current->context);
+      Resume(here);
     }
     runs = Release(here, 0, threads, State::kAtBlockBarrier);
     for (unsigned k = 0; k < threads; k += kWarpThreads) {
@@ -91,7 +116,7 @@ void RunBlock(Multiprocessor& here) {
 void Wait(State barrier) {
   Multiprocessor& here = Here();
   here.current->state = barrier;
-  swapcontext(&here.current->context, &here.scheduler);
+  Switch(here.current->place, here.scheduler);
 }
 
 }  // namespace
