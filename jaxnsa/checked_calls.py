@@ -1,106 +1,131 @@
 """Eager calls like one that was checked before, which are not checked again.
 
-Alike are calls with the same settings, platform and options and arrays of the same shapes and
-dtypes. That is what checks look at, and what an implementation is chosen by, but for two things
-that differ from call to call: an array may be deleted, and it may be given twice. The runtime
-refuses these, and checks then find out which it was. A call with anything but arrays of JAX,
-tracers among them, is like no other.
+Alike are calls of a function with the same settings, platform and options and arrays of the same
+shapes and dtypes. That is what checks look at, and what an implementation is chosen by, but for two
+things that differ from call to call: an array may be deleted, and it may be given twice. The
+runtime refuses these, and checks then find out which it was. A call with anything but arrays of
+JAX, tracers among them, is like no other.
 """
 
-import functools
-from collections.abc import Callable, Sequence
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from operator import attrgetter, itemgetter
 from types import NoneType
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 
+from jaxnsa.computation import Computation, UnlikeError
 from jaxnsa.config import sources
-from jaxnsa.metadata import NSAMetadata
 from jaxnsa.spec import Inputs
 
-Computation = Callable[[Inputs, list[list[Any]]], tuple[NSAMetadata, ...]]
-"""Of the arrays that it reads and those of the destinations that it writes, None in place of those
-that are not wanted. For others than those that were checked, it raises UnlikeError."""
+_INPUTS = frozenset(Inputs._fields)
+_MOST = 1024
+"""Kinds of calls of a function that are remembered."""
 
 
-class UnlikeError(Exception):
-    """A call is unlike the one that was checked."""
-
-
-class _Alike:
-    """Calls that are alike but for their destinations' arrays.
+class _Known(NamedTuple):
+    """What calls alike run.
 
     Attributes:
-      computation: what one that was checked ran; None before there was one.
+      computation: that of one that was checked.
+      inputs: of a call's arrays, those that it reads in its own order.
+      kind: the type of them all.
+      several: whether the caller gets, and gives as `out`, a tuple.
     """
 
-    def __init__(self) -> None:
-        self.computation: Computation | None = None
+    computation: Computation
+    inputs: Callable[[Sequence[Any]], tuple[Any, ...]]
+    kind: frozenset[type]
+    several: bool
 
 
-# typed: True is 1, and yet another option; so it is in a tuple, whose types `_find` gives as well.
-@functools.lru_cache(maxsize=1024, typed=True)
-def _alike(*facts: Any) -> _Alike:
-    return _Alike()
+class CheckedCalls:
+    """The calls of a public function that were checked."""
 
+    def __init__(self, function: Callable):
+        self._parameters = tuple(inspect.signature(function).parameters)
+        self._known: dict[tuple[Any, ...], _Known] = {}
 
-def compute_as_before(
-    inputs: Inputs, destinations: Sequence[Any], options: Sequence[Any]
-) -> tuple[NSAMetadata, ...] | None:
-    """The result of a call that is like one before; None where it has to be checked.
+    def compute_as_before(self, arrays: Sequence[Any], options: Mapping[str, Any]) -> Any:
+        """The result of a call that is like one before; None where it has to be checked.
 
-    Args:
-      inputs: the arrays that it reads.
-      destinations: the NSAMetadata that it writes.
-      options: everything else.
-    """
-    first: Any = inputs.seq_lens
-    if isinstance(first, jax.core.Tracer) or not isinstance(destinations, (tuple, list)):
-        return None
-    try:
-        if first.is_deleted():  # JAX ends the process where it is asked for the platform of such
+        Args:
+          arrays: its positional arguments.
+          options: its keyword arguments.
+        """
+        try:
+            facts, read, out, _ = _facts(arrays, options)
+            computation, inputs, kind, several = self._known[facts]
+            if out is not None and not several:
+                out = (out,)
+            elif not isinstance(out, (tuple, list, NoneType)):
+                return None
+            written = computation.arrays(out)
+            if not kind.issuperset(map(type, (*read, *written))):
+                return None
+            backends = computation(inputs(read), written)
+        # Unknown or not hashable; no array, deleted, or given twice; of another shape.
+        except (LookupError, AttributeError, TypeError, UnlikeError, RuntimeError, ValueError):
             return None
-        computation = _find(inputs, destinations, options).computation
-    except (AttributeError, TypeError):
-        return None
-    if computation is None:
-        return None
-    types = {*map(type, inputs)}
-    written = []
-    for destination in destinations:
-        if type(destination) is not NSAMetadata:
-            return None
-        arrays = [*vars(destination).values()]
-        types.update(map(type, arrays))
-        written.append(arrays)
-    if types - {type(first), NoneType}:
-        return None
-    try:
-        return computation(inputs, written)
-    except (UnlikeError, RuntimeError, ValueError):
-        return None
+        return backends if several else backends[0]
 
-
-def remember(
-    computation: Computation, inputs: Inputs, destinations: Sequence[Any], options: Sequence[Any]
-) -> None:
-    """Keeps the computation of a call that was checked; the arguments of `compute_as_before`."""
-    for array in inputs:
-        if isinstance(array, jax.core.Tracer) or not isinstance(array, jax.Array | None):
+    def remember(
+        self,
+        arrays: Sequence[Any],
+        options: Mapping[str, Any],
+        computation: Computation,
+        several: bool,
+    ) -> None:
+        """Keeps the computation of a call that was checked."""
+        if len(self._known) >= _MOST:
+            self._known.clear()
+        try:
+            facts, read, _, named = _facts(arrays, options)
+            names = [*self._parameters[: len(arrays)], *named]
+            inputs = itemgetter(*(names.index(name) for name in Inputs._fields if name in names))
+            if all(isinstance(array, jax.Array) for array in read):
+                kind = frozenset(map(type, read))
+                self._known[facts] = _Known(computation, inputs, kind, several)
+        except (LookupError, AttributeError, TypeError, UnlikeError):
             return
-    try:
-        _find(inputs, destinations, options).computation = computation
-    except TypeError:  # an option that is not hashable
-        return
 
 
-def _find(inputs: Sequence[Any], destinations: Sequence[Any], options: Sequence[Any]) -> _Alike:
-    facts = [sources(), inputs[0].platform(), len(destinations), *options]
-    for array in inputs:
-        # `array.shape` and `array.dtype` would each ask for `array.aval`.
-        abstract = None if array is None else array.aval
-        facts += (None,) if abstract is None else (abstract.shape, abstract.dtype)
-    for option in options:
-        if type(option) is tuple:
-            facts += map(type, option)
-    return _alike(*facts)
+def _facts(
+    arrays: Sequence[Any], options: Mapping[str, Any]
+) -> tuple[tuple[Any, ...], Sequence[Any], Any, list[str]]:
+    """What calls alike have in common.
+
+    Returns:
+      It; the arrays that a call reads, which begin with the positional ones; its `out`; and the
+      names of those that it reads by name.
+    """
+    static = dict(options)
+    out = static.pop("out", None)
+    named = []
+    if not _INPUTS.isdisjoint(static):
+        named = [name for name in static if name in _INPUTS]
+        named_arrays = {name: static.pop(name) for name in named}
+        named = [name for name in named if named_arrays[name] is not None]
+        arrays = (*arrays, *map(named_arrays.get, named))
+    first = arrays[0]
+    if isinstance(first, jax.core.Tracer) or first.is_deleted():
+        # JAX ends the process where it is asked for the platform of a deleted array.
+        raise UnlikeError
+    values = static.values()
+    facts = (
+        sources(),
+        first.platform(),
+        out is None,
+        *named,
+        *static,
+        *values,
+        *map(type, values),  # True is 1, and yet another option
+        *map(_abstract, arrays),
+    )
+    if "backend_offsets" in static and static["backend_offsets"] is not None:
+        facts += tuple(map(type, static["backend_offsets"]))
+    return facts, arrays, out, named
+
+
+_abstract = attrgetter("aval")

@@ -1,19 +1,20 @@
 """The public operations: check the arguments, choose an implementation, call it."""
 
 import functools
+import inspect
 import logging
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, Generic, NamedTuple, ParamSpec, TypeVar, get_args
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from jaxnsa import argument_checks as checks
-from jaxnsa import strategies
 from jaxnsa.argument_checks import StaticArguments
-from jaxnsa.checked_calls import Computation, UnlikeError, compute_as_before, remember
+from jaxnsa.checked_calls import CheckedCalls
 from jaxnsa.compilation import compiled
+from jaxnsa.computation import Computation
 from jaxnsa.config import Settings, Strategy, settings
 from jaxnsa.implementations import FUSED, PORTABLE, computations
 from jaxnsa.implementations.choice import choose, is_named
@@ -26,7 +27,6 @@ from jaxnsa.spec import (
     MAX_ROWS,
     Inputs,
     Rows,
-    Spec,
     Tail,
     saturated,
 )
@@ -34,7 +34,51 @@ from jaxnsa.value_checks import check_inputs, check_values
 
 _logger = logging.getLogger("jaxnsa")
 
+Parameters = ParamSpec("Parameters")
+Results = TypeVar("Results")
 
+
+class Request(NamedTuple, Generic[Results]):
+    """The arguments of a call that is to give `Results`: one NSAMetadata or a tuple of several.
+
+    Attributes:
+      read, static: what the caller gave.
+      out, implementation, strategy: as the public functions document them.
+      several: whether the results, and `out`, are a tuple.
+    """
+
+    read: Inputs
+    static: StaticArguments
+    out: Any
+    implementation: str | Sequence[str] | None
+    strategy: Strategy | None = "ultra_fast"
+    several: bool = False
+
+
+def _computes(
+    request: Callable[Parameters, Request[Results]],
+) -> Callable[Parameters, Results]:
+    """The public function whose arguments `request` collects."""
+    calls = CheckedCalls(request)
+
+    @functools.wraps(request)
+    def compute(*arrays: Parameters.args, **options: Parameters.kwargs) -> Results:
+        results = calls.compute_as_before(arrays, options)
+        if results is None:
+            asked = request(*arrays, **options)
+            backends, computation = _fused_metadata(asked)
+            if computation is not None:
+                calls.remember(arrays, options, computation, asked.several)
+            results = backends if asked.several else backends[0]
+        return results
+
+    signature = inspect.signature(request)
+    (given,) = get_args(signature.return_annotation)
+    compute.__signature__ = signature.replace(return_annotation=given)  # type: ignore[attr-defined]
+    return compute
+
+
+@_computes
 def precompute_decode_metadata(
     seq_lens: Array,
     req_pool_indices: Array,
@@ -51,7 +95,7 @@ def precompute_decode_metadata(
     written_lens: Array | None = None,
     max_new_tokens: int | None = None,
     implementation: str | Sequence[str] | None = None,
-) -> NSAMetadata:
+) -> Request[NSAMetadata]:
     """The metadata of a decode step: one row per request.
 
     Args:
@@ -101,9 +145,10 @@ def precompute_decode_metadata(
         tail=tail,
         max_new_tokens=max_new_tokens,
     )
-    return _fused_metadata(read, static, out, implementation)[0]
+    return Request(read, static, out, implementation)
 
 
+@_computes
 def precompute_target_verify_metadata(
     seq_lens: Array,
     req_pool_indices: Array,
@@ -121,7 +166,7 @@ def precompute_target_verify_metadata(
     written_lens: Array | None = None,
     max_new_tokens: int | None = None,
     implementation: str | Sequence[str] | None = None,
-) -> NSAMetadata:
+) -> Request[NSAMetadata]:
     """The metadata of a target-verify step: num_draft_tokens rows per request.
 
     The step appends the draft tokens, so `cache_seqlens` is `seq_lens + num_draft_tokens` and row
@@ -155,9 +200,10 @@ def precompute_target_verify_metadata(
         tail=tail,
         max_new_tokens=max_new_tokens,
     )
-    return _fused_metadata(read, static, out, implementation)[0]
+    return Request(read, static, out, implementation)
 
 
+@_computes
 def precompute_draft_extend_metadata(
     seq_lens: Array,
     extend_seq_lens: Array,
@@ -176,7 +222,7 @@ def precompute_draft_extend_metadata(
     written_lens: Array | None = None,
     max_new_tokens: int | None = None,
     implementation: str | Sequence[str] | None = None,
-) -> NSAMetadata:
+) -> Request[NSAMetadata]:
     """The metadata of a draft-extend step: extend_seq_lens[i] rows for request i.
 
     Rows past the total hold lengths of 0, the last prefix sum and, unless tail is "keep", tables
@@ -211,9 +257,10 @@ def precompute_draft_extend_metadata(
         tail=tail,
         max_new_tokens=max_new_tokens,
     )
-    return _fused_metadata(read, static, out, implementation)[0]
+    return Request(read, static, out, implementation)
 
 
+@_computes
 def precompute_extend_metadata(
     seq_lens: Array,
     extend_seq_lens: Array,
@@ -231,7 +278,7 @@ def precompute_extend_metadata(
     written_lens: Array | None = None,
     max_new_tokens: int | None = None,
     implementation: str | Sequence[str] | None = None,
-) -> NSAMetadata:
+) -> Request[NSAMetadata]:
     """The metadata of a prefill step: a row for each new token, a table row for each request.
 
     A prompt may come in chunks, and requests that decode, with one new token, among others. Rows
@@ -270,9 +317,10 @@ def precompute_extend_metadata(
         tail=tail,
         max_new_tokens=max_new_tokens,
     )
-    return _fused_metadata(read, static, out, implementation)[0]
+    return Request(read, static, out, implementation)
 
 
+@_computes
 def fused_metadata_precompute_and_broadcast(
     seq_lens: Array,
     req_pool_indices: Array,
@@ -298,7 +346,7 @@ def fused_metadata_precompute_and_broadcast(
     backend_offsets: Sequence[int] | None = None,
     strategy: Strategy | None = None,
     implementation: str | Sequence[str] | None = None,
-) -> tuple[NSAMetadata, ...] | NSAMetadata:
+) -> Request[tuple[NSAMetadata, ...] | NSAMetadata]:
     """The metadata of a step for N backends, each in its own arrays, in one launch.
 
     For consumers that own N mutable buffers. Where arrays are immutable, as in JAX, N steps can
@@ -351,9 +399,7 @@ def fused_metadata_precompute_and_broadcast(
         backend_offsets=backend_offsets,
         max_new_tokens=max_new_tokens,
     )
-    several = stacked is False
-    backends = _fused_metadata(read, static, out, implementation, strategy, several)
-    return backends if several else backends[0]
+    return Request(read, static, out, implementation, strategy, several=stacked is False)
 
 
 def fused_metadata_copy(
@@ -476,26 +522,15 @@ def prefix_sum(x: Array, *, implementation: str | Sequence[str] | None = None) -
 
 
 def _fused_metadata(
-    read: Inputs,
-    static: StaticArguments,
-    out: Any,
-    implementation: str | Sequence[str] | None,
-    strategy: Strategy | None = "ultra_fast",
-    several: bool = False,
-) -> tuple[NSAMetadata, ...]:
-    """Checks what is not known to be right, then runs.
+    request: Request[Any],
+) -> tuple[tuple[NSAMetadata, ...], Computation | None]:
+    """Checks a request and runs it.
 
-    Args:
-      read, static: what the caller gave.
-      out, implementation, strategy: as the public functions document them.
-      several: whether `out` is a tuple.
+    Returns:
+      The metadata of each destination, and what has computed it, if calls alike may run that
+      unchecked.
     """
-    written = () if out is None else out if several else (out,)
-    options = (*static, implementation, strategy, several)
-    result = compute_as_before(read, written, options)
-    if result is not None:
-        return result
-
+    read, static, out, implementation, strategy, several = request
     inputs, rows = checks.inputs(read, static)
     spec = checks.spec(static, inputs, rows, fresh=out is None)
     if out is not None:
@@ -506,37 +541,16 @@ def _fused_metadata(
     strategy = checks.one_of("strategy", strategy, ("ultra_fast", "fast", "fallback"))
     if here.validate:
         check_inputs(inputs, spec, debug=True)
-    inputs = checks.held_inputs(inputs)
+    given = {n: a for n, a in checks.held_inputs(inputs)._asdict().items() if a is not None}
     name = choose(implementation, here, _platform(inputs), requests=rows.requests)
     _log_path(name, strategy, spec.num_backends)
     name = _computing(name, implementation, here, not spec.is_empty)
-    computation = _computation(spec, strategy, name)
-    if not here.validate:
-        remember(computation, read, written, options)
-    return computation(inputs, [[*vars(backend).values()] for backend in out or ()])
+    computation = _computation(spec, strategy, name, tuple(given))
+    backends = computation(tuple(given.values()), computation.arrays(out))
+    return backends, None if here.validate else computation
 
 
-@functools.lru_cache(maxsize=1024)
-def _computation(spec: Spec, strategy: Strategy, implementation: str) -> Computation:
-    """What computes the metadata of `spec`, compiled for the arrays that it is called with."""
-    expected = [spec.shapes()] * spec.destinations
-
-    # keep_unused: destinations that are only written stay arguments, so that donation reuses them.
-    @functools.partial(compiled, donate_argnums=1, keep_unused=True)
-    def fused_metadata(read: Inputs, written: list[list[Any]]) -> list[list[Any]]:
-        out = tuple(map(NSAMetadata.of, written))
-        if out and [_shapes(backend) for backend in out] != expected:
-            raise UnlikeError
-        backends = strategies.fused_metadata(
-            read, out or None, spec, strategy=strategy, implementation=implementation
-        )
-        return [[*vars(backend).values()] for backend in backends]
-
-    def compute(read: Inputs, written: list[list[Any]]) -> tuple[NSAMetadata, ...]:
-        # JAX itself takes longer to take NSAMetadata apart and to put it together.
-        return tuple(map(NSAMetadata.of, fused_metadata(read, written)))
-
-    return compute
+_computation = functools.lru_cache(maxsize=1024)(Computation)
 
 
 def _shapes(metadata: NSAMetadata) -> dict[str, jax.ShapeDtypeStruct]:

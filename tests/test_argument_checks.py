@@ -12,8 +12,7 @@ from helpers import inputs, on_device
 
 import jaxnsa
 from jaxnsa import ForwardMode, reference
-from jaxnsa.checked_calls import compute_as_before
-from jaxnsa.spec import Inputs
+from jaxnsa.checked_calls import CheckedCalls
 
 compute = jaxnsa.fused_metadata_precompute_and_broadcast
 SEQ_LENS, INDICES, POOL = inputs(4)
@@ -236,7 +235,8 @@ def test_nobody_asks_for_the_platform_of_a_deleted_array():
     gone = types.SimpleNamespace(
         aval=jnp.zeros(3).aval, is_deleted=lambda: True, platform=lambda: asked.append("cpu")
     )
-    assert compute_as_before(Inputs(gone, gone, gone, None), (), ()) is None
+    calls = CheckedCalls(jaxnsa.precompute_decode_metadata)
+    assert calls.compute_as_before((gone, gone, gone), {}) is None
     assert not asked
 
 

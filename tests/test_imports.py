@@ -12,7 +12,7 @@ FLOORS = (
     ("jaxnsa.app",),
     ("jaxnsa.interop",),
     ("jaxnsa.ragged_paged_attention", "jaxnsa.batch_tracker"),
-    ("jaxnsa.operations", "jaxnsa.checked_calls", "jaxnsa.strategies"),
+    ("jaxnsa.operations", "jaxnsa.checked_calls", "jaxnsa.computation", "jaxnsa.strategies"),
     ("jaxnsa.implementations",),
     (
         "jaxnsa.argument_checks",

@@ -19,6 +19,7 @@ from jax import export
 
 import jaxnsa
 from jaxnsa import ForwardMode, operations, reference
+from jaxnsa.computation import Computation
 from jaxnsa.implementations import ffi, triton
 
 ARGUMENTS = inputs(3, pool_cols=70)
@@ -102,13 +103,13 @@ def test_the_probe_runs_without_jit():
 def test_what_a_computation_reads_late_is_not_the_callers(monkeypatch):
     """A computation may start after the call has returned: NumPy's vectors are copied."""
     received = []
-    computation = operations._computation
+    compute_metadata = Computation.__call__
 
-    def watched(*facts):
-        compute = computation(*facts)
-        return lambda *given: received.extend(given) or compute(*given)
+    def watched(computation, *given):
+        received.extend(given)
+        return compute_metadata(computation, *given)
 
-    monkeypatch.setattr(operations, "_computation", watched)
+    monkeypatch.setattr(Computation, "__call__", watched)
     for name in ("copy", "fill_draft_extend_metadata", "prefix_sum"):
         run = getattr(operations, f"_run_{name}")
         monkeypatch.setattr(
