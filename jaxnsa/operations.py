@@ -19,8 +19,9 @@ from jaxnsa.config import Settings, Strategy, settings
 from jaxnsa.implementations import FUSED, PORTABLE, computations
 from jaxnsa.implementations.choice import choose, is_named
 from jaxnsa.implementations.lowering import computed_by
+from jaxnsa.implementations.measurements import Call
 from jaxnsa.metadata import Array, DraftExtendSeqlens, ForwardMode, NSAMetadata
-from jaxnsa.schedules import Schedules
+from jaxnsa.schedules import NO_SCHEDULES, Schedules
 from jaxnsa.spec import (
     INT32_MAX,
     MAX_BACKENDS,
@@ -435,7 +436,7 @@ def fused_metadata_copy(
         read = {f"src.{name}": array for name, array in src.arrays().items()}
         out = checks.destinations(out, _shapes(src), num_backends, read)
     here, bs = settings(), len(src.cache_seqlens)
-    name = choose(implementation, here, _platform(src), "fused_metadata_copy", bs)
+    name = choose(implementation, here, _platform(src), Call("fused_metadata_copy", bs))
     something = all(array.size for array in src.arrays().values())
     name = _computing(name, implementation, here, something)
     return _run_copy(src, out, num_backends=num_backends, implementation=name)
@@ -487,9 +488,8 @@ def fill_draft_extend_metadata(
             rows, seq_lens, extend_seq_lens=extend_seq_lens, nsa_index_topk=topk, debug=True
         )
     inputs = extend_seq_lens, seq_lens = checks.held(extend_seq_lens), checks.held(seq_lens)
-    name = choose(
-        implementation, here, _platform(inputs), "fill_draft_extend_metadata", len(seq_lens)
-    )
+    call = Call("fill_draft_extend_metadata", len(seq_lens))
+    name = choose(implementation, here, _platform(inputs), call)
     return _run_fill_draft_extend_metadata(
         extend_seq_lens,
         seq_lens,
@@ -517,7 +517,7 @@ def prefix_sum(x: Array, *, implementation: str | Sequence[str] | None = None) -
     if isinstance(x, np.ndarray):
         x = x.astype(np.int32)  # a copy, as `checks.held` says, whose sums wrap alike
     here = settings()
-    name = choose(implementation, here, _platform(x), "prefix_sum", len(x))
+    name = choose(implementation, here, _platform(x), Call("prefix_sum", len(x)))
     return _run_prefix_sum(x, implementation=_computing(name, implementation, here, len(x) > 0))
 
 
@@ -542,7 +542,12 @@ def _fused_metadata(
     if here.validate:
         check_inputs(inputs, spec, debug=True)
     given = {n: a for n, a in checks.held_inputs(inputs)._asdict().items() if a is not None}
-    name = choose(implementation, here, _platform(inputs), requests=rows.requests)
+    call = Call(
+        requests=rows.requests,
+        num_backends=spec.num_backends,
+        even=not (static.forward_mode.ragged or spec.pooled or spec.schedules != NO_SCHEDULES),
+    )
+    name = choose(implementation, here, _platform(inputs), call)
     _log_path(name, strategy, spec.num_backends)
     name = _computing(name, implementation, here, not spec.is_empty)
     computation = _computation(spec, strategy, name, tuple(given))

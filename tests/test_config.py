@@ -11,13 +11,13 @@ import pytest
 from helpers import DEFAULT, inputs
 
 import jaxnsa
-from jaxnsa import config
+from jaxnsa import ForwardMode, Schedules, TopkPlan, config, operations
 from jaxnsa.implementations import IMPLEMENTATIONS, xla
 from jaxnsa.implementations.choice import choose
 from jaxnsa.implementations.measurements import (
-    FUSED_METADATA,
     MEASURED_ON,
     MEASUREMENTS,
+    Call,
     nearest,
     rule,
 )
@@ -130,21 +130,26 @@ def test_an_implementation_that_cannot_run_says_why(other):
 
 def test_a_name_is_taken_at_its_word_while_tracing(other):
     other.unavailable = lambda platform: None if platform is None else f"not on {platform}"
-    assert choose("other", config.settings(), None) == "other"
+    assert choose("other", config.settings(), None, Call()) == "other"
     with pytest.raises(jaxnsa.ImplementationUnavailableError, match="not on cpu"):
-        choose("other", config.settings(), "cpu")
-    assert choose(("other", "xla"), config.settings(), None) == "xla"
+        choose("other", config.settings(), "cpu", Call())
+    assert choose(("other", "xla"), config.settings(), None, Call()) == "xla"
 
 
 @pytest.mark.parametrize(
-    "function, requests, order",
+    "call, order",
     [
-        (FUSED_METADATA, 32, ("pallas", "triton", "ffi", "xla")),
-        ("prefix_sum", 1000, ("triton", "pallas", "ffi", "xla")),
-        ("prefix_sum", 10_000, ("pallas", "ffi", "triton", "xla")),
+        (Call(requests=32, num_backends=3), ("pallas", "triton", "ffi", "xla")),
+        (Call(requests=767, num_backends=3), ("pallas", "triton", "ffi", "xla")),
+        (Call(requests=768, num_backends=2), ("ffi", "pallas", "triton", "xla")),
+        (Call(requests=768, num_backends=1), ("pallas", "triton", "ffi", "xla")),
+        (Call(requests=768, num_backends=2, even=False), ("pallas", "triton", "ffi", "xla")),
+        (Call("fused_metadata_copy", 768, 2), ("pallas", "triton", "ffi", "xla")),
+        (Call("prefix_sum", 1000), ("triton", "pallas", "ffi", "xla")),
+        (Call("prefix_sum", 10_000), ("pallas", "ffi", "triton", "xla")),
     ],
 )
-def test_a_gpu_takes_the_first_that_runs(function, requests, order, monkeypatch):
+def test_a_gpu_takes_the_first_that_runs(call, order, monkeypatch):
     for k, name in enumerate(order):
         for other in order[:k]:
             module = types.SimpleNamespace(unavailable=lambda platform: "not here")
@@ -152,19 +157,19 @@ def test_a_gpu_takes_the_first_that_runs(function, requests, order, monkeypatch)
         for other in order[k:]:
             module = types.SimpleNamespace(unavailable=lambda platform: None)
             monkeypatch.setitem(IMPLEMENTATIONS, other, module)
-        assert choose(None, config.settings(), "gpu", function, requests) == name
+        assert choose(None, config.settings(), "gpu", call) == name
     without = dataclasses.replace(config.settings(), triton_metadata=False)
     everything_runs = types.SimpleNamespace(unavailable=lambda platform: None)
     for name in order:
         monkeypatch.setitem(IMPLEMENTATIONS, name, everything_runs)
-    first = choose(None, without, "gpu", function, requests)
+    first = choose(None, without, "gpu", call)
     assert first == next(name for name in order if name != "triton")
 
 
 def test_every_rule_agrees_with_what_was_measured():
     """The first of an order is the fastest within a tenth."""
     for m in MEASUREMENTS:
-        decided = rule(m.platform, FUSED_METADATA, m.bs)
+        decided = rule(m.platform, Call(requests=m.bs, num_backends=m.num_backends))
         assert set(decided.order) <= set(m.microseconds)
         assert m.microseconds[decided.order[0]] <= 1.1 * min(m.microseconds.values()), m
 
@@ -194,3 +199,32 @@ def test_the_nearest_measurement():
         found = nearest(m.platform, m.bs, m.max_len, m.num_backends)
         assert found[:4] == m[:4]
     assert nearest("tpu", 1, 1, 1).platform == "cpu"
+
+
+@pytest.mark.parametrize(
+    "changed, even",
+    [
+        ({}, True),
+        ({"forward_mode": ForwardMode.TARGET_VERIFY, "num_draft_tokens": 2}, True),
+        (
+            {
+                "forward_mode": ForwardMode.DRAFT_EXTEND,
+                "extend_seq_lens": ARGUMENTS[0],
+                "max_total_tokens": 9,
+            },
+            False,
+        ),
+        ({"schedules": Schedules(topk_plan=TopkPlan.h200())}, False),
+        ({"index_kpool": 2}, False),
+    ],
+)
+def test_a_broadcast_says_what_decides_its_rule(changed, even, monkeypatch):
+    asked = []
+
+    def watched(requested, settings, platform, call):
+        asked.append(call)
+        return "xla"
+
+    monkeypatch.setattr(operations, "choose", watched)
+    jaxnsa.fused_metadata_precompute_and_broadcast(*ARGUMENTS, num_backends=2, **changed)
+    assert asked == [Call(requests=3, num_backends=2, even=even)]

@@ -16,6 +16,7 @@ from jaxnsa import ForwardMode, reference
 from jaxnsa.config import Settings
 from jaxnsa.implementations import IMPLEMENTATIONS, ffi, native_library
 from jaxnsa.implementations.choice import choose
+from jaxnsa.implementations.measurements import Call
 from jaxnsa.metadata import FIELDS
 from jaxnsa.spec import Rows, Spec
 
@@ -350,7 +351,7 @@ def test_a_library_that_was_not_built_says_what_builds_it(fresh_probe, monkeypat
     assert "jaxnsa_cpu.so was not built when jaxnsa was installed, which takes a C++17" in reason
     assert "pip install --force-reinstall" in reason
     with pytest.raises(jaxnsa.ImplementationUnavailableError, match="was not built"):
-        choose("ffi", Settings(), "cpu")
+        choose("ffi", Settings(), "cpu", Call())
 
 
 def test_a_library_that_does_not_load_says_so(fresh_probe, monkeypatch, tmp_path):

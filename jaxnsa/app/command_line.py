@@ -30,9 +30,9 @@ from jaxnsa.implementations.choice import (
     get_kernel_info,
 )
 from jaxnsa.implementations.measurements import (
-    FUSED_METADATA,
     MEASURED_ON,
     MEASUREMENTS,
+    Call,
     measured_platform,
     nearest,
     rule,
@@ -47,7 +47,7 @@ console = Console()
 def main() -> None:
     """Attention metadata for DeepSeek sparse attention, in one launch for all backends."""
     try:
-        candidates(None, settings(), jax.default_backend())
+        candidates(None, settings(), jax.default_backend(), Call())
     except ValueError as error:  # a setting in the environment
         raise click.ClickException(str(error)) from None
     except (RuntimeError, AssertionError) as error:  # JAX's own setting
@@ -113,7 +113,8 @@ def demo(
     large copy; an incremental one writes only what is new. Exits with status 1 on any mismatch.
     """
     try:
-        name = choose(implementation, settings(), jax.default_backend(), requests=batch_size)
+        call = Call(requests=batch_size, num_backends=num_backends, even=False)  # of all modes
+        name = choose(implementation, settings(), jax.default_backend(), call)
         requests = (
             itertools.cycle(read_trace(trace))
             if trace
@@ -355,14 +356,15 @@ def _explain(bs: int, max_len: int, num_backends: int, kernels: dict[str, Any]) 
     def detail(text: str) -> None:
         click.echo(click.wrap_text(text, console.width, "  ", "  "))
 
-    tried = candidates(None, here, platform, requests=bs)
+    call = Call(requests=bs, num_backends=num_backends)
+    tried = candidates(None, here, platform, call)
     try:
-        name = choose(None, here, platform, requests=bs)
+        name = choose(None, here, platform, call)
         taken = f"takes {name}"
     except ImplementationUnavailableError:
         name, taken = None, "finds nothing that can run"
     click.echo(f"bs {bs}, max_len {max_len}, N {num_backends} on this {platform}: {taken}")
-    decided = rule(platform, FUSED_METADATA, bs)
+    decided = rule(platform, call)
     if here.implementation is not None:
         detail(f"the settings name {', '.join(tried)}")
     else:

@@ -8,7 +8,7 @@ import jax
 
 from jaxnsa.config import Settings, names, origin, settings
 from jaxnsa.implementations import FUSED, IMPLEMENTATIONS, VARIANTS, computations
-from jaxnsa.implementations.measurements import FUSED_METADATA, rule
+from jaxnsa.implementations.measurements import Call, rule
 
 
 class ImplementationUnavailableError(RuntimeError):
@@ -19,8 +19,7 @@ def candidates(
     requested: str | Sequence[str] | None,
     settings: Settings,
     platform: str,
-    function: str = FUSED_METADATA,
-    requests: int = 1,
+    call: Call,
 ) -> tuple[str, ...]:
     """The names that a call would try, in order; ValueError where one is unknown."""
     named = settings.implementation if requested is None else names(requested, "implementation")
@@ -31,7 +30,7 @@ def candidates(
             raise ValueError(f"{argument}: got {name!r}, expected one of {known}")
     if named is not None:
         return named
-    order = rule(platform, function, requests).order
+    order = rule(platform, call).order
     return tuple(n for n in order if n != "triton" or settings.triton_metadata)
 
 
@@ -44,8 +43,7 @@ def choose(
     requested: str | Sequence[str] | None,
     settings: Settings,
     platform: str | None,
-    function: str = FUSED_METADATA,
-    requests: int = 1,
+    call: Call,
 ) -> str:
     """The name of the implementation that a call takes.
 
@@ -55,15 +53,14 @@ def choose(
       platform: where the arrays are; None while tracing. A single named implementation is then
         taken at its word, because the function may be lowered for another platform than this
         machine's.
-      function: name of the public function.
-      requests: the batch size, or the length of the vector.
+      call: what else decides where nothing is named.
 
     Raises:
       ValueError: a name is unknown.
       ImplementationUnavailableError: none that was asked for can run.
     """
     here = platform or jax.default_backend()
-    tried = candidates(requested, settings, here, function, requests)
+    tried = candidates(requested, settings, here, call)
     if not is_named(requested, settings) or len(tried) > 1:
         platform = here
     reasons = []
@@ -116,7 +113,7 @@ def get_kernel_info() -> dict[str, Any]:
             "variants": VARIANTS.get(name, {}),
         }
     try:
-        default = choose(None, here, platform)
+        default = choose(None, here, platform, Call())
     except ImplementationUnavailableError:
         default = None
     return {

@@ -20,6 +20,7 @@ from jaxnsa.config import settings
 from jaxnsa.constant_schedules import with_constants
 from jaxnsa.implementations import IMPLEMENTATIONS
 from jaxnsa.implementations.choice import choose
+from jaxnsa.implementations.measurements import Call
 from jaxnsa.interop.held_rows import HeldRows
 from jaxnsa.interop.registration import Registered
 from jaxnsa.interop.tensor_checks import Checked, check_for_jax, checked_pool, platform_of
@@ -68,7 +69,7 @@ class DlpackPath:
             options.implementation,
             settings(),
             platform,
-            requests=requests,
+            Call(requests=requests, num_backends=registered.spec.num_backends, even=False),
         )
         self._device = device
         self._lock = threading.Lock()  # on the batch and what JAX holds
