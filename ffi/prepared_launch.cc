@@ -1,11 +1,33 @@
 #include "prepared_launch.h"
 
+#include <nanobind/stl/tuple.h>
+
 #include <algorithm>
 #include <cstring>
 
 namespace jaxnsa {
 
 namespace nb = nanobind;
+
+namespace {
+
+constexpr size_t kMostKnownRows = 4096;
+constexpr const char* kSeqLens = "seq_lens";
+
+// An int of Python, or None: -1. Returns false for anything else, bools and what is negative or
+// past int32 among it.
+bool TakeNumber(nb::handle object, int64_t* out) {
+  if (object.is_none()) {
+    *out = -1;
+    return true;
+  }
+  if (!PyLong_CheckExact(object.ptr())) return false;
+  int overflows;
+  *out = PyLong_AsLongAndOverflow(object.ptr(), &overflows);
+  return overflows == 0 && *out >= 0 && *out <= INT32_MAX;
+}
+
+}  // namespace
 
 bool PreparedLaunch::Unchanged::holds(const ExchangeApi& api) const {
   Tensor now;
@@ -44,9 +66,59 @@ void PreparedLaunch::Watch(nb::handle exchange_api, nb::list tensors, bool uncha
 }
 
 bool PreparedLaunch::TryLaunch(const Rows& rows, nb::handle seq_lens, nb::handle req_pool_indices,
-                               nb::handle req_to_token, nb::handle extend_seq_lens,
-                               nb::handle written_lens, int32_t max_new_tokens,
-                               nb::handle request_ids) {
+                               nb::handle req_to_token, nb::handle extend_seq_lens) {
+  Tensor lengths;
+  return LooksAtTensors() && DescribeInput(seq_lens, kSeqLens, 1, &lengths) &&
+         LaunchRows(rows, lengths, seq_lens, req_pool_indices, req_to_token, extend_seq_lens,
+                    nb::none(), kMaxLen, nb::none());
+}
+
+bool PreparedLaunch::TryStep(nb::handle seq_lens, nb::handle req_pool_indices,
+                             nb::handle req_to_token, nb::handle extend_seq_lens,
+                             nb::handle forward_mode, nb::handle num_draft_tokens,
+                             nb::handle max_total_tokens, nb::handle written_lens,
+                             nb::handle max_new_tokens, nb::handle request_ids) {
+  Tensor lengths;
+  if (!LooksAtTensors() || !DescribeInput(seq_lens, kSeqLens, 1, &lengths)) return false;
+  const bool may_hold_columns = !written_lens.is_none() || !request_ids.is_none();
+  int64_t most_new;
+  if (!TakeNumber(max_new_tokens, &most_new) || (most_new >= 0 && !may_hold_columns)) {
+    return Decline("max_new_tokens: of another type or value than expected");
+  }
+  if (!written_lens.is_none() && !request_ids.is_none()) {
+    return Decline("request_ids: there with written_lens");
+  }
+  const Rows* const rows =
+      RowsOfStep(lengths.shape[0], forward_mode, num_draft_tokens, max_total_tokens);
+  return rows != nullptr &&
+         LaunchRows(*rows, lengths, seq_lens, req_pool_indices, req_to_token, extend_seq_lens,
+                    written_lens,
+                    static_cast<int32_t>(most_new < 0 ? kMaxLen : std::min(most_new, kMaxLen)),
+                    request_ids);
+}
+
+const Rows* PreparedLaunch::RowsOfStep(int64_t requests, nb::handle forward_mode,
+                                       nb::handle num_draft_tokens, nb::handle max_total_tokens) {
+  int64_t drafts = -1, total = -1;
+  const bool are_plain =
+      TakeNumber(num_draft_tokens, &drafts) && TakeNumber(max_total_tokens, &total);
+  const Step step{requests, forward_mode.ptr(), drafts, total};
+  if (are_plain) {
+    const auto known = known_rows_.find(step);
+    if (known != known_rows_.end()) return &known->second.rows;
+  }
+  const auto [rows, constants, is_kept] = nb::cast<std::tuple<Rows, uint64_t, bool>>(
+      rows_of_(requests, forward_mode, num_draft_tokens, max_total_tokens));
+  if (constants != 0) HoldFlashMla(args_.schedules.flash_mla.items(rows), constants);
+  if (!is_kept || !are_plain) {
+    asked_rows_ = rows;
+    return &asked_rows_;
+  }
+  if (known_rows_.size() >= kMostKnownRows) known_rows_.clear();
+  return &(known_rows_[step] = {rows, nb::borrow(forward_mode)}).rows;
+}
+
+bool PreparedLaunch::LooksAtTensors() {
   if (api_ == nullptr) return false;
   if (!IsCurrentDevice(on_device_.device_id)) return Decline("another device is current");
   for (size_t k = 0; k < unchanged_.size(); ++k) {
@@ -54,11 +126,19 @@ bool PreparedLaunch::TryLaunch(const Rows& rows, nb::handle seq_lens, nb::handle
       return Decline("registered tensor " + std::to_string(k) + " has changed");
     }
   }
+  return true;
+}
+
+bool PreparedLaunch::LaunchRows(const Rows& rows, const Tensor& seq_lens,
+                                nb::handle seq_lens_object, nb::handle req_pool_indices,
+                                nb::handle req_to_token, nb::handle extend_seq_lens,
+                                nb::handle written_lens, int32_t max_new_tokens,
+                                nb::handle request_ids) {
   TakeRows(rows);
   if (rows.ragged() == extend_seq_lens.is_none()) {
     return Decline("extend_seq_lens: there, or not, against the forward mode");
   }
-  if (!TakeVector(seq_lens, "seq_lens", rows.requests, &args_.rows.seq_lens) ||
+  if (!TakeDescribed(seq_lens, seq_lens_object, kSeqLens, rows.requests, &args_.rows.seq_lens) ||
       !TakeVector(req_pool_indices, "req_pool_indices", rows.requests, &args_.req_pool_indices) ||
       !TakePool(req_to_token) ||
       (rows.ragged() && !TakeVector(extend_seq_lens, "extend_seq_lens", rows.requests,
@@ -125,7 +205,11 @@ bool PreparedLaunch::DescribeInput(nb::handle object, const char* name, int32_t 
 
 bool PreparedLaunch::TakeVector(nb::handle object, const char* name, int64_t size, Vector* out) {
   Tensor tensor;
-  if (!DescribeInput(object, name, 1, &tensor)) return false;
+  return DescribeInput(object, name, 1, &tensor) && TakeDescribed(tensor, object, name, size, out);
+}
+
+bool PreparedLaunch::TakeDescribed(const Tensor& tensor, nb::handle object, const char* name,
+                                   int64_t size, Vector* out) {
   if ((tensor.int_bits != 32 && tensor.int_bits != 64) || tensor.shape[0] != size ||
       (size > 1 && tensor.strides[0] != 1) || (size > 0 && tensor.address == 0)) {
     return Decline(std::string(name) + ": of another type, size or stride than expected");

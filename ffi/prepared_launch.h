@@ -5,8 +5,10 @@
 #include <nanobind/nanobind.h>
 
 #include <cstdint>
+#include <map>
 #include <optional>
 #include <string>
+#include <tuple>
 #include <unordered_map>
 #include <utility>
 #include <vector>
@@ -52,12 +54,22 @@ class PreparedLaunch {
   // first.
   void Track(HeldRow* held, int32_t rows) { args_.tracker = {held, rows, {}, false}; }
 
+  // Lets TryStep ask for the rows of a step: `rows_of` takes its requests, forward mode,
+  // num_draft_tokens and max_total_tokens, and returns Rows, the address of FlashMLA's arrays where
+  // those are constant for them, otherwise 0, and whether this holds for every such step.
+  void AskForRows(nanobind::object rows_of) { rows_of_ = std::move(rows_of); }
+
+  // TryLaunch with the arguments of a step as Python has them. Throws what is wrong with its rows.
+  bool TryStep(nanobind::handle seq_lens, nanobind::handle req_pool_indices,
+               nanobind::handle req_to_token, nanobind::handle extend_seq_lens,
+               nanobind::handle forward_mode, nanobind::handle num_draft_tokens,
+               nanobind::handle max_total_tokens, nanobind::handle written_lens,
+               nanobind::handle max_new_tokens, nanobind::handle request_ids);
+
   // Takes a step's tensors as they are and launches on their framework's current stream. Returns
   // false, having launched nothing, where anything is not as it should be: why is in `declined`.
   bool TryLaunch(const Rows& rows, nanobind::handle seq_lens, nanobind::handle req_pool_indices,
-                 nanobind::handle req_to_token, nanobind::handle extend_seq_lens,
-                 nanobind::handle written_lens, int32_t max_new_tokens,
-                 nanobind::handle request_ids);
+                 nanobind::handle req_to_token, nanobind::handle extend_seq_lens);
 
   // Launches on a stream with a step's inputs, which the caller has checked.
   void Launch(Stream stream, const Rows& rows, Vector seq_lens, Vector req_pool_indices,
@@ -75,8 +87,17 @@ class PreparedLaunch {
     declined_ = std::move(reason);
     return false;
   }
+  bool LooksAtTensors();
+  const Rows* RowsOfStep(int64_t requests, nanobind::handle forward_mode,
+                         nanobind::handle num_draft_tokens, nanobind::handle max_total_tokens);
+  bool LaunchRows(const Rows& rows, const Tensor& seq_lens, nanobind::handle seq_lens_object,
+                  nanobind::handle req_pool_indices, nanobind::handle req_to_token,
+                  nanobind::handle extend_seq_lens, nanobind::handle written_lens,
+                  int32_t max_new_tokens, nanobind::handle request_ids);
   bool DescribeInput(nanobind::handle object, const char* name, int32_t dimensions, Tensor* out);
   bool TakeVector(nanobind::handle object, const char* name, int64_t size, Vector* out);
+  bool TakeDescribed(const Tensor& tensor, nanobind::handle object, const char* name, int64_t size,
+                     Vector* out);
   bool TakePool(nanobind::handle object);
   bool IsReadable(nanobind::handle tensor, const char* name, uint64_t begin, uint64_t end);
 
@@ -90,8 +111,18 @@ class PreparedLaunch {
     bool holds(const ExchangeApi& api) const;
   };
 
+  // Of steps that were asked for: the rows, and what they follow from, held.
+  struct KnownRows {
+    Rows rows;
+    nanobind::object forward_mode;
+  };
+  using Step = std::tuple<int64_t, PyObject*, int64_t, int64_t>;
+
   FusedMetadataArguments args_;
   const int32_t max_len_;
+  nanobind::object rows_of_;
+  std::map<Step, KnownRows> known_rows_;
+  Rows asked_rows_;  // the last that are not to be known
   std::unordered_map<int32_t, const int32_t*> flash_mla_;  // by items
   const ExchangeApi* api_ = nullptr;
   std::vector<Unchanged> unchanged_;

@@ -227,10 +227,16 @@ NB_MODULE(jaxnsa_native, module) {
              self.Track(reinterpret_cast<HeldRow*>(held), rows);
            },
            nb::arg("held"), nb::arg("rows"))
+      .def("ask_for_rows", &PreparedLaunch::AskForRows, nb::arg("rows_of"))
+      .def("try_step", &PreparedLaunch::TryStep, nb::arg("seq_lens").none(),
+           nb::arg("req_pool_indices").none(), nb::arg("req_to_token").none(),
+           nb::arg("extend_seq_lens").none(), nb::arg("forward_mode").none(),
+           nb::arg("num_draft_tokens").none(), nb::arg("max_total_tokens").none(),
+           nb::arg("written_lens").none(), nb::arg("max_new_tokens").none(),
+           nb::arg("request_ids").none())
       .def("try_launch", &PreparedLaunch::TryLaunch, nb::arg("rows"), nb::arg("seq_lens").none(),
            nb::arg("req_pool_indices").none(), nb::arg("req_to_token").none(),
-           nb::arg("extend_seq_lens").none(), nb::arg("written_lens") = nb::none(),
-           nb::arg("max_new_tokens") = int32_t{kMaxLen}, nb::arg("request_ids") = nb::none())
+           nb::arg("extend_seq_lens").none())
       .def("launch", &LaunchPrepared, nb::arg("stream"), nb::arg("rows"), nb::arg("seq_lens"),
            nb::arg("req_pool_indices"), nb::arg("pool"), nb::arg("extend_seq_lens").none(),
            nb::arg("written_lens") = nb::none(), nb::arg("max_new_tokens") = int32_t{kMaxLen},

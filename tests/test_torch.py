@@ -795,13 +795,11 @@ def test_what_the_library_declines_without_reason_is_counted_and_logged_once(
     class Declines:
         declined = "seq_lens: not today"
 
-        def try_launch(self, *arguments):
-            return False
-
         def launch(self, *arguments):
             native.launch(*arguments)
 
     buffers._path._launch = Declines()
+    buffers._path.try_step = lambda *step: False
     with caplog.at_level("WARNING", logger="jaxnsa"):
         for _ in range(3):
             buffers.update(*given)

@@ -217,7 +217,7 @@ def test_constants_are_computed_once_for_each_size(device, monkeypatch):
     # A graph could not hold what is computed while it is captured.
     lengths = torch.zeros(3, dtype=torch.int32, device=device)
     with monkeypatch.context() as capture:
-        capture.setattr(direct_path.DirectPath, "_is_capturing", lambda path: True)
+        capture.setattr(direct_path, "_is_capturing", lambda device: True)
         buffers.update(lengths, lengths, pool)
     assert computed == [ROWS, REQUESTS, 4]
     buffers.update(lengths, lengths, pool)

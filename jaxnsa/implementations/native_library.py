@@ -13,7 +13,7 @@ import json
 import shlex
 import sysconfig
 import urllib.parse
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol, get_args
 
@@ -50,7 +50,7 @@ class PreparedLaunch(Protocol):
     """A launch of `fused_metadata` for tensors that stay the same from step to step."""
 
     declined: str
-    """Why `try_launch` last returned False."""
+    """Why `try_launch` or `try_step` last returned False."""
 
     def hold_flash_mla(self, items: int, address: int) -> None:
         """Lets launches copy FlashMLA's arrays where its schedule is constant.
@@ -69,12 +69,12 @@ class PreparedLaunch(Protocol):
         written: Sequence[Span],
         min_columns: int,
     ) -> None:
-        """Lets `try_launch` look at tensors by itself.
+        """Lets `try_launch` and `try_step` look at tensors by themselves.
 
         Args:
           exchange_api: the framework's DLPack C exchange API, a capsule.
           tensors: those that the launch writes, the first of them on the device of all.
-          unchanged: whether each `try_launch` is to see that they still are what they are now.
+          unchanged: whether each of their calls is to see that they still are what they are now.
           written: their memory, in order and apart; inputs must not touch it.
           min_columns: of `req_to_token`.
         """
@@ -89,6 +89,32 @@ class PreparedLaunch(Protocol):
           rows: table rows.
         """
 
+    def ask_for_rows(
+        self, rows_of: Callable[[int, Any, Any, Any], tuple[NativeRows, int, bool]]
+    ) -> None:
+        """Lets `try_step` ask for a step's rows.
+
+        Args:
+          rows_of: of the requests, forward_mode, num_draft_tokens and max_total_tokens of a step
+            its rows, the address of FlashMLA's arrays where those are constant for them, otherwise
+            0, and whether that is so for every step alike. It raises what is wrong with them.
+        """
+
+    def try_step(
+        self,
+        seq_lens: Any,
+        req_pool_indices: Any,
+        req_to_token: Any,
+        extend_seq_lens: Any,
+        forward_mode: Any,
+        num_draft_tokens: Any,
+        max_total_tokens: Any,
+        written_lens: Any,
+        max_new_tokens: Any,
+        request_ids: Any,
+    ) -> bool:
+        """Launches with a step's arguments as they came, as `try_launch` does."""
+
     def try_launch(
         self,
         rows: NativeRows,
@@ -96,9 +122,6 @@ class PreparedLaunch(Protocol):
         req_pool_indices: Any,
         req_to_token: Any,
         extend_seq_lens: Any,
-        written_lens: Any = None,
-        max_new_tokens: int = MAX_LEN,
-        request_ids: Any = None,
     ) -> bool:
         """Launches with a step's tensors on their framework's current stream, if all is well.
 

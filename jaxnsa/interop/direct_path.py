@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import types
 from collections.abc import Callable
 
 import torch
@@ -21,10 +20,7 @@ from jaxnsa.interop.launches import (
 from jaxnsa.interop.registration import Registered
 from jaxnsa.interop.tensor_checks import Checked, exchange_api
 from jaxnsa.metadata import ForwardMode
-from jaxnsa.spec import INT32_MAX, MAX_LEN, Rows
-
-_REMEMBERED = frozenset((int, types.NoneType))
-"""Types of arguments whose values cannot change from step to step."""
+from jaxnsa.spec import Rows
 
 
 class DirectPath:
@@ -39,13 +35,9 @@ class DirectPath:
             )
         on_device(registered.device, native.load_kernels)
         self._native = native
-        self._registered = registered
         self._launch = prepared(native, registered.spec, registered.backends)
-        self._constants: dict[int, torch.Tensor] = {}
-        flash_mla = registered.spec.schedules.flash_mla
-        self._has_constants = flash_mla is not None and flash_mla.is_constant
-        if self._has_constants:
-            self._hold_constants(registered.spec.rows.count)
+        self._constants = _Constants(registered)
+        self._hold_constants(registered.spec.rows.count)
         self._launch.track(held.rows.data_ptr(), len(held.rows))
         self._looks_at_tensors = False
         if api := exchange_api():
@@ -57,71 +49,13 @@ class DirectPath:
                 written=registered.memory.spans,
                 min_columns=1,
             )
-
-        self._rows_of = functools.partial(_rows_of, native, registered)
-        # The same few batches come again and again.
-        self._remembered_rows = functools.lru_cache(4096)(self._rows_of)
-
-    def _hold_constants(self, count: int) -> None:
-        """Lets launches of so many rows copy FlashMLA's arrays, where those are constants.
-
-        Nothing is computed while a CUDA graph is captured, which could not hold it: launches of
-        numbers of rows that come first then compute the arrays by themselves.
-        """
-        if count in self._constants or self._is_capturing():
-            return
-        rows = dataclasses.replace(self._registered.spec.rows, count=count)
-        constants = flash_mla_constants(dataclasses.replace(self._registered.spec, rows=rows))
-        assert constants is not None
-        held = torch.from_numpy(constants).to(self._registered.device)
-        self._constants[count] = held
-        self._launch.hold_flash_mla(count, held.data_ptr())
-
-    def _is_capturing(self) -> bool:
-        on_cuda = self._registered.device.type == "cuda"
-        return on_cuda and torch.cuda.is_current_stream_capturing()
-
-    def try_run(
-        self,
-        seq_lens: torch.Tensor,
-        req_pool_indices: torch.Tensor,
-        req_to_token: torch.Tensor,
-        extend_seq_lens: torch.Tensor | None,
-        mode: ForwardMode,
-        num_draft_tokens: int | None,
-        max_total_tokens: int | None,
-        written_lens: torch.Tensor | None,
-        max_new_tokens: int | None,
-        request_ids: torch.Tensor | None,
-    ) -> bool:
-        """Queues the kernel if the library itself finds a step's arguments as they should be.
-
-        Returns:
-          Whether it did; if not, checks in Python are to find what is wrong, and say so.
-        """
-        if (
-            not self._looks_at_tensors
-            or not isinstance(seq_lens, torch.Tensor)
-            or not isinstance(mode, ForwardMode)
-            or seq_lens.dim() != 1
-            or (request_ids is not None and written_lens is not None)
-        ):
-            return False
-        most = MAX_LEN
-        if max_new_tokens is not None:
-            if type(max_new_tokens) is not int or not 0 <= max_new_tokens <= INT32_MAX:
-                return False
-            if written_lens is None and request_ids is None:
-                return False
-            most = min(max_new_tokens, MAX_LEN)
-        rows_of: Callable[..., tuple[NativeRows, int]] = self._remembered_rows
-        if type(num_draft_tokens) not in _REMEMBERED or type(max_total_tokens) not in _REMEMBERED:
-            rows_of = self._rows_of
-        rows, count = rows_of(seq_lens.shape[0], mode, num_draft_tokens, max_total_tokens)
-        if self._has_constants:
-            self._hold_constants(count)
-        inputs = (seq_lens, req_pool_indices, req_to_token, extend_seq_lens)
-        return self._launch.try_launch(rows, *inputs, written_lens, most, request_ids)
+        self._launch.ask_for_rows(
+            functools.partial(_rows_of_step, native, registered, self._constants)
+        )
+        self.try_step: Callable[..., bool] = self._launch.try_step
+        """Queues the kernel if the library itself finds a step's arguments as they should be, which
+        it takes in the order of `BackendBuffers.update`'s; whether it did. If not, checks in Python
+        are to find what is wrong, and say so."""
 
     def run(
         self,
@@ -135,8 +69,7 @@ class DirectPath:
         request_ids: Checked | None,
     ) -> None:
         """Queues the kernel with a step's arguments, which were checked."""
-        if self._has_constants:
-            self._hold_constants(rows.count)
+        self._hold_constants(rows.count)
         inputs = (seq_lens, req_pool_indices, req_to_token, extend_seq_lens)
         launch_checked(
             self._launch,
@@ -149,15 +82,53 @@ class DirectPath:
         if self._looks_at_tensors:
             report_declined(self._launch.declined)
 
+    def _hold_constants(self, count: int) -> None:
+        """Lets launches of so many rows copy FlashMLA's arrays, where those are constants."""
+        if address := self._constants.address(count):
+            self._launch.hold_flash_mla(count, address)
 
-def _rows_of(
+
+class _Constants:
+    """FlashMLA's arrays for numbers of rows, where its schedule is constant.
+
+    None are computed while a CUDA graph is captured, which could not hold them: launches of numbers
+    of rows that come first then compute the arrays by themselves.
+    """
+
+    def __init__(self, registered: Registered):
+        flash_mla = registered.spec.schedules.flash_mla
+        self.there_are = flash_mla is not None and flash_mla.is_constant
+        self._registered = registered
+        self._tensors: dict[int, torch.Tensor] = {}
+
+    def address(self, count: int) -> int:
+        """Of both arrays, one behind the other; 0 where they cannot be had."""
+        if not self.there_are:
+            return 0
+        if count not in self._tensors:
+            if _is_capturing(self._registered.device):
+                return 0
+            rows = dataclasses.replace(self._registered.spec.rows, count=count)
+            constants = flash_mla_constants(dataclasses.replace(self._registered.spec, rows=rows))
+            assert constants is not None
+            self._tensors[count] = torch.from_numpy(constants).to(self._registered.device)
+        return self._tensors[count].data_ptr()
+
+
+def _is_capturing(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
+def _rows_of_step(
     native: NativeLibrary,
     registered: Registered,
+    constants: _Constants,
     bs: int,
     mode: ForwardMode,
     num_draft_tokens: int | None,
     max_total_tokens: int | None,
-) -> tuple[NativeRows, int]:
-    """A step's rows as the library takes them, and how many they are."""
+) -> tuple[NativeRows, int, bool]:
+    """What `PreparedLaunch.ask_for_rows` takes."""
     rows = registered.rows(bs, mode, num_draft_tokens, max_total_tokens)
-    return native_rows(native, rows), rows.count
+    address = constants.address(rows.count)
+    return native_rows(native, rows), address, bool(address) or not constants.there_are

@@ -236,19 +236,29 @@ class BackendBuffers:
             resized; nothing has been written then.
           RuntimeError: values are to be validated while a CUDA graph is captured.
         """
-        given = (seq_lens, req_pool_indices, req_to_token, extend_seq_lens)
-        mode = (forward_mode, num_draft_tokens, max_total_tokens)
-        new = (written_lens, max_new_tokens, request_ids)
         validate = settings().validate if overridden() else self._validate
         path = self._path
-        if not validate and isinstance(path, DirectPath) and path.try_run(*given, *mode, *new):
-            return
+        if not validate and isinstance(path, DirectPath):
+            launched = path.try_step(
+                seq_lens,
+                req_pool_indices,
+                req_to_token,
+                extend_seq_lens,
+                forward_mode,
+                num_draft_tokens,
+                max_total_tokens,
+                written_lens,
+                max_new_tokens,
+                request_ids,
+            )
+            if launched:
+                return
         registered = self._registered
         registered.check_unchanged()
         device = registered.device
         lengths = checked_vector("seq_lens", seq_lens, device, None)
         bs = seq_lens.shape[0]
-        rows = registered.rows(bs, *mode)
+        rows = registered.rows(bs, forward_mode, num_draft_tokens, max_total_tokens)
         indices = checked_vector("req_pool_indices", req_pool_indices, device, bs)
         pool = checked_pool(req_to_token, device)
         extend = None
@@ -272,7 +282,7 @@ class BackendBuffers:
         registered.memory.check_apart([checked for checked in read if checked is not None])
         if validate:
             self._check_values(rows, lengths, indices, pool, extend)
-        self._path.run(rows, lengths, indices, pool, extend, written, most, ids)
+        path.run(rows, lengths, indices, pool, extend, written, most, ids)
 
     def invalidate(self, request_ids: torch.Tensor | None = None) -> None:
         """Has the next update with `request_ids` write rows anew: the pool's entries have changed.
