@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import inputs, on_device
+from helpers import assert_same, inputs, on_device
 
 import jaxnsa
 from jaxnsa import ForwardMode, reference
@@ -386,6 +386,7 @@ def test_calls_like_one_before_are_checked_for_what_can_differ():
     out = fill(fill(fill(fill(None), backend_offsets=(0, 1))))
     shorter = jax.tree.map(lambda a: a[:-1], out[1])
     paged = dataclasses.replace(out[1], page_indices=None)
+    more = dataclasses.replace(out[1], token_to_request=jnp.zeros(3, jnp.int32))
     host = dataclasses.replace(out[1], cache_seqlens=np.zeros(3, np.int32))
     deleted = dataclasses.replace(out[1], seqlens_expanded=jnp.zeros(3, jnp.int32))
     deleted.seqlens_expanded.delete()
@@ -393,6 +394,7 @@ def test_calls_like_one_before_are_checked_for_what_can_differ():
         ((out[0], out[0]), r"out\[1\].cache_seqlens: got the array of out\[0\].cache_seqlens"),
         ((out[0], shorter), r"out\[1\].cache_seqlens: got shape \(2,\), expected \(3,\)"),
         ((out[0], paged), r"out\[1\].page_indices: got NoneType, expected int32"),
+        ((out[0], more), r"out\[1\].token_to_request: got int32 .*, expected None"),
         ((out[0], deleted), r"out\[1\].seqlens_expanded: got a deleted array"),
         (out[:1], "out: got 1 of them, expected a tuple of 2"),
         (list(out[:1]) * 3, "out: got 3 of them"),
@@ -423,3 +425,34 @@ def test_calls_like_one_before_are_checked_for_what_can_differ():
     # Nothing of it was written or donated.
     again = fill(jax.tree.map(jnp.copy, out))
     jax.tree.map(np.testing.assert_array_equal, fill(out), again)
+
+
+@pytest.mark.parametrize(
+    "names",
+    (
+        ("seq_lens", "extend_seq_lens", "req_pool_indices", "req_to_token"),
+        ("req_to_token", "req_pool_indices", "extend_seq_lens", "seq_lens"),
+    ),
+)
+@pytest.mark.parametrize("positional", (0, 1, 4))
+def test_calls_alike_read_their_own_arrays(names, positional):
+    """However they are given: the first is checked, and the others run what it did."""
+    for seed in range(3):
+        seq_lens, indices, pool = inputs(4, seed=seed)
+        extend = np.random.default_rng(seed).integers(0, 3, 4, np.int32)
+        given = dict(
+            zip(
+                ("seq_lens", "extend_seq_lens", "req_pool_indices", "req_to_token"),
+                (seq_lens, extend, indices, pool),
+                strict=True,
+            )
+        )
+        arrays = list(given)[:positional]
+        named = {name: given[name] for name in names if name not in arrays}
+        options = {"max_total_tokens": 9, "real_page_size": 3}
+        expected = reference.precompute_draft_extend_metadata(**given, **options)
+        for _ in range(2):
+            actual = jaxnsa.precompute_draft_extend_metadata(
+                *(on_device(given[name]) for name in arrays), **on_device(named), **options
+            )
+            assert_same(actual, expected)

@@ -811,6 +811,34 @@ def test_what_the_library_declines_without_reason_is_counted_and_logged_once(
     engine.check()
 
 
+def test_steps_of_equal_requests_differ_in_their_rows(path, device):
+    """Each follows one that differs in its mode, or in a number that decides the rows."""
+    engine = Engine.of(device)
+    verify, extend = ForwardMode.TARGET_VERIFY, ForwardMode.DRAFT_EXTEND
+    lengths, indices, _ = inputs(5, pool_cols=300, pool_rows=8)
+    tokens = np.array([1, 0, 3, 2, 2], np.int32)
+    buffers = registered(engine, path, 16)
+    # The path "dlpack" is compiled for one number of each.
+    drafts, totals = ((3,), (24,)) if path == "dlpack" else ((2, 3), (7, 9))
+    steps = [(ForwardMode.DECODE, {}), *((verify, {"num_draft_tokens": d}) for d in drafts)]
+    steps += [(extend, {"max_total_tokens": total}) for total in totals]
+    for mode, numbers in steps * 2:
+        given = {"extend_seq_lens": tokens} if mode is extend else {}
+        buffers.update(
+            engine.tensor(lengths),
+            engine.tensor(indices),
+            engine.pool,
+            forward_mode=mode,
+            **numbers,
+            **{name: engine.tensor(array) for name, array in given.items()},
+        )
+        capacity = numbers.get("max_total_tokens")
+        if mode is verify:
+            given = numbers
+        engine.expect(lengths, indices, page=16, capacity=capacity, mode=mode, **given)
+        engine.check()
+
+
 def test_the_dlpack_path_refuses_what_it_was_not_compiled_for(device):
     engine = Engine.of(device)
     buffers = BackendBuffers(
