@@ -123,8 +123,9 @@ def _facts(
         *map(type, values),  # True is 1, and yet another option
         *map(_abstract, arrays),
     )
-    if "backend_offsets" in static and static["backend_offsets"] is not None:
-        facts += tuple(map(type, static["backend_offsets"]))
+    offsets = static.get("backend_offsets")
+    if type(offsets) is tuple:
+        facts += tuple(map(type, offsets))
     return facts, arrays, out, named
 
 

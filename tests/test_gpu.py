@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import TABLE_MODES, inputs, mode_options, pointers
+from helpers import TABLE_MODES, assert_same, inputs, mode_options, pointers
 
 import jaxnsa
 from benchmarks.measure import kernel_times
@@ -158,3 +158,25 @@ def test_xla_captures_ffi_calls_in_a_cuda_graph(tmp_path):
     planes = jax.profiler.ProfileData.from_file(str(path)).planes
     events = {event.name for plane in planes for line in plane.lines for event in line.events}
     assert any("command_buffer::execute" in name for name in events)
+
+
+@pytest.mark.parametrize("bs, fused", ((767, "pallas"), (768, "ffi")))
+def test_the_default_of_many_requests(bs, fused):
+    if reason := IMPLEMENTATIONS[fused].unavailable("gpu"):
+        pytest.skip(f"runs where {fused} does: {reason}")
+    arguments = tuple(jnp.asarray(array) for array in inputs(bs, pool_cols=512))
+    options = {"num_backends": 2, "real_page_size": 64}
+    out = jaxnsa.fused_metadata_precompute_and_broadcast(*arguments, **options)
+    expected = reference.fused_metadata_precompute_and_broadcast(*arguments, **options)
+    before = pointers(out)
+    step = jax.jit(
+        lambda out, *arguments: jaxnsa.fused_metadata_precompute_and_broadcast(
+            *arguments, out=out, **options
+        ),
+        donate_argnums=0,
+    )
+    text = step.lower(out, *arguments).as_text()
+    assert ("jaxnsa_fused_metadata" in text) == (fused == "ffi")
+    out = step(out, *arguments)
+    assert pointers(out) == before
+    assert_same(out, expected)

@@ -12,7 +12,7 @@ from jax import export
 
 import jaxnsa
 from jaxnsa import reference
-from jaxnsa.implementations import native_library
+from jaxnsa.implementations import ffi, native_library
 
 pytestmark = [
     pytest.mark.skipif(ON_GPU, reason="runs where a CPU is the default device"),
@@ -41,6 +41,13 @@ def test_what_is_lowered_decides(name):
     assert call in traced.lower(lowering_platforms=("cpu",)).as_text()
     for platforms in (("tpu",), ("cpu", "tpu"), ("cuda",)):
         assert "jaxnsa_" not in traced.lower(lowering_platforms=platforms).as_text()
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_a_gpu_takes_it_where_its_library_runs(name, monkeypatch):
+    monkeypatch.setattr(ffi, "unavailable", lambda platform: None)  # as on a machine that has one
+    traced = jax.jit(FUNCTIONS[name]).trace(*ARGUMENTS)
+    assert f"jaxnsa_{name}" in traced.lower(lowering_platforms=("cuda",)).as_text()
 
 
 @pytest.mark.parametrize("platforms", (("cpu",), ("cuda", "cpu")))

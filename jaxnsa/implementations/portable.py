@@ -1,4 +1,4 @@
-"""`ffi` where it was not named but chosen, as a CPU does: it is taken only where it can run.
+"""`ffi` where it was not named but chosen by a rule: it is taken only where it can run.
 
 What is traced may be lowered for another platform, and what is exported may run without the native
 library. So it is decided when a function is lowered: `ffi` for one platform, that the library was
