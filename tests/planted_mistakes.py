@@ -6,7 +6,7 @@ They are those of mistakes.py. A mistake replaces a text that occurs exactly onc
 caught if a test fails with it and passes without; those in `ffi/` are compiled first, the CUDA
 kernels for the simulator of tests/cuda_simulator, without nvcc. Exits with status 1 if a mistake is
 not caught or cannot be planted. Takes what `pip install '.[test,torch]' nanobind cmake ninja`
-installs, a C++ compiler, no GPU, and about half an hour on two CPUs.
+installs, a C++ compiler, no GPU, and about twenty minutes on two CPUs.
 """
 
 import concurrent.futures
