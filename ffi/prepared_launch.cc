@@ -88,16 +88,15 @@ bool PreparedLaunch::TryStep(nb::handle seq_lens, nb::handle req_pool_indices,
   if (!written_lens.is_none() && !request_ids.is_none()) {
     return Decline("request_ids: there with written_lens");
   }
-  const Rows* const rows =
+  const Rows& rows =
       RowsOfStep(lengths.shape[0], forward_mode, num_draft_tokens, max_total_tokens);
-  return rows != nullptr &&
-         LaunchRows(*rows, lengths, seq_lens, req_pool_indices, req_to_token, extend_seq_lens,
+  return LaunchRows(rows, lengths, seq_lens, req_pool_indices, req_to_token, extend_seq_lens,
                     written_lens,
                     static_cast<int32_t>(most_new < 0 ? kMaxLen : std::min(most_new, kMaxLen)),
                     request_ids);
 }
 
-const Rows* PreparedLaunch::RowsOfStep(int64_t requests, nb::handle forward_mode,
+const Rows& PreparedLaunch::RowsOfStep(int64_t requests, nb::handle forward_mode,
                                        nb::handle num_draft_tokens, nb::handle max_total_tokens) {
   int64_t drafts = -1, total = -1;
   const bool are_plain =
@@ -105,17 +104,16 @@ const Rows* PreparedLaunch::RowsOfStep(int64_t requests, nb::handle forward_mode
   const Step step{requests, forward_mode.ptr(), drafts, total};
   if (are_plain) {
     const auto known = known_rows_.find(step);
-    if (known != known_rows_.end()) return &known->second.rows;
+    if (known != known_rows_.end()) return known->second.rows;
   }
   const auto [rows, constants, is_kept] = nb::cast<std::tuple<Rows, uint64_t, bool>>(
       rows_of_(requests, forward_mode, num_draft_tokens, max_total_tokens));
   if (constants != 0) HoldFlashMla(args_.schedules.flash_mla.items(rows), constants);
   if (!is_kept || !are_plain) {
-    asked_rows_ = rows;
-    return &asked_rows_;
+    return asked_rows_ = rows;
   }
   if (known_rows_.size() >= kMostKnownRows) known_rows_.clear();
-  return &(known_rows_[step] = {rows, nb::borrow(forward_mode)}).rows;
+  return (known_rows_[step] = {rows, nb::borrow(forward_mode)}).rows;
 }
 
 bool PreparedLaunch::LooksAtTensors() {

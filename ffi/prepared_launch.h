@@ -88,7 +88,7 @@ class PreparedLaunch {
     return false;
   }
   bool LooksAtTensors();
-  const Rows* RowsOfStep(int64_t requests, nanobind::handle forward_mode,
+  const Rows& RowsOfStep(int64_t requests, nanobind::handle forward_mode,
                          nanobind::handle num_draft_tokens, nanobind::handle max_total_tokens);
   bool LaunchRows(const Rows& rows, const Tensor& seq_lens, nanobind::handle seq_lens_object,
                   nanobind::handle req_pool_indices, nanobind::handle req_to_token,

@@ -12,7 +12,7 @@ class Call(NamedTuple):
       function: name of the public function.
       requests: the batch size, or the length of the vector.
       num_backends: of a broadcast.
-      even: whether each request has as many rows, and no schedules or pooled arrays are wanted.
+      even: whether requests have equally many rows, and no schedules or pooled arrays are wanted.
     """
 
     function: str = FUSED_METADATA
