@@ -77,21 +77,14 @@ bool Describe(const ExchangeApi& api, PyObject* object, Tensor* out) {
   return true;
 }
 
-bool StorageBytes(PyObject* storage, uint64_t* bytes) {
-  const Py_ssize_t size = PyObject_Size(storage);
-  if (size < 0) return !IsRefusal();
-  *bytes = static_cast<uint64_t>(size);
-  return true;
-}
-
 bool StorageEnd(PyObject* tensor, uint64_t* end) {
   static PyObject* const kStorage = PyUnicode_InternFromString("untyped_storage");
   static PyObject* const kAddress = PyUnicode_InternFromString("data_ptr");
   const nanobind::object storage = Call(tensor, kStorage);
   const nanobind::object address = storage ? Call(storage.ptr(), kAddress) : storage;
   if (!address) return !IsRefusal();
-  uint64_t bytes;
-  if (!StorageBytes(storage.ptr(), &bytes)) return false;
+  const Py_ssize_t bytes = PyObject_Size(storage.ptr());
+  if (bytes < 0) return !IsRefusal();
   *end = nanobind::cast<uint64_t>(address) + bytes;
   return true;
 }

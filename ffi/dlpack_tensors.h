@@ -22,7 +22,7 @@ struct Tensor {
   int64_t strides[2];
 };
 
-static_assert(std::has_unique_object_representations_v<Tensor>);  // compared byte by byte
+static_assert(std::has_unique_object_representations_v<Tensor>);  // callers compare bytes
 
 constexpr int32_t kDlpackCpu = 1;
 
@@ -36,9 +36,6 @@ const ExchangeApi* ExchangeApiOf(PyObject* capsule);
 // Describes a tensor. Returns false where the framework cannot, or not as a `Tensor`; an exception
 // that means anything else, such as an interrupt, is thrown as nanobind::python_error.
 bool Describe(const ExchangeApi& api, PyObject* object, Tensor* out);
-
-// The size of a storage of PyTorch. Returns and throws as `Describe` does.
-bool StorageBytes(PyObject* storage, uint64_t* bytes);
 
 // The address past the storage of a tensor of PyTorch. DLPack does not say, and a storage can be
 // resized under its tensors. Returns and throws as `Describe` does.

@@ -3,7 +3,6 @@
 #include <nanobind/stl/tuple.h>
 
 #include <algorithm>
-#include <cstring>
 
 namespace jaxnsa {
 
@@ -29,36 +28,20 @@ bool TakeNumber(nb::handle object, int64_t* out) {
 
 }  // namespace
 
-bool PreparedLaunch::Unchanged::holds(const ExchangeApi& api) const {
-  Tensor now;
-  uint64_t bytes;
-  return Describe(api, tensor.ptr(), &now) &&
-         std::memcmp(&now, &description, sizeof(now)) == 0 &&
-         StorageBytes(storage.ptr(), &bytes) && bytes == storage_bytes;
-}
-
-void PreparedLaunch::Watch(nb::handle exchange_api, nb::list tensors, bool unchanged,
+void PreparedLaunch::Watch(nb::handle exchange_api, nb::handle tensor, nb::list registered,
                            std::vector<Span> written, int64_t min_columns) {
   const ExchangeApi* const api = ExchangeApiOf(exchange_api.ptr());
   if (api == nullptr) {
     declined_ = "the DLPack C exchange API is of another version than 1";
     return;
   }
-  unchanged_.clear();
-  for (nb::handle tensor : tensors) {
-    Tensor described;
-    if (!Describe(*api, tensor.ptr(), &described)) {
-      declined_ = "a registered tensor cannot be described by DLPack";
-      return;
-    }
-    on_device_ = described;
-    if (!unchanged) continue;
-    Unchanged kept{nb::borrow(tensor), described, tensor.attr("untyped_storage")(), 0};
-    if (!StorageBytes(kept.storage.ptr(), &kept.storage_bytes)) {
-      declined_ = "the storage of a registered tensor has no size";
-      return;
-    }
-    unchanged_.push_back(std::move(kept));
+  if (!Describe(*api, tensor.ptr(), &on_device_)) {
+    declined_ = "a registered tensor cannot be described by DLPack";
+    return;
+  }
+  if (!registered_.Take(registered)) {
+    declined_ = "a registered tensor cannot be looked at through LibTorch's C ABI";
+    return;
   }
   written_ = std::move(written);
   min_columns_ = min_columns;
@@ -119,12 +102,9 @@ const Rows& PreparedLaunch::RowsOfStep(int64_t requests, nb::handle forward_mode
 bool PreparedLaunch::LooksAtTensors() {
   if (api_ == nullptr) return false;
   if (!IsCurrentDevice(on_device_.device_id)) return Decline("another device is current");
-  for (size_t k = 0; k < unchanged_.size(); ++k) {
-    if (!unchanged_[k].holds(*api_)) {
-      return Decline("registered tensor " + std::to_string(k) + " has changed");
-    }
-  }
-  return true;
+  const size_t changed = registered_.FirstChanged();
+  return changed == registered_.size() ||
+         Decline("registered tensor " + std::to_string(changed) + " has changed");
 }
 
 bool PreparedLaunch::LaunchRows(const Rows& rows, const Tensor& seq_lens,

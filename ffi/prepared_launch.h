@@ -15,6 +15,7 @@
 
 #include "computations.h"
 #include "dlpack_tensors.h"
+#include "registered_tensors.h"
 
 namespace jaxnsa {
 
@@ -44,10 +45,11 @@ class PreparedLaunch {
     flash_mla_[items] = reinterpret_cast<const int32_t*>(address);
   }
 
-  // Lets TryLaunch look at tensors by itself. It declines where one of `tensors`, or its storage,
-  // is not what it is now, if `unchanged` says so; where an input is not on their device or touches
-  // `written`, memory in order and apart; and where the pool has fewer columns than `min_columns`.
-  void Watch(nanobind::handle exchange_api, nanobind::list tensors, bool unchanged,
+  // Lets TryLaunch look at tensors by itself. It declines where one of `registered`, which
+  // RegisteredTensors takes over, has changed; where an input is not on the device of `tensor` or
+  // touches `written`, memory in order and apart; and where the pool has fewer columns than
+  // `min_columns`.
+  void Watch(nanobind::handle exchange_api, nanobind::handle tensor, nanobind::list registered,
              std::vector<Span> written, int64_t min_columns);
 
   // Lets launches keep track of what table rows hold, in memory that stays where it is, zeros at
@@ -101,16 +103,6 @@ class PreparedLaunch {
   bool TakePool(nanobind::handle object);
   bool IsReadable(nanobind::handle tensor, const char* name, uint64_t begin, uint64_t end);
 
-  // A tensor that is to stay as it is.
-  struct Unchanged {
-    nanobind::object tensor;
-    Tensor description;
-    nanobind::object storage;
-    uint64_t storage_bytes;
-
-    bool holds(const ExchangeApi& api) const;
-  };
-
   // Of steps that were asked for: the rows, and what they follow from, held.
   struct KnownRows {
     Rows rows;
@@ -125,8 +117,8 @@ class PreparedLaunch {
   Rows asked_rows_;  // the last that are not to be known
   std::unordered_map<int32_t, const int32_t*> flash_mla_;  // by items
   const ExchangeApi* api_ = nullptr;
-  std::vector<Unchanged> unchanged_;
-  Tensor on_device_;  // one of those that are looked at, which are all on a device
+  RegisteredTensors registered_;
+  Tensor on_device_;  // one on the device of all
   std::vector<Span> written_;
   int64_t min_columns_ = 1;
   bool has_tracked_ = false;  // whether a step's requests were known by their ids

@@ -715,6 +715,20 @@ MISTAKES = [
         "args_.max_len = max_len_;",
         "test_torch.py::test_a_pool_narrower_than_the_tables",
     ),
+    Mistake(
+        "native: a registered tensor may have lost memory",
+        "ffi/registered_tensors.cc",
+        "torch.storage_size(tensor, &out->storage_bytes) != 0 ||",
+        "(out->storage_bytes = 0) != 0 ||",
+        "test_torch.py -k registered_tensors_that_changed",
+    ),
+    Mistake(
+        "native: a registered tensor may have other strides",
+        "ffi/registered_tensors.cc",
+        "k < out->dimensions ? strides[k] : 0;",
+        "0;",
+        "test_torch.py -k registered_tensors_that_changed",
+    ),
     # PyTorch.
     Mistake(
         "torch: tables of different strides are taken for equal",

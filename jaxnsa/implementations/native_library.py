@@ -63,9 +63,9 @@ class PreparedLaunch(Protocol):
     def watch(
         self,
         exchange_api: Any,
-        tensors: Sequence[Any],
+        tensor: Any,
         *,
-        unchanged: bool,
+        registered: Sequence[Any],
         written: Sequence[Span],
         min_columns: int,
     ) -> None:
@@ -73,9 +73,10 @@ class PreparedLaunch(Protocol):
 
         Args:
           exchange_api: the framework's DLPack C exchange API, a capsule.
-          tensors: those that the launch writes, the first of them on the device of all.
-          unchanged: whether each of their calls is to see that they still are what they are now.
-          written: their memory, in order and apart; inputs must not touch it.
+          tensor: one that the launch writes, on the device of all.
+          registered: an AtenTensorHandle of LibTorch's C ABI, in a capsule, which it takes over, of
+            each tensor that their calls are to find as it is now.
+          written: the memory that the launch writes, in order and apart; inputs must not touch it.
           min_columns: of `req_to_token`.
         """
 

@@ -18,7 +18,7 @@ from jaxnsa.interop.launches import (
     report_declined,
 )
 from jaxnsa.interop.registration import Registered
-from jaxnsa.interop.tensor_checks import Checked, exchange_api
+from jaxnsa.interop.tensor_checks import Checked, exchange_api, handles
 from jaxnsa.metadata import ForwardMode
 from jaxnsa.spec import Rows
 
@@ -44,8 +44,8 @@ class DirectPath:
             self._looks_at_tensors = True
             self._launch.watch(
                 api,
-                [tensor for _, tensor in registered.named()],
-                unchanged=True,
+                registered.memory.tensors[0],
+                registered=handles([tensor for _, tensor in registered.named()]),
                 written=registered.memory.spans,
                 min_columns=1,
             )

@@ -79,8 +79,8 @@ class FillCache(LaunchCache[tuple[PreparedLaunch, NativeRows]]):
             return
         launch.watch(
             exchange_api(),
-            memory.tensors[:1],
-            unchanged=False,
+            memory.tensors[0],
+            registered=[],
             written=memory.spans,
             min_columns=spec.max_len,
         )

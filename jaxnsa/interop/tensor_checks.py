@@ -207,6 +207,11 @@ def exchange_api() -> Any | None:
     return getattr(torch.Tensor, "__dlpack_c_exchange_api__", None)
 
 
+def handles(tensors: Sequence[torch.Tensor]) -> list[Any]:
+    """AtenTensorHandles of LibTorch's C ABI, in capsules; whoever takes them is to delete them."""
+    return torch._C._aoti.unsafe_alloc_void_ptrs_from_tensors([*tensors])
+
+
 def _interleaved(a: Checked, b: Checked) -> bool:
     """Whether two matrices are column ranges of one wider matrix, side by side."""
     if len(a.shape) != 2 or len(b.shape) != 2:
