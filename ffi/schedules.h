@@ -149,6 +149,10 @@ struct Schedules {
   PagedMqaSchedule paged_mqa;
   TopkPlan topk_plan;
   FlashMlaSchedule flash_mla;
+
+  bool any() const {
+    return paged_mqa.num_sms > 0 || topk_plan.num_pairs > 0 || flash_mla.num_sm_parts > 0;
+  }
 };
 
 }  // namespace jaxnsa

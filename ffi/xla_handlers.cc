@@ -4,6 +4,8 @@
 #include "xla_handlers.h"
 
 #include <algorithm>
+#include <initializer_list>
+#include <iterator>
 #include <memory>
 #include <ostream>
 #include <sstream>
@@ -31,35 +33,61 @@ void Expect(bool condition, const Parts&... parts) {
   throw std::invalid_argument(problem.str());
 }
 
-int32_t Int32(int64_t value, int64_t low, std::string_view name) {
-  Expect(value >= low && value <= kInt32Max, name, ": got ", value,
+template <typename... Name>
+int32_t Int32(int64_t value, int64_t low, const Name&... name) {
+  Expect(value >= low && value <= kInt32Max, name..., ": got ", value,
          ", expected an int32 of at least ", low);
   return static_cast<int32_t>(value);
 }
 
-// Dimensions in an error message, where -1 stands for any.
-struct Shape {
-  ffi::Span<const int64_t> dims;
+// At most three dimensions, of which -1 stands for any.
+class Shape {
+ public:
+  Shape(std::initializer_list<int64_t> sizes) {
+    for (const int64_t size : sizes) Append(size);
+  }
+  explicit Shape(ffi::Span<const int64_t> sizes) {
+    for (const int64_t size : sizes) Append(size);
+  }
+
+  // That of so many arrays, one behind the other.
+  Shape Stacked(int64_t arrays) const {
+    Shape stacked{arrays};
+    for (const int64_t size : *this) stacked.Append(size);
+    return stacked;
+  }
+
+  const int64_t* begin() const { return sizes_; }
+  const int64_t* end() const { return sizes_ + count_; }
 
   friend std::ostream& operator<<(std::ostream& out, const Shape& shape) {
     out << "[";
-    for (size_t k = 0; k < shape.dims.size(); ++k) {
-      out << (k > 0 ? ", " : "") << (shape.dims[k] < 0 ? "*" : std::to_string(shape.dims[k]));
+    for (const int64_t& size : shape) {
+      out << (&size == shape.begin() ? "" : ", ") << (size < 0 ? "*" : std::to_string(size));
     }
     return out << "]";
   }
+
+ private:
+  void Append(int64_t size) {
+    Expect(count_ < std::size(sizes_), "shape: got more than ", count_, " dimensions");
+    sizes_[count_++] = size;
+  }
+
+  int64_t sizes_[3];
+  size_t count_ = 0;
 };
 
-// Expects the given dimensions, of which -1 takes any, and int32 elements.
-void ExpectArray(const ffi::AnyBuffer& buffer, std::string_view name,
-                 const std::vector<int64_t>& shape, bool allow_int64 = false) {
+// Expects the given dimensions and int32 elements.
+void ExpectArray(const ffi::AnyBuffer& buffer, std::string_view name, const Shape& shape,
+                 bool allow_int64 = false) {
   const ffi::DataType type = buffer.element_type();
   Expect(type == ffi::DataType::S32 || (type == ffi::DataType::S64 && allow_int64), name,
          ": got ", type, ", expected ", allow_int64 ? "int32 or int64" : "int32");
   const auto dims = buffer.dimensions();
   const auto fits = [](int64_t got, int64_t expected) { return expected < 0 || expected == got; };
-  Expect(std::equal(dims.begin(), dims.end(), shape.begin(), shape.end(), fits), name,
-         ": got shape ", Shape{dims}, ", expected ", Shape{{shape.data(), shape.size()}});
+  if (std::equal(dims.begin(), dims.end(), shape.begin(), shape.end(), fits)) return;
+  Expect(false, name, ": got shape ", Shape(dims), ", expected ", shape);
 }
 
 int32_t* Data(const ffi::AnyBuffer& buffer) {
@@ -185,8 +213,7 @@ void CopyOfBuffers(Stream stream, ffi::RemainingArgs operands, ffi::RemainingRet
   for (size_t k = 0; k < results.size(); ++k) {
     const ffi::AnyBuffer source = *operands.get<ffi::AnyBuffer>(k % arrays);
     const auto dims = source.dimensions();
-    ExpectArray(**results.get<ffi::AnyBuffer>(k), "result " + std::to_string(k),
-                std::vector<int64_t>(dims.begin(), dims.end()));
+    ExpectArray(**results.get<ffi::AnyBuffer>(k), "result " + std::to_string(k), Shape(dims));
   }
   ForLaunches(num_backends, [&](int64_t first, int32_t count) {
     args->num_backends = count;
@@ -200,7 +227,7 @@ void CopyOfBuffers(Stream stream, ffi::RemainingArgs operands, ffi::RemainingRet
 }
 
 // The shape of one backend's array.
-std::vector<int64_t> ShapeOf(const FusedMetadataArguments& args, Field field) {
+Shape ShapeOf(const FusedMetadataArguments& args, Field field) {
   const Rows& rows = args.rows;
   switch (kFieldDescriptions[field].extent) {
     case Extent::kRequests:
@@ -236,6 +263,7 @@ Numbers NumbersOf(ffi::Span<const int64_t> span) { return {span.begin(), span.en
 // The arrays that are wanted, as attributes name them: indices of FIELDS in ascending order.
 std::vector<Field> FieldsOf(ffi::Span<const int64_t> indices) {
   std::vector<Field> fields;
+  fields.reserve(indices.size());
   for (const int64_t index : indices) {
     Expect(index > (fields.empty() ? -1 : fields.back()) && index < kFields,
            "fields: got index ", index, ", expected those of fields in ascending order");
@@ -333,14 +361,13 @@ void FusedMetadataOfBuffers(Stream stream, ffi::RemainingArgs operands, ffi::Rem
       const int64_t tokens = tokens_per_column[k % fields.size()];
       const int64_t slots = slots_per_page[k % fields.size()];
       args->tables[field].tokens_per_column =
-          Int32(tokens, 1, std::string(name) + ": tokens_per_column");
-      args->tables[field].slots_per_page = Int32(slots, 1, std::string(name) + ": slots_per_page");
+          Int32(tokens, 1, name, ": tokens_per_column");
+      args->tables[field].slots_per_page = Int32(slots, 1, name, ": slots_per_page");
       args->tables[field].stride = args->columns(field);
     }
     const ffi::AnyBuffer result = **results.get<ffi::AnyBuffer>(k);
-    std::vector<int64_t> shape = ShapeOf(*args, field);
-    if (stacked) shape.insert(shape.begin(), num_backends);
-    ExpectArray(result, name, shape);
+    const Shape shape = ShapeOf(*args, field);
+    ExpectArray(result, name, stacked ? shape.Stacked(num_backends) : shape);
     if (!stacked) {
       ArrayOf(backends[k / fields.size()], field) = Data(result);
       continue;

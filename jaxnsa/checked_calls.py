@@ -47,15 +47,16 @@ class CheckedCalls:
         self._parameters = tuple(inspect.signature(function).parameters)
         self._known: dict[tuple[Any, ...], _Known] = {}
 
-    def compute_as_before(self, arrays: Sequence[Any], options: Mapping[str, Any]) -> Any:
+    def compute_as_before(self, arrays: Sequence[Any], out: Any, options: Mapping[str, Any]) -> Any:
         """The result of a call that is like one before; None where it has to be checked.
 
         Args:
           arrays: its positional arguments.
-          options: its keyword arguments.
+          out: its destinations.
+          options: its other keyword arguments.
         """
         try:
-            facts, read, out, _ = _facts(arrays, options)
+            facts, read, _ = _facts(arrays, out, options)
             computation, inputs, kind, several = self._known[facts]
             if out is not None and not several:
                 out = (out,)
@@ -73,6 +74,7 @@ class CheckedCalls:
     def remember(
         self,
         arrays: Sequence[Any],
+        out: Any,
         options: Mapping[str, Any],
         computation: Computation,
         several: bool,
@@ -81,7 +83,7 @@ class CheckedCalls:
         if len(self._known) >= _MOST:
             self._known.clear()
         try:
-            facts, read, _, named = _facts(arrays, options)
+            facts, read, named = _facts(arrays, out, options)
             names = [*self._parameters[: len(arrays)], *named]
             inputs = itemgetter(*(names.index(name) for name in Inputs._fields if name in names))
             if all(isinstance(array, jax.Array) for array in read):
@@ -92,41 +94,38 @@ class CheckedCalls:
 
 
 def _facts(
-    arrays: Sequence[Any], options: Mapping[str, Any]
-) -> tuple[tuple[Any, ...], Sequence[Any], Any, list[str]]:
+    arrays: Sequence[Any], out: Any, options: Mapping[str, Any]
+) -> tuple[tuple[Any, ...], Sequence[Any], list[str]]:
     """What calls alike have in common.
 
     Returns:
-      It; the arrays that a call reads, which begin with the positional ones; its `out`; and the
-      names of those that it reads by name.
+      It; the arrays that a call reads, which begin with the positional ones; and the names of those
+      that it reads by name.
     """
-    static = dict(options)
-    out = static.pop("out", None)
     named = []
-    if not _INPUTS.isdisjoint(static):
-        named = [name for name in static if name in _INPUTS]
-        named_arrays = {name: static.pop(name) for name in named}
-        named = [name for name in named if named_arrays[name] is not None]
-        arrays = (*arrays, *map(named_arrays.get, named))
+    if not _INPUTS.isdisjoint(options):
+        named = [name for name, value in options.items() if name in _INPUTS and value is not None]
+        arrays = (*arrays, *map(options.get, named))
+        options = {name: value for name, value in options.items() if name not in _INPUTS}
     first = arrays[0]
-    if isinstance(first, jax.core.Tracer) or first.is_deleted():
+    if first.is_deleted():
         # JAX ends the process where it is asked for the platform of a deleted array.
         raise UnlikeError
-    values = static.values()
+    values = options.values()
     facts = (
         sources(),
         first.platform(),
         out is None,
         *named,
-        *static,
+        *options,
         *values,
         *map(type, values),  # True is 1, and yet another option
         *map(_abstract, arrays),
     )
-    offsets = static.get("backend_offsets")
+    offsets = options.get("backend_offsets")
     if type(offsets) is tuple:
         facts += tuple(map(type, offsets))
-    return facts, arrays, out, named
+    return facts, arrays, named
 
 
 _abstract = attrgetter("aval")

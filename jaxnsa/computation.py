@@ -67,9 +67,15 @@ class Computation:
         if destinations is None:
             return arrays
         for metadata in destinations:
-            if type(metadata) is not NSAMetadata or self._others(metadata) != self._no_others:
+            if type(metadata) is not NSAMetadata:
                 raise UnlikeError
-            arrays += self._wanted(metadata)
+            attributes = vars(metadata)
+            if (*attributes,) == self._names:  # as a computation returns it
+                arrays += attributes.values()
+            elif self._others(metadata) == self._no_others:
+                arrays += self._wanted(metadata)
+            else:
+                raise UnlikeError
         if not arrays:
             raise UnlikeError
         return arrays
@@ -92,9 +98,7 @@ class Computation:
         backends = []
         for _ in range(len(arrays) // len(names)):
             metadata = object.__new__(NSAMetadata)
-            attributes = vars(metadata)
-            for name, array in zip(names, rest, strict=False):
-                attributes[name] = array
+            vars(metadata).update(zip(names, rest, strict=False))
             backends.append(metadata)
         return tuple(backends)
 

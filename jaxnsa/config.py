@@ -26,6 +26,7 @@ ENVIRONMENT = {
 _VARIABLES = tuple(variable for variables in ENVIRONMENT.values() for variable in variables)
 # The dict beneath os.environ: each eager call asks, and os.environ itself takes ten times as long.
 _environment = os.environ._data  # type: ignore[attr-defined]
+_present = _environment.keys()  # a view: names that are set now
 _keys = tuple(map(os.environ.encodekey, _VARIABLES))  # type: ignore[attr-defined]
 
 
@@ -66,8 +67,9 @@ def settings() -> Settings:
 
 
 def sources() -> tuple[tuple[bytes | None, ...], tuple[tuple[str, Any], ...]]:
-    """What settings come from: the values of the environment's variables, and overrides."""
-    return tuple(map(_environment.get, _keys)), _overrides.value
+    """What settings come from: the values of the environment's variables, if any, and overrides."""
+    texts = () if _present.isdisjoint(_keys) else tuple(map(_environment.get, _keys))
+    return texts, _overrides.value
 
 
 def overridden() -> bool:
@@ -84,7 +86,7 @@ def origin(setting: str) -> str:
 
 @functools.lru_cache(maxsize=64)
 def _parsed(texts: tuple[bytes | None, ...], overrides: tuple[tuple[str, Any], ...]) -> Settings:
-    environment = {v: os.fsdecode(t) for v, t in zip(_VARIABLES, texts, strict=True) if t}
+    environment = {v: os.fsdecode(t) for v, t in zip(_VARIABLES, texts, strict=False) if t}
     values: dict[str, Any] = {}
     for name, variables in ENVIRONMENT.items():
         variable = next((v for v in variables if v in environment), None)

@@ -63,13 +63,13 @@ def _computes(
     calls = CheckedCalls(request)
 
     @functools.wraps(request)
-    def compute(*arrays: Parameters.args, **options: Parameters.kwargs) -> Results:
-        results = calls.compute_as_before(arrays, options)
+    def compute(*arrays: Any, out: Any = None, **options: Any) -> Results:
+        results = calls.compute_as_before(arrays, out, options)
         if results is None:
-            asked = request(*arrays, **options)
+            asked = request(*arrays, out=out, **options)
             backends, computation = _fused_metadata(asked)
             if computation is not None:
-                calls.remember(arrays, options, computation, asked.several)
+                calls.remember(arrays, out, options, computation, asked.several)
             results = backends if asked.several else backends[0]
         return results
 

@@ -1434,8 +1434,8 @@ MISTAKES = [
     Mistake(
         "calls alike: destinations with more arrays than are wanted",
         "jaxnsa/computation.py",
-        "self._others(metadata) != self._no_others",
-        "False",
+        "elif self._others(metadata) == self._no_others:",
+        "elif True:",
         "test_argument_checks.py -k like_one",
     ),
     Mistake(

@@ -236,7 +236,7 @@ def test_nobody_asks_for_the_platform_of_a_deleted_array():
         aval=jnp.zeros(3).aval, is_deleted=lambda: True, platform=lambda: asked.append("cpu")
     )
     calls = CheckedCalls(jaxnsa.precompute_decode_metadata)
-    assert calls.compute_as_before((gone, gone, gone), {}) is None
+    assert calls.compute_as_before((gone, gone, gone), None, {}) is None
     assert not asked
 
 

@@ -24,6 +24,8 @@ class Table {
  public:
   Table(const FusedMetadataArguments& args, Field field)
       : layout_(args.tables[field]), columns_(args.columns(field)), tail_(args.tail) {
+    arrays_.reserve(args.num_backends);
+    contents_.reserve(args.num_backends);
     for (int b = 0; b < args.num_backends; ++b) {
       Backend backend = args.backends[b];
       arrays_.push_back(ArrayOf(backend, field));
@@ -177,10 +179,10 @@ void FusedMetadata(Stream, const FusedMetadataArguments& args) {
   std::vector<int32_t> cache_seqlens(args.num_backends), cache_sums(args.num_backends),
       nsa_sums(args.num_backends);
   int64_t row = 0;
-  std::vector<StepLengths> lengths(args.num_backends);
+  std::vector<StepLengths> lengths(args.schedules.any() ? args.num_backends : 0);
   Keys keys(args);
   const auto store_row = [&](int b, int64_t row, const RowValues& values) {
-    lengths[b].rows.push_back(values.seqlens_expanded);
+    if (!lengths.empty()) lengths[b].rows.push_back(values.seqlens_expanded);
     nsa_sums[b] = Add(nsa_sums[b], values.nsa_cache_seqlens);
     Store(args.backends[b].lengths, row, values);
     Store(args.backends[b].lengths, row + 1, RowSums(nsa_sums[b]));
@@ -198,7 +200,7 @@ void FusedMetadata(Stream, const FusedMetadataArguments& args) {
     for (int b = 0; b < args.num_backends; ++b) {
       const Lengths& to = args.backends[b].lengths;
       cache_seqlens[b] = rows.cache_seqlen(i, args.backend_offsets[b]);
-      lengths[b].requests.push_back(cache_seqlens[b]);
+      if (!lengths.empty()) lengths[b].requests.push_back(cache_seqlens[b]);
       const RowOwner owner{static_cast<int32_t>(i), cache_seqlens[b], cache_sums[b]};
       cache_sums[b] = Add(cache_sums[b], cache_seqlens[b]);
       Store(to, i, RequestValues(cache_seqlens[b]));
@@ -233,7 +235,7 @@ void FusedMetadata(Stream, const FusedMetadataArguments& args) {
                                                                    : row;
     for (int64_t r = known; r < args.tracker.count; ++r) args.tracker.Forget(r);
   }
-  for (int b = 0; b < args.num_backends; ++b) {
+  for (size_t b = 0; b < lengths.size(); ++b) {
     WriteSchedules(args, lengths[b], args.backends[b].schedules);
   }
   if (args.tail == Tail::kKeep) return;

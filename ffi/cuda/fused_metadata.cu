@@ -11,9 +11,7 @@ namespace {
 
 // Whether a launch writes schedules or pooled arrays.
 bool WantsSchedules(const FusedMetadataArguments& args) {
-  const Schedules& wanted = args.schedules;
-  return args.index_kpool > 1 || wanted.paged_mqa.num_sms > 0 || wanted.topk_plan.num_pairs > 0 ||
-         wanted.flash_mla.num_sm_parts > 0;
+  return args.index_kpool > 1 || args.schedules.any();
 }
 
 // Launches of few backends each, which is all that kernels with schedules are compiled for.
