@@ -38,10 +38,11 @@ Multiprocessor& Here() {
   return here;
 }
 
-// A sanitizer would take a jump for the end of the stack that it leaves.
-[[gnu::noinline, gnu::no_sanitize_address]] void Jump(Place to) { __builtin_longjmp(to, 1); }
+// A sanitizer would take a jump for the end of the stack that it leaves, and a caller that sees into
+// these functions would leave values in registers that another thread overwrites.
+[[gnu::noipa, gnu::no_sanitize_address]] void Jump(Place to) { __builtin_longjmp(to, 1); }
 
-[[gnu::noinline, gnu::no_sanitize_address]] void Switch(Place from, Place to) {
+[[gnu::noipa, gnu::no_sanitize_address]] void Switch(Place from, Place to) {
   if (__builtin_setjmp(from) == 0) Jump(to);
 }
 
@@ -55,7 +56,7 @@ void RunThread() {
   }
 }
 
-[[gnu::noinline, gnu::no_sanitize_address]] void Begin(Place from, const ucontext_t& thread) {
+[[gnu::noipa, gnu::no_sanitize_address]] void Begin(Place from, const ucontext_t& thread) {
   if (__builtin_setjmp(from) == 0) setcontext(&thread);
 }
 
