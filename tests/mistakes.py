@@ -716,6 +716,13 @@ MISTAKES = [
         "test_torch.py::test_a_pool_narrower_than_the_tables",
     ),
     Mistake(
+        "native: a thread's pages are neighbours",
+        "ffi/cuda/tables.cuh",
+        "return first + k * step;",
+        "return first + k;",
+        "test_ffi.py -k pages_that_a_thread",
+    ),
+    Mistake(
         "native: a registered tensor may have lost memory",
         "ffi/registered_tensors.cc",
         "torch.storage_size(tensor, &out->storage_bytes) != 0 ||",

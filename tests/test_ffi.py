@@ -78,6 +78,22 @@ def test_more_requests_than_rows_of_a_grid(name):
     )
 
 
+@pytest.mark.parametrize("name", [pytest.param("ffi", marks=[pytest.mark.gpu] if ON_GPU else [])])
+@pytest.mark.parametrize("tail", ("copy", "keep"))
+@pytest.mark.parametrize("bs, max_len", ((600, 1201), (6000, 1301)))
+def test_pages_that_a_thread_loads_at_once(bs, max_len, tail, name):
+    """A CUDA block has four tiles of a request's pages; more where blocks are many, in turns."""
+    check_broadcast(
+        inputs(bs, pool_cols=max_len, pool_rows=7),
+        implementation=name,
+        in_place=True,
+        num_backends=2,
+        wide_table=False,
+        real_page_size=2,
+        tail=tail,
+    )
+
+
 def test_unknown_variant():
     with pytest.raises(
         Exception, match="prefix_sum: variant: got fast, expected one of block_scan"

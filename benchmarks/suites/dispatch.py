@@ -79,9 +79,9 @@ SUITE = Suite(
     note="bs 4, max_len 256, 64 columns live: next to no work, the default implementation. "
     "separate returns 7 N arrays, stacked 7; in place they are donated as well, and identity is "
     "jax.jit of the identity on the same arrays, donated: what JAX itself takes. The last is part "
-    "of a jit that returns one number. Each is the median of the fastest of three passes.",
+    "of a jit that returns one number. Each is the median of the fastest of six passes.",
     jobs=jobs,
     plots=(Plot("dispatch", "Host time to issue one call", "N", "backends, N", lambda case: True),),
     metric="issue_us",
-    passes=3,
+    passes=6,
 )
