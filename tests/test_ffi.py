@@ -81,8 +81,8 @@ def test_more_requests_than_rows_of_a_grid(name):
 @pytest.mark.parametrize("name", [pytest.param("ffi", marks=[pytest.mark.gpu] if ON_GPU else [])])
 @pytest.mark.parametrize("tail", ("copy", "keep"))
 @pytest.mark.parametrize("bs, max_len", ((600, 1201), (6000, 1301)))
-def test_pages_that_a_thread_loads_at_once(bs, max_len, tail, name):
-    """A CUDA block has four tiles of a request's pages; more where blocks are many, in turns."""
+def test_pages_in_turns(bs, max_len, tail, name):
+    """A CUDA thread has several pages of a request, and more where there are many requests."""
     check_broadcast(
         inputs(bs, pool_cols=max_len, pool_rows=7),
         implementation=name,

@@ -63,10 +63,6 @@ template <Refresh kRefresh, bool kTablesRagged>
 constexpr int kRequestThreads =
     kRefresh == Refresh::kNew && !kTablesRagged ? kWarpThreads : kThreads;
 
-// Loads of pages that a thread has under way where there is no wide table.
-template <Refresh kRefresh>
-constexpr int kPageLoads = kRefresh == Refresh::kWhole ? 4 : 1;
-
 // How a launch knows which columns its rows hold.
 enum class Held : uint8_t { kNothing, kWrittenLens, kTracked };
 

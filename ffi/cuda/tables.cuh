@@ -71,45 +71,29 @@ struct RowContents {
   OfBackend of_backend;  // called with a backend's index
 };
 
-// Pages of a row, every `step`th from the first one on, and their physical numbers.
-template <int kCount>
-struct Pages {
-  int32_t first;
-  int32_t step;
-  int32_t number[kCount];
-
-  __device__ int32_t page(int k) const { return first + k * step; }
-};
-
-// Stores them in a row of `real_page_table`, and in `pooled_page_table` those with which a page of
-// pooled keys begins.
-template <int kCapacity, bool kSchedules, int kCount, typename OfBackend>
-__device__ __forceinline__ void StorePages(const Parameters<kCapacity, kSchedules>& args,
-                                           int64_t row, const Pages<kCount>& pages,
-                                           const RowContents<OfBackend>& contents) {
-  const auto store = [&](int32_t* table, int32_t column, int k, RowContent content) {
-    const int64_t token = int64_t{pages.page(k)} * args.page_size.value;
-    if (token < content.end) table[column] = token < content.live ? pages.number[k] : 0;
+// Stores the number of a page, whose first token is `token`, in a row of `real_page_table`, and in
+// `pooled_page_table` where a page of pooled keys begins with it.
+template <int kCapacity, bool kSchedules, typename OfBackend>
+__device__ __forceinline__ void StorePage(const Parameters<kCapacity, kSchedules>& args,
+                                          int64_t row, int32_t page, int64_t token, int32_t number,
+                                          const RowContents<OfBackend>& contents) {
+  const auto store = [&](const auto& tables, auto table_of, int64_t offset) {
+    ForEach(tables, args.num_backends, [&](const auto& to, int b) {
+      const RowContent content = contents.of_backend(b);
+      if (token >= content.end) return;
+      table_of(to)[offset] = token < content.live ? number : 0;
+    });
   };
-  ForEach(args.tables, args.num_backends, [&](const PageTables& to, int b) {
-    const RowContent content = contents.of_backend(b);
-    int32_t* const table = to.real_page_table + row * args.real_page_table_stride;
-#pragma unroll
-    for (int k = 0; k < kCount; ++k) store(table, pages.page(k), k, content);
-  });
+  store(args.tables, [](const PageTables& to) { return to.real_page_table; },
+        row * args.real_page_table_stride + page);
   if constexpr (kSchedules) {
     const auto& schedules = args.schedules;
     if (!args.is_pooled) return;
-    const Divisor& pooled_pages = schedules.pages_per_pooled_page;
-    ForEach(schedules.pooled_page_tables, args.num_backends, [&](int32_t* to, int b) {
-      const RowContent content = contents.of_backend(b);
-      int32_t* const table = to + row * schedules.pooled_page_table_stride;
-#pragma unroll
-      for (int k = 0; k < kCount; ++k) {
-        const int32_t pooled = pooled_pages.Divide(pages.page(k));
-        if (pooled * pooled_pages.value == pages.page(k)) store(table, pooled, k, content);
-      }
-    });
+    const Divisor& pages = schedules.pages_per_pooled_page;
+    const int32_t pooled = pages.Divide(page);
+    if (pooled * pages.value != page) return;
+    store(schedules.pooled_page_tables, [](int32_t* to) { return to; },
+          row * schedules.pooled_page_table_stride + pooled);
   }
 }
 
@@ -169,7 +153,7 @@ struct Columns {
         !IsFrom(contents.first, column) || column >= longest.end) {
       return;
     }
-    StorePages(args, row, Pages<1>{page, 0, {args.page_size.Divide(value[0])}}, contents);
+    StorePage(args, row, page, column, args.page_size.Divide(value[0]), contents);
   }
 };
 
@@ -268,22 +252,19 @@ __device__ void WriteTables(const Parameters<kCapacity, kSchedules>& args, int32
       columns = Columns<kWidth>(source, column, first, longest.live);
     }
   }
-  // Only the first token of each page is read, an access of its own: several are under way at once.
+  // Only the first token of each page is read.
   const int32_t first_page = kMayHold ? args.page_size.DivideUp(first) : 0;
-  int32_t page = (first_page & -threads) + thread;
+  uint32_t page = (first_page & -threads) + thread;
   if (kMayHold && !IsFrom(first_page, page)) page += threads;
 #pragma unroll 1
-  for (;; page += kPageLoads<kRefresh> * threads) {
-    Pages<kPageLoads<kRefresh>> pages{page, threads, {}};
-    const auto token = [&](int k) { return int64_t{pages.page(k)} * args.page_size.value; };
-    if (token(0) >= longest.end) return;
-#pragma unroll
-    for (int k = 0; k < kPageLoads<kRefresh>; ++k) {
-      if (token(k) < longest.live) pages.number[k] = __ldg(source + token(k));
-    }
-#pragma unroll
-    for (int32_t& number : pages.number) number = args.page_size.Divide(number);
-    for_rows([&](int64_t row, const auto& contents) { StorePages(args, row, pages, contents); });
+  for (;; page += threads) {
+    const int64_t token = int64_t{page} * args.page_size.value;
+    if (token >= longest.end) return;
+    const int32_t number =
+        token < longest.live ? args.page_size.Divide(__ldg(source + token)) : 0;
+    for_rows([&](int64_t row, const auto& contents) {
+      StorePage(args, row, page, token, number, contents);
+    });
   }
 }
 
