@@ -82,25 +82,19 @@ def step_times(calls: Sequence[Call], wait: Callable = jax.block_until_ready) ->
     return times
 
 
-def timing(
-    calls: Sequence[Call],
-    count: int = 50,
-    wait: Callable = jax.block_until_ready,
-    cached: bool = False,
+def host_times(
+    calls: Sequence[Call], count: int = 50, wait: Callable = jax.block_until_ready
 ) -> dict[str, float]:
-    """What a call costs, over `count` of them.
+    """What a call costs the host, over `count` of them.
 
     Args:
       calls: the same call on different memory, taken in turn.
       count: calls to time.
       wait: waits for a call's result.
-      cached: one call is repeated that finds its inputs in the caches.
 
     Returns:
       Microseconds, with their 10th and 90th percentiles: "latency_us", median from the call to its
-      result on the device; "issue_us", median until the call returns; on a GPU "device_us", median
-      time of its kernels in turns, with its 90th percentile, unless `cached`, and "hot_device_us",
-      the same of the first call repeated. On a GPU also "launches", per call.
+      result on the device; "issue_us", median until the call returns.
     """
     for call in calls:
         wait(call())
@@ -122,7 +116,29 @@ def timing(
     for name, seconds in (("latency_us", latencies), ("issue_us", issues)):
         p10, median, p90 = (np.percentile(seconds, [10, 50, 90]) * 1e6).tolist()
         metrics |= {name: median, f"{name}_p10": p10, f"{name}_p90": p90}
+    return metrics
+
+
+def timing(
+    calls: Sequence[Call],
+    count: int = 50,
+    wait: Callable = jax.block_until_ready,
+    cached: bool = False,
+) -> dict[str, float]:
+    """What a call costs the host and the device, over `count` of them.
+
+    Args:
+      calls, count, wait: as in `host_times`.
+      cached: one call is repeated that finds its inputs in the caches.
+
+    Returns:
+      What `host_times` does, and on a GPU in microseconds "device_us", median time of its kernels
+      in turns, with its 90th percentile, unless `cached`, and "hot_device_us", the same of the
+      first call repeated; and "launches", per call.
+    """
+    metrics = host_times(calls, count, wait)
     if on_gpu():
+        count, cycle = min(count, MOST_CALLS), itertools.cycle(calls)
         kernels = kernel_times(calls[0], count, wait)
         metrics["hot_device_us"] = sum(k.launches * k.microseconds for k in kernels)
         metrics["launches"] = sum(k.launches for k in kernels)

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 import jaxnsa
-from benchmarks.measure import timing
+from benchmarks.measure import host_times
 from benchmarks.problem import PAGE_SIZE, TOPK, Problem
 from benchmarks.suite import Job, Plot, Suite
 from jaxnsa import ForwardMode
@@ -39,14 +39,14 @@ def _measure(kind: str, n: int, count: int) -> dict[str, float]:
         last = problem.expected.nsa_cu_seqlens_k[-1]
         if int(larger(*arguments)) != n * int(last):
             raise AssertionError("wrong sum")
-        return timing([lambda: larger(*arguments)], count, cached=True)
+        return host_times([lambda: larger(*arguments)], count)
     stacked = kind.startswith("stacked")
     result = broadcast(*arguments, stacked=stacked, tail="zero")
     problem.check(
         [jax.tree.map(lambda a, k=k: a[k], result) for k in range(n)] if stacked else result
     )
     if kind in ("separate", "stacked"):
-        return timing([lambda: broadcast(*arguments, stacked=stacked)], count, cached=True)
+        return host_times([lambda: broadcast(*arguments, stacked=stacked)], count)
     identity = jax.jit(lambda out, *read: out, donate_argnums=0, keep_unused=True)
     state = [result]
 
@@ -57,7 +57,7 @@ def _measure(kind: str, n: int, count: int) -> dict[str, float]:
             state[0] = broadcast(*arguments, stacked=stacked, out=state[0])
         return state[0]
 
-    return timing([call], count, cached=True)
+    return host_times([call], count)
 
 
 def jobs(quick: bool) -> list[Job]:
@@ -79,9 +79,9 @@ SUITE = Suite(
     note="bs 4, max_len 256, 64 columns live: next to no work, the default implementation. "
     "separate returns 7 N arrays, stacked 7; in place they are donated as well, and identity is "
     "jax.jit of the identity on the same arrays, donated: what JAX itself takes. The last is part "
-    "of a jit that returns one number. Each is the median of the fastest of six passes.",
+    "of a jit that returns one number. Each is the median of the fastest of twenty passes.",
     jobs=jobs,
     plots=(Plot("dispatch", "Host time to issue one call", "N", "backends, N", lambda case: True),),
     metric="issue_us",
-    passes=6,
+    passes=20,
 )

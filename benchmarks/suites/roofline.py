@@ -28,6 +28,7 @@ TARGETS = {
     Problem(DECODE, 1024, 32_768, 3, 4096): 16.0,
     Problem(VERIFY, 64, 65_536, 3, 65_536): None,
     Problem(EXTEND, 64, 65_536, 3, 65_536): None,
+    Problem(EXTEND, 32, 65_536, 3, 8192): 3.2,
 }
 PAGES = tuple(
     Problem(mode, bs, max_len, n, live, wide_table=False)
