@@ -525,6 +525,13 @@ MISTAKES = [
         operations("ffi", "in_place"),
     ),
     Mistake(
+        "cpu: copies leave out tiles",
+        "ffi/cpu/copy.cc",
+        "begin += kTileColumns",
+        "begin += 2 * kTileColumns",
+        "test_operations.py -k fused_metadata_copy",
+    ),
+    Mistake(
         "cpu: copies take the source's stride",
         "ffi/cpu/copy.cc",
         "row * array.destination_stride",

@@ -371,9 +371,10 @@ def test_prefix_sum_of_other_integers(implementation):
 
 @pytest.mark.parametrize("wide_table, page", ((True, 64), (True, 1), (False, 48)))
 @pytest.mark.parametrize("in_place", (False, True))
-def test_fused_metadata_copy(wide_table, page, in_place, implementation):
+@pytest.mark.parametrize("pool_cols", (200, *of_blocks(33_003)))
+def test_fused_metadata_copy(pool_cols, wide_table, page, in_place, implementation):
     src = reference.precompute_decode_metadata(
-        *inputs(3), wide_table=wide_table, real_page_size=page
+        *inputs(3, pool_cols=pool_cols), wide_table=wide_table, real_page_size=page
     )
     out = tuple(on_device(held(src)) for _ in range(3)) if in_place else None
     before = pointers(out)
