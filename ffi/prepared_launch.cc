@@ -28,8 +28,9 @@ bool TakeNumber(nb::handle object, int64_t* out) {
 
 }  // namespace
 
-void PreparedLaunch::Watch(nb::handle exchange_api, nb::handle tensor, nb::list registered,
-                           std::vector<Span> written, int64_t min_columns) {
+void PreparedLaunch::Watch(nb::handle exchange_api, nb::handle tensor,
+                           std::optional<nb::list> registered, std::vector<Span> written,
+                           int64_t min_columns) {
   const ExchangeApi* const api = ExchangeApiOf(exchange_api.ptr());
   if (api == nullptr) {
     declined_ = "the DLPack C exchange API is of another version than 1";
@@ -39,7 +40,7 @@ void PreparedLaunch::Watch(nb::handle exchange_api, nb::handle tensor, nb::list 
     declined_ = "a registered tensor cannot be described by DLPack";
     return;
   }
-  if (!registered_.Take(registered)) {
+  if (!registered || !registered_.Take(*registered)) {
     declined_ = "a registered tensor cannot be looked at through LibTorch's C ABI";
     return;
   }

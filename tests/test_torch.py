@@ -811,6 +811,22 @@ def test_what_the_library_declines_without_reason_is_counted_and_logged_once(
     engine.check()
 
 
+def test_a_pytorch_without_handles_of_tensors(device, monkeypatch):
+    """Python looks at the tensors then, and says once that it does."""
+    if exchange_api() is None:
+        pytest.skip("runs with PyTorch 2.10 or newer")
+    monkeypatch.delattr(torch._C._aoti, "unsafe_alloc_void_ptrs_from_tensors")
+    launches.declined.clear()
+    engine = Engine.of(device)
+    buffers = registered(engine, "direct", 16)
+    lengths, indices, _ = inputs(5, pool_cols=300, pool_rows=10)
+    buffers.update(engine.tensor(lengths), engine.tensor(indices), engine.pool)
+    engine.expect(lengths, indices, page=16)
+    engine.check()
+    reason = "a registered tensor cannot be looked at through LibTorch's C ABI"
+    assert launches.declined == {reason: 1}
+
+
 def test_steps_of_equal_requests_differ_in_their_rows(path, device):
     """Each follows one that differs in its mode, or in a number that decides the rows."""
     engine = Engine.of(device)

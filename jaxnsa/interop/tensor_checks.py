@@ -207,9 +207,14 @@ def exchange_api() -> Any | None:
     return getattr(torch.Tensor, "__dlpack_c_exchange_api__", None)
 
 
-def handles(tensors: Sequence[torch.Tensor]) -> list[Any]:
-    """AtenTensorHandles of LibTorch's C ABI, in capsules; whoever takes them is to delete them."""
-    return torch._C._aoti.unsafe_alloc_void_ptrs_from_tensors([*tensors])
+def handles(tensors: Sequence[torch.Tensor]) -> list[Any] | None:
+    """AtenTensorHandles of LibTorch's C ABI, in capsules; whoever takes them is to delete them.
+
+    None where this PyTorch hands out none: the ABI is documented, how Python gets at it is not.
+    """
+    interface = getattr(torch._C, "_aoti", None)
+    allocate = getattr(interface, "unsafe_alloc_void_ptrs_from_tensors", None)
+    return None if allocate is None else allocate([*tensors])
 
 
 def _interleaved(a: Checked, b: Checked) -> bool:
