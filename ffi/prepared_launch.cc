@@ -28,8 +28,8 @@ bool TakeNumber(nb::handle object, int64_t* out) {
 
 }  // namespace
 
-void PreparedLaunch::Watch(nb::handle exchange_api, nb::handle tensor,
-                           std::optional<nb::list> registered, std::vector<Span> written,
+void PreparedLaunch::Watch(nb::handle exchange_api, nb::handle tensor, nb::list registered,
+                           nb::object handles_of, std::vector<Span> written,
                            int64_t min_columns) {
   const ExchangeApi* const api = ExchangeApiOf(exchange_api.ptr());
   if (api == nullptr) {
@@ -40,7 +40,7 @@ void PreparedLaunch::Watch(nb::handle exchange_api, nb::handle tensor,
     declined_ = "a registered tensor cannot be described by DLPack";
     return;
   }
-  if (!registered || !registered_.Take(*registered)) {
+  if (registered.size() > 0 && !registered_.Take(registered, handles_of)) {
     declined_ = "a registered tensor cannot be looked at through LibTorch's C ABI";
     return;
   }

@@ -45,13 +45,12 @@ class PreparedLaunch {
     flash_mla_[items] = reinterpret_cast<const int32_t*>(address);
   }
 
-  // Lets TryLaunch look at tensors by itself. It declines where one of `registered`, which
-  // RegisteredTensors takes over, has changed, and always where these cannot be had; where an input
-  // is not on the device of `tensor` or touches `written`, memory in order and apart; and where the
-  // pool has fewer columns than `min_columns`.
-  void Watch(nanobind::handle exchange_api, nanobind::handle tensor,
-             std::optional<nanobind::list> registered, std::vector<Span> written,
-             int64_t min_columns);
+  // Lets TryLaunch look at tensors by itself. It declines where one of `registered` has changed, and
+  // always where RegisteredTensors does not take them with `handles_of`; where an input is not on
+  // the device of `tensor` or touches `written`, memory in order and apart; and where the pool has
+  // fewer columns than `min_columns`.
+  void Watch(nanobind::handle exchange_api, nanobind::handle tensor, nanobind::list registered,
+             nanobind::object handles_of, std::vector<Span> written, int64_t min_columns);
 
   // Lets launches keep track of what table rows hold, in memory that stays where it is, zeros at
   // first.

@@ -221,7 +221,8 @@ NB_MODULE(jaxnsa_native, module) {
            nb::arg("requests_are_items"), nb::arg("backend_offsets"))
       .def("hold_flash_mla", &PreparedLaunch::HoldFlashMla, nb::arg("items"), nb::arg("address"))
       .def("watch", &PreparedLaunch::Watch, nb::arg("exchange_api"), nb::arg("tensor"),
-           nb::kw_only(), nb::arg("registered").none(), nb::arg("written"), nb::arg("min_columns"))
+           nb::kw_only(), nb::arg("registered"), nb::arg("handles_of").none(),
+           nb::arg("written"), nb::arg("min_columns"))
       .def("track",
            [](PreparedLaunch& self, uint64_t held, int32_t rows) {
              self.Track(reinterpret_cast<HeldRow*>(held), rows);

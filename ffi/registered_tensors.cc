@@ -51,9 +51,9 @@ RegisteredTensors::~RegisteredTensors() {
   for (const Registered& tensor : tensors_) Loaded()->delete_tensor(tensor.handle);
 }
 
-bool RegisteredTensors::Take(nb::list handles) {
-  if (Loaded() == nullptr) return false;
-  for (nb::handle capsule : handles) {
+bool RegisteredTensors::Take(nb::list tensors, nb::object handles_of) {
+  if (handles_of.is_none() || Loaded() == nullptr) return false;
+  for (nb::handle capsule : handles_of(tensors)) {
     void* const handle = PyCapsule_GetPointer(capsule.ptr(), nullptr);
     if (handle == nullptr) nb::raise_python_error();
     tensors_.push_back({handle, {}});

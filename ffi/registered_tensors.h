@@ -20,9 +20,10 @@ class RegisteredTensors {
   RegisteredTensors& operator=(const RegisteredTensors&) = delete;
   ~RegisteredTensors();
 
-  // Takes over an AtenTensorHandle of each tensor, in capsules. Returns false where this process
-  // has no LibTorch with the functions that it takes, or these cannot tell what a tensor is.
-  bool Take(nanobind::list handles);
+  // Takes tensors, whose AtenTensorHandles `handles_of` makes, in capsules, for it to delete. Returns
+  // false where that is None, where this process has no LibTorch with the functions that it takes,
+  // or where these cannot tell what a tensor is.
+  bool Take(nanobind::list tensors, nanobind::object handles_of);
 
   size_t size() const { return tensors_.size(); }
 

@@ -86,8 +86,8 @@ class CheckedCalls:
             facts, read, named = _facts(arrays, out, options)
             names = [*self._parameters[: len(arrays)], *named]
             inputs = itemgetter(*(names.index(name) for name in Inputs._fields if name in names))
-            if all(isinstance(array, jax.Array) for array in read):
-                kind = frozenset(map(type, read))
+            kind = frozenset(map(type, read))
+            if all(issubclass(k, jax.Array) and not issubclass(k, jax.core.Tracer) for k in kind):
                 self._known[facts] = _Known(computation, inputs, kind, several)
         except (LookupError, AttributeError, TypeError, UnlikeError):
             return
@@ -102,9 +102,11 @@ def _facts(
       It; the arrays that a call reads, which begin with the positional ones; and the names of those
       that it reads by name.
     """
-    named = []
+    given: list[str] = []
+    named: list[str] = []
     if not _INPUTS.isdisjoint(options):
-        named = [name for name, value in options.items() if name in _INPUTS and value is not None]
+        given = [name for name in options if name in _INPUTS]
+        named = [name for name in given if options[name] is not None]
         arrays = (*arrays, *map(options.get, named))
         options = {name: value for name, value in options.items() if name not in _INPUTS}
     first = arrays[0]
@@ -116,6 +118,7 @@ def _facts(
         sources(),
         first.platform(),
         out is None,
+        *given,
         *named,
         *options,
         *values,
@@ -123,7 +126,7 @@ def _facts(
         *map(_abstract, arrays),
     )
     offsets = options.get("backend_offsets")
-    if type(offsets) is tuple:
+    if isinstance(offsets, tuple):
         facts += tuple(map(type, offsets))
     return facts, arrays, named
 

@@ -67,7 +67,7 @@ class Computation:
         if destinations is None:
             return arrays
         for metadata in destinations:
-            if type(metadata) is not NSAMetadata:
+            if not isinstance(metadata, NSAMetadata):
                 raise UnlikeError
             attributes = vars(metadata)
             if (*attributes,) == self._names:  # as a computation returns it

@@ -1439,6 +1439,27 @@ MISTAKES = [
         "test_argument_checks.py -k like_one",
     ),
     Mistake(
+        "calls alike: inputs that are None were not given",
+        "jaxnsa/checked_calls.py",
+        "        *given,\n",
+        "",
+        "test_argument_checks.py -k like_one",
+    ),
+    Mistake(
+        "calls alike: offsets of any type in a tuple of another class",
+        "jaxnsa/checked_calls.py",
+        "isinstance(offsets, tuple)",
+        "type(offsets) is tuple",
+        "test_argument_checks.py -k like_one",
+    ),
+    Mistake(
+        "calls alike: those of tracers",
+        "jaxnsa/checked_calls.py",
+        " and not issubclass(k, jax.core.Tracer)",
+        "",
+        "test_argument_checks.py -k tracers",
+    ),
+    Mistake(
         "calls alike: under any settings",
         "jaxnsa/checked_calls.py",
         "        sources(),\n",

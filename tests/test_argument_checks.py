@@ -1,7 +1,9 @@
 """Wrong arguments: the error names the argument, what came and what was expected."""
 
+import collections
 import dataclasses
 import functools
+import itertools
 import types
 
 import jax
@@ -229,6 +231,33 @@ def test_inputs_must_be_alive(name):
             function(**given, **options)
 
 
+def test_calls_with_tracers_among_their_arrays_are_like_no_other():
+    calls = CheckedCalls(jaxnsa.precompute_decode_metadata)
+    lengths, indices, pool = on_device((SEQ_LENS, INDICES, POOL))
+
+    @jax.jit
+    def remember(indices):
+        calls.remember((lengths, indices, pool), None, {}, None, False)
+        return indices
+
+    remember(indices)
+    assert not calls._known
+    calls.remember((lengths, indices, pool), None, {}, None, False)
+    assert len(calls._known) == 1
+
+
+def test_destinations_of_a_class_of_their_own():
+    class Mine(jaxnsa.NSAMetadata):
+        pass
+
+    arguments = on_device((SEQ_LENS, INDICES, POOL))
+    for _ in range(2):
+        fresh = jaxnsa.precompute_decode_metadata(*arguments)
+        filled = jaxnsa.precompute_decode_metadata(*arguments, out=Mine(**vars(fresh)))
+        assert type(filled) is jaxnsa.NSAMetadata
+        assert filled.cache_seqlens.tolist() == np.maximum(SEQ_LENS, 0).tolist()
+
+
 def test_nobody_asks_for_the_platform_of_a_deleted_array():
     """JAX ends the process then, but not always."""
     asked = []
@@ -412,9 +441,11 @@ def test_calls_like_one_before_are_checked_for_what_can_differ():
     for name, value in (("nsa_index_topk", True), ("real_page_size", 64.0)):
         with pytest.raises(TypeError, match=f"{name}: got {value}, expected an int"):
             fill(out, **{name: value})
-    for value in (True, 1.0):
+    Pair = collections.namedtuple("Pair", "first second")
+    out = fill(out, backend_offsets=Pair(0, 1))
+    for value, kind in itertools.product((True, 1.0), (lambda *pair: pair, Pair)):
         with pytest.raises(TypeError, match=rf"backend_offsets\[1\]: got {value}, expected an int"):
-            fill(out, backend_offsets=(0, value))
+            fill(out, backend_offsets=kind(0, value))
     with pytest.raises(ValueError, match="the array of seq_lens, expected its own"):
         fill(out, arguments=(out[0].cache_seqlens, *arguments[1:]))
     with (
@@ -422,6 +453,8 @@ def test_calls_like_one_before_are_checked_for_what_can_differ():
         pytest.raises(ValueError, match="req_pool_indices: got .* at row"),
     ):
         fill(out, arguments=(arguments[0], arguments[1] + 99, arguments[2]))
+    with pytest.raises(TypeError, match="seq_lens"):
+        fill(out, seq_lens=None)
     # Nothing of it was written or donated.
     again = fill(jax.tree.map(jnp.copy, out))
     jax.tree.map(np.testing.assert_array_equal, fill(out), again)

@@ -1,6 +1,7 @@
 """The PyTorch hand-off: zero-copy conversions and an engine's static buffers, on CPU or GPU."""
 
 import concurrent.futures
+import ctypes
 import dataclasses
 import gc
 import re
@@ -825,6 +826,26 @@ def test_a_pytorch_without_handles_of_tensors(device, monkeypatch):
     engine.check()
     reason = "a registered tensor cannot be looked at through LibTorch's C ABI"
     assert launches.declined == {reason: 1}
+
+
+def test_an_exchange_api_of_another_version(device, monkeypatch):
+    """Python looks at the tensors then, and the library keeps none of them."""
+    version_2, name = (ctypes.c_uint64 * 8)(2), ctypes.create_string_buffer(b"dlpack_exchange_api")
+    new = ctypes.pythonapi.PyCapsule_New
+    new.restype, new.argtypes = ctypes.py_object, [ctypes.c_void_p] * 3
+    capsule = new(ctypes.addressof(version_2), ctypes.addressof(name), None)
+    monkeypatch.setattr(direct_path, "exchange_api", lambda: capsule)
+    engine = Engine.of(device)
+    buffers = registered(engine, "direct", 16)
+    lengths, indices, _ = inputs(5, pool_cols=300, pool_rows=10)
+    buffers.update(engine.tensor(lengths), engine.tensor(indices), engine.pool)
+    engine.expect(lengths, indices, page=16)
+    engine.check()
+    table = weakref.ref(engine.backends[1]["page_indices"])
+    engine.backends.clear()
+    del buffers
+    gc.collect()
+    assert table() is None
 
 
 def test_steps_of_equal_requests_differ_in_their_rows(path, device):

@@ -65,7 +65,8 @@ class PreparedLaunch(Protocol):
         exchange_api: Any,
         tensor: Any,
         *,
-        registered: Sequence[Any] | None,
+        registered: Sequence[Any],
+        handles_of: Callable[[list[Any]], list[Any]] | None,
         written: Sequence[Span],
         min_columns: int,
     ) -> None:
@@ -74,8 +75,9 @@ class PreparedLaunch(Protocol):
         Args:
           exchange_api: the framework's DLPack C exchange API, a capsule.
           tensor: one that the launch writes, on the device of all.
-          registered: an AtenTensorHandle of LibTorch's C ABI, in a capsule, which it takes over, of
-            each tensor that their calls are to find as it is now; None: they cannot be looked at.
+          registered: tensors that their calls are to find as they are now.
+          handles_of: makes an AtenTensorHandle of LibTorch's C ABI for each of them, in capsules,
+            which the library deletes; None: they cannot be looked at.
           written: the memory that the launch writes, in order and apart; inputs must not touch it.
           min_columns: of `req_to_token`.
         """

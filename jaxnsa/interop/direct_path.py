@@ -18,7 +18,7 @@ from jaxnsa.interop.launches import (
     report_declined,
 )
 from jaxnsa.interop.registration import Registered
-from jaxnsa.interop.tensor_checks import Checked, exchange_api, handles
+from jaxnsa.interop.tensor_checks import Checked, exchange_api, handles_of
 from jaxnsa.metadata import ForwardMode
 from jaxnsa.spec import Rows
 
@@ -45,7 +45,8 @@ class DirectPath:
             self._launch.watch(
                 api,
                 registered.memory.tensors[0],
-                registered=handles([tensor for _, tensor in registered.named()]),
+                registered=[tensor for _, tensor in registered.named()],
+                handles_of=handles_of(),
                 written=registered.memory.spans,
                 min_columns=1,
             )

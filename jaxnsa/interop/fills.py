@@ -81,6 +81,7 @@ class FillCache(LaunchCache[tuple[PreparedLaunch, NativeRows]]):
             exchange_api(),
             memory.tensors[0],
             registered=[],
+            handles_of=None,
             written=memory.spans,
             min_columns=spec.max_len,
         )

@@ -6,7 +6,7 @@ Each error names the tensor, what came, and what was expected.
 import bisect
 import functools
 import operator
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -207,14 +207,13 @@ def exchange_api() -> Any | None:
     return getattr(torch.Tensor, "__dlpack_c_exchange_api__", None)
 
 
-def handles(tensors: Sequence[torch.Tensor]) -> list[Any] | None:
-    """AtenTensorHandles of LibTorch's C ABI, in capsules; whoever takes them is to delete them.
+def handles_of() -> Callable[[list[torch.Tensor]], list[Any]] | None:
+    """Makes AtenTensorHandles of LibTorch's C ABI, in capsules; who asks for them deletes them.
 
-    None where this PyTorch hands out none: the ABI is documented, how Python gets at it is not.
+    None where this PyTorch has none: the ABI is documented, how Python gets at it is not.
     """
     interface = getattr(torch._C, "_aoti", None)
-    allocate = getattr(interface, "unsafe_alloc_void_ptrs_from_tensors", None)
-    return None if allocate is None else allocate([*tensors])
+    return getattr(interface, "unsafe_alloc_void_ptrs_from_tensors", None)
 
 
 def _interleaved(a: Checked, b: Checked) -> bool:

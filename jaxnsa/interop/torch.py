@@ -106,7 +106,8 @@ class BackendBuffers:
     tensors do so one after the other, on their own current streams.
 
     Keep the object until its updates are done, and for as long as a CUDA graph replays one: what it
-    knows of table rows, for `request_ids`, is in memory of its own, which updates write.
+    knows of table rows, for `request_ids`, is in memory of its own, which updates write. While it
+    lives, `torch.utils.swap_tensors` refuses the tensors.
 
     There are two paths. "direct" launches one kernel of the native library on PyTorch's current
     stream, with schedules one for each 8 backends, without JAX; `torch.cuda.graph` captures it. The
