@@ -86,8 +86,8 @@ class CheckedCalls:
             facts, read, named = _facts(arrays, out, options)
             names = [*self._parameters[: len(arrays)], *named]
             inputs = itemgetter(*(names.index(name) for name in Inputs._fields if name in names))
-            kind = frozenset(map(type, read))
-            if all(issubclass(k, jax.Array) and not issubclass(k, jax.core.Tracer) for k in kind):
+            if all(isinstance(a, jax.Array) and not isinstance(a, jax.core.Tracer) for a in read):
+                kind = frozenset(map(type, read))
                 self._known[facts] = _Known(computation, inputs, kind, several)
         except (LookupError, AttributeError, TypeError, UnlikeError):
             return

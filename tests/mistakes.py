@@ -1455,7 +1455,7 @@ MISTAKES = [
     Mistake(
         "calls alike: those of tracers",
         "jaxnsa/checked_calls.py",
-        " and not issubclass(k, jax.core.Tracer)",
+        " and not isinstance(a, jax.core.Tracer)",
         "",
         "test_argument_checks.py -k tracers",
     ),
