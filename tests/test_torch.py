@@ -812,11 +812,30 @@ def test_what_the_library_declines_without_reason_is_counted_and_logged_once(
     engine.check()
 
 
-def test_a_pytorch_without_handles_of_tensors(device, monkeypatch):
-    """Python looks at the tensors then, and says once that it does."""
+def exchange_api_of_version_2():
+    """The memory of a capsule must outlive it: that of both is returned."""
+    table, name = (ctypes.c_uint64 * 8)(2), ctypes.create_string_buffer(b"dlpack_exchange_api")
+    new = ctypes.pythonapi.PyCapsule_New
+    new.restype, new.argtypes = ctypes.py_object, [ctypes.c_void_p] * 3
+    return new(ctypes.addressof(table), ctypes.addressof(name), None), (table, name)
+
+
+@pytest.mark.parametrize(
+    "reason",
+    (
+        "a registered tensor cannot be looked at through LibTorch's C ABI",
+        "the DLPack C exchange API is of another version than 1",
+    ),
+)
+def test_a_pytorch_whose_tensors_the_library_cannot_look_at(reason, device, monkeypatch):
+    """Python looks at them then, and says that it does; the library keeps none of them."""
     if exchange_api() is None:
         pytest.skip("runs with PyTorch 2.10 or newer")
-    monkeypatch.delattr(torch._C._aoti, "unsafe_alloc_void_ptrs_from_tensors")
+    if "version" in reason:
+        api, _memory = exchange_api_of_version_2()
+        monkeypatch.setattr(direct_path, "exchange_api", lambda: api)
+    else:
+        monkeypatch.delattr(torch._C._aoti, "unsafe_alloc_void_ptrs_from_tensors")
     launches.declined.clear()
     engine = Engine.of(device)
     buffers = registered(engine, "direct", 16)
@@ -824,23 +843,7 @@ def test_a_pytorch_without_handles_of_tensors(device, monkeypatch):
     buffers.update(engine.tensor(lengths), engine.tensor(indices), engine.pool)
     engine.expect(lengths, indices, page=16)
     engine.check()
-    reason = "a registered tensor cannot be looked at through LibTorch's C ABI"
     assert launches.declined == {reason: 1}
-
-
-def test_an_exchange_api_of_another_version(device, monkeypatch):
-    """Python looks at the tensors then, and the library keeps none of them."""
-    version_2, name = (ctypes.c_uint64 * 8)(2), ctypes.create_string_buffer(b"dlpack_exchange_api")
-    new = ctypes.pythonapi.PyCapsule_New
-    new.restype, new.argtypes = ctypes.py_object, [ctypes.c_void_p] * 3
-    capsule = new(ctypes.addressof(version_2), ctypes.addressof(name), None)
-    monkeypatch.setattr(direct_path, "exchange_api", lambda: capsule)
-    engine = Engine.of(device)
-    buffers = registered(engine, "direct", 16)
-    lengths, indices, _ = inputs(5, pool_cols=300, pool_rows=10)
-    buffers.update(engine.tensor(lengths), engine.tensor(indices), engine.pool)
-    engine.expect(lengths, indices, page=16)
-    engine.check()
     table = weakref.ref(engine.backends[1]["page_indices"])
     engine.backends.clear()
     del buffers
