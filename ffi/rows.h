@@ -59,8 +59,10 @@ struct Rows {
   JAXNSA_HOST_DEVICE bool tables_ragged() const { return ragged() && !prefill; }
 
   JAXNSA_HOST_DEVICE int32_t q(int64_t i) const {
-    return ragged() ? Max(extend_seq_lens[i], 0) : rows_per_request;
+    return ragged() ? q_of(extend_seq_lens[i]) : rows_per_request;
   }
+
+  static JAXNSA_HOST_DEVICE int32_t q_of(int32_t extend_seq_len) { return Max(extend_seq_len, 0); }
 
   // In a backend that is computed for `offset` tokens more.
   JAXNSA_HOST_DEVICE int32_t cache_seqlen(int64_t i, int32_t offset = 0) const {

@@ -617,6 +617,34 @@ MISTAKES = [
         operations("ffi", "draft_extend_capacity"),
     ),
     Mistake(
+        "cuda: a thread adds up its first loads alone",
+        "ffi/cuda/block_sums.cuh",
+        "first += kLoads * kThreads",
+        "first += 64 * kThreads",
+        operations("ffi", "batch_sizes"),
+    ),
+    Mistake(
+        "cuda: the sum of all threads lacks a warp",
+        "ffi/cuda/block_sums.cuh",
+        "int w = 1; w < kWarps",
+        "int w = 2; w < kWarps",
+        operations("ffi", "batch_sizes"),
+    ),
+    Mistake(
+        "cuda: padding rows begin behind the requests of a group",
+        "ffi/cuda/length_sums.cuh",
+        "return Others{{}, sums_of(words)};",
+        "return Others{};",
+        operations("ffi", "batch_sizes"),
+    ),
+    Mistake(
+        "cuda: table rows of the last requests are padding rows",
+        "ffi/cuda/tables.cuh",
+        "k > i ? q : 0",
+        "k == i + 1 ? q : 0",
+        operations("ffi", "in_place"),
+    ),
+    Mistake(
         "cuda: a row belongs to the request before",
         "ffi/cuda/lengths.cuh",
         "(requests[middle].first_row) <= row",
@@ -625,7 +653,7 @@ MISTAKES = [
     ),
     Mistake(
         "cuda: a series of clamped lengths overflows",
-        "ffi/cuda/lengths.cuh",
+        "ffi/cuda/length_sums.cuh",
         "low % 2 == 0 ? low / 2 * (low + 1) : low * (low / 2 + 1)",
         "low * (low + 1) / 2",
         operations("ffi", "extreme_values"),

@@ -205,7 +205,7 @@ def test_tables_of_many_tiles(bs, max_len, tail, mode, implementation):
 
 
 @pytest.mark.parametrize("slack", (-3, 0, 40, *of_blocks(-1000, -1)))
-@pytest.mark.parametrize("bs", (5, 0, 1, *of_blocks(31, 100)))
+@pytest.mark.parametrize("bs", (5, 0, 1, *of_blocks(31, 300)))
 @pytest.mark.parametrize("in_place", (False, True))
 def test_draft_extend_capacity(bs, slack, in_place, implementation):
     mode = ForwardMode.DRAFT_EXTEND

@@ -85,11 +85,14 @@ template <bool kTablesRagged>
 __device__ void ForgetOtherRows(const BatchTracker& tracker, const Rows& rows) {
   int64_t first = 0;
   if (tracker.request_ids.data != nullptr) {
-    const auto q_of = [&](int64_t i) -> int64_t { return rows.q(i); };
-    first = kTablesRagged  ? BlockSum<int64_t>(0, rows.requests, q_of)
-            : rows.prefill ? rows.requests
-                           : int64_t{rows.requests} * rows.rows_per_request;
-    if (kTablesRagged && first > rows.count) first = rows.count;
+    if constexpr (kTablesRagged) {
+      const auto q_of = [&](int64_t i) -> int64_t { return rows.q(i); };
+      const auto of_request = [](int64_t, int64_t q) { return q; };
+      first = SumOfThreads(ThreadSum<int64_t>(rows.requests, q_of, of_request));
+      if (first > rows.count) first = rows.count;
+    } else {
+      first = rows.prefill ? rows.requests : int64_t{rows.requests} * rows.rows_per_request;
+    }
   }
   for (int64_t row = first + threadIdx.x; row < tracker.count; row += kThreads) {
     tracker.Forget(row);

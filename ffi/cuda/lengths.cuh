@@ -5,62 +5,10 @@
 
 #include <cstdint>
 
-#include "block_sums.cuh"
+#include "length_sums.cuh"
 #include "parameters.cuh"
 
 namespace jaxnsa {
-
-// min(1, topk) + min(2, topk) + ... + min(n, topk), modulo 2^32.
-__device__ inline uint32_t ClampedSeries(int32_t n, int32_t topk) {
-  const uint32_t low = Min(n, topk);
-  const uint32_t triangle = low % 2 == 0 ? low / 2 * (low + 1) : low * (low / 2 + 1);
-  return triangle + (static_cast<uint32_t>(n) - low) * static_cast<uint32_t>(topk);
-}
-
-// 1 + 2 + ... + n, modulo 2^64, for n below 2^32.
-__device__ inline uint64_t Triangle(uint64_t n) { return n * (n + 1) / 2; }
-
-// The sum of nsa_cache_seqlens of rows that see 1, 2, ..., n tokens, modulo 2^32.
-__device__ inline uint32_t NsaSeries(int32_t n, const RowRules& rules) {
-  const int32_t topk = rules.nsa_index_topk, pool = rules.index_kpool;
-  if (pool == 1) return ClampedSeries(n, topk);
-  // Groups of `pool` rows whose full pools are the same, 0 for the first, and what they lack of
-  // another; the last group has but `rest` + 1 of them.
-  const int32_t groups = n / pool, rest = n % pool;
-  if (groups == 0) return static_cast<uint32_t>(Triangle(rest));
-  const int32_t unclamped = Min(groups - 1, topk / pool);
-  const uint64_t full = pool * Triangle(unclamped) +
-                        uint64_t{static_cast<uint32_t>(groups - 1 - unclamped)} * topk;
-  const uint64_t last = Min(groups * pool, topk);
-  return static_cast<uint32_t>(pool * full + (rest + 1) * last + groups * Triangle(pool - 1) +
-                               Triangle(rest));
-}
-
-// The sum of nsa_cache_seqlens over rows 0 to j of a request of q rows, modulo 2^32.
-__device__ inline uint32_t NsaSum(const RowRules& rules, int32_t cache_seqlen, int32_t q,
-                                  int32_t j) {
-  return NsaSeries(Rows::kv_len(cache_seqlen, q, j), rules) -
-         NsaSeries(Max(cache_seqlen - q, 0), rules);
-}
-
-// Modulo 2^32.
-struct LengthSums {
-  uint32_t cache_seqlens;
-  uint32_t nsa_cache_seqlens;
-
-  friend __device__ LengthSums operator+(LengthSums a, LengthSums b) {
-    return {a.cache_seqlens + b.cache_seqlens, a.nsa_cache_seqlens + b.nsa_cache_seqlens};
-  }
-};
-
-// One of the blocks of a backend: group `group` of 128 requests, of `groups`; share `share` of
-// their rows, of `shares`.
-struct LengthBlock {
-  uint32_t groups;
-  uint32_t group;
-  uint32_t shares;
-  uint32_t share;
-};
 
 // A backend's arrays of lengths, null at compile time where a kernel is never asked for them.
 template <bool kPrefill, bool kPooled>
@@ -84,36 +32,18 @@ __device__ void WriteLengths(const Rows& rows, const RowRules& rules, LengthBloc
     int32_t first_key;
   };
   __shared__ Request requests[kThreads];
-  __shared__ int64_t rows_end;  // of the group, where rows are ragged
-  const auto q_of = [&](int64_t i) -> int64_t { return rows.q(i); };
-  const auto sums_of = [&](int32_t cache_seqlen, int32_t q) -> LengthSums {
-    return {static_cast<uint32_t>(cache_seqlen), NsaSum(rules, cache_seqlen, q, q - 1)};
-  };
-  const auto sums = [&](int64_t i) { return sums_of(rows.cache_seqlen(i, offset), rows.q(i)); };
+  __shared__ LengthSums<kRagged> group_end;  // of the group and all before it
   const int64_t first = int64_t{block.group} * kThreads, i = first + threadIdx.x;
   const int64_t end = first + kThreads < rows.requests ? first + kThreads : rows.requests;
   const bool exists = i < end;
 
-  const int32_t cache_seqlen = exists ? rows.cache_seqlen(i, offset) : 0;
-  const int32_t q = exists ? rows.q(i) : 0;
-  // What a request of one row adds takes little to compute.
-  const bool is_row = !kRagged && rows.rows_per_request == 1;
-  const auto sums_of_row = [&](int32_t cache_seqlen) -> LengthSums {
-    const int32_t nsa_cache_seqlen = rules.nsa_cache_seqlen(cache_seqlen);
-    return {static_cast<uint32_t>(cache_seqlen), static_cast<uint32_t>(nsa_cache_seqlen)};
-  };
-  const LengthSums own = is_row ? sums_of_row(cache_seqlen) : sums_of(cache_seqlen, q);
-  LengthSums before = SumBeforeThread(own);
-  if (first > 0) {
-    const auto row_sums = [&](int64_t i) { return sums_of_row(rows.cache_seqlen(i, offset)); };
-    before = before + SumOfThreads(is_row ? ThreadSum<LengthSums>(0, first, row_sums)
-                                          : ThreadSum<LengthSums>(0, first, sums));
-  }
+  const auto own = FindInGroup<kRagged>(rows, rules, block, offset);
+  const int32_t cache_seqlen = own.cache_seqlen;
+  const LengthSums<kRagged> before = own.sums_before, after = before + own.sums;
   int64_t first_row = i * rows.rows_per_request, end_row = end * rows.rows_per_request;
-  if (kRagged) {
-    const int64_t rows_before = BlockSum<int64_t>(0, first, q_of);
-    first_row = rows_before + SumBeforeThread<int64_t>(q);
-    if (threadIdx.x == kThreads - 1) rows_end = first_row + q;
+  if constexpr (kRagged) {
+    first_row = before.rows;
+    if (threadIdx.x == kThreads - 1) group_end = after;
   }
   const auto at_most_all = [&](int64_t row) {
     return row < rows.count ? static_cast<int32_t>(row) : rows.count;
@@ -127,20 +57,19 @@ __device__ void WriteLengths(const Rows& rows, const RowRules& rules, LengthBloc
   }
   if (exists && block.share == 0) {
     Store(to, i, RequestValues(cache_seqlen));
-    Store(to, i + 1, RequestSums(static_cast<int32_t>(before.cache_seqlens + cache_seqlen)));
+    Store(to, i + 1, RequestSums(static_cast<int32_t>(after.cache_seqlens)));
   }
-  if (is_row) {
+  if (!kRagged && rows.rows_per_request == 1) {
     if (!exists) return;
     const RowOwner owner{static_cast<int32_t>(i), cache_seqlen, first_key};
     Store(to, i, RowValuesOf(cache_seqlen, owner, rules));
-    const LengthSums after = before + own;
     Store(to, i + 1, RowSums(static_cast<int32_t>(after.nsa_cache_seqlens)));
     return;
   }
-  requests[threadIdx.x] = {cache_seqlen, q, at_most_all(first_row), before.nsa_cache_seqlens,
+  requests[threadIdx.x] = {cache_seqlen, own.q, at_most_all(first_row), before.nsa_cache_seqlens,
                            first_key};
   __syncthreads();
-  if (kRagged) end_row = rows_end;
+  if constexpr (kRagged) end_row = group_end.rows;
 
   // Unsigned: a row and the next one of the thread fit 32 bits, which saves registers.
   const uint32_t last_row = at_most_all(end_row);
@@ -169,17 +98,15 @@ __device__ void WriteLengths(const Rows& rows, const RowRules& rules, LengthBloc
     const uint32_t nsa_sum = request.nsa_before + NsaSum(rules, request.cache_seqlen, request.q, j);
     Store(to, int64_t{row} + 1, RowSums(static_cast<int32_t>(nsa_sum)));
   }
-  if (!kRagged) return;
-
-  // The padding rows.
-  const int64_t total = end_row + BlockSum<int64_t>(end, rows.requests, q_of);
-  if (total >= rows.count) return;
-  const RowSums nsa_total(
-      static_cast<int32_t>(BlockSum<LengthSums>(0, rows.requests, sums).nsa_cache_seqlens));
-  const int64_t first_lane = int64_t{block.group} * lanes + lane;
-  for (int64_t row = total + first_lane; row < rows.count; row += int64_t{block.groups} * lanes) {
-    Store(to, row, PaddingRowValues());
-    Store(to, row + 1, nsa_total);
+  if constexpr (kRagged) {  // the padding rows
+    const LengthSums<kRagged> total = group_end + own.sums_behind_group;
+    const RowSums nsa_total(static_cast<int32_t>(total.nsa_cache_seqlens));
+    const int64_t step = int64_t{block.groups} * lanes;
+    int64_t row = total.rows + int64_t{block.group} * lanes + lane;
+    for (; row < rows.count; row += step) {
+      Store(to, row, PaddingRowValues());
+      Store(to, row + 1, nsa_total);
+    }
   }
 }
 

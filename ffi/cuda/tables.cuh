@@ -157,6 +157,16 @@ struct Columns {
   }
 };
 
+// How many rows the requests before one and those behind it have.
+struct OtherRows {
+  int64_t before;
+  int64_t behind;
+
+  friend __device__ OtherRows operator+(OtherRows a, OtherRows b) {
+    return {a.before + b.before, a.behind + b.behind};
+  }
+};
+
 // Writes these threads' share of request i's rows in both tables, and of the padding rows: in a
 // stride of as many threads of gridDim.x blocks.
 template <int kWidth, bool kRagged, Refresh kRefresh, int kCapacity, bool kSchedules>
@@ -167,28 +177,37 @@ __device__ void WriteTables(const Parameters<kCapacity, kSchedules>& args, int32
   const bool exists = !kRagged || i < args.rows.requests;
   const bool is_tracked = kMayHold && exists && args.held == Held::kTracked;
   const bool is_told = kMayHold && exists && args.held == Held::kWrittenLens;
-  const int32_t q = !kRagged ? args.rows_per_request : exists ? args.rows.q(i) : 0;
-
-  // Rows from `total` on are padding rows.
-  int64_t first_row = static_cast<int64_t>(i) * q, total = args.rows.count;
-  int32_t count = q;
-  if (kRagged) {
-    const auto q_of = [&](int64_t k) -> int64_t { return args.rows.q(k); };
-    first_row = BlockSum<int64_t>(0, i, q_of);
-    if (args.clears_padding) {
-      total = first_row + q + BlockSum<int64_t>(i + 1, args.rows.requests, q_of);
-    }
-    const int64_t room = first_row < args.rows.count ? args.rows.count - first_row : 0;
-    count = room < q ? static_cast<int32_t>(room) : q;
-  }
-  // All loads are issued before a value is used.
-  const TrackedRows tracked(args.tracker, is_tracked, i, first_row, count);
-  Vector::Words written_words{}, index_words{}, seq_len_words{};
+  const Vector& extend_seq_lens = args.rows.extend_seq_lens;
+  // All loads are issued before a value is used, but those of what ragged rows hold.
+  Vector::Words written_words{}, index_words{}, seq_len_words{}, extend_words{};
   if (is_told) written_words = args.written_lens.words(i);
   if (exists) {
     index_words = args.req_pool_indices.words(i);
     seq_len_words = args.seq_lens.words(i);
+    if (kRagged) extend_words = extend_seq_lens.words(i);
   }
+
+  const auto q_of = [&](Vector::Words words) { return Rows::q_of(extend_seq_lens.value(words)); };
+  const int32_t q = kRagged ? q_of(extend_words) : args.rows_per_request;
+  // Rows from `total` on are padding rows.
+  int64_t first_row = static_cast<int64_t>(i) * q, total = args.rows.count;
+  int32_t count = q;
+  if (kRagged) {
+    OtherRows others{};
+    if (args.rows.requests > 1) {
+      const int32_t summed = args.clears_padding ? args.rows.requests : i;
+      const auto load = [&](int64_t k) { return extend_seq_lens.words(k); };
+      others = SumOfThreads(ThreadSum<OtherRows>(summed, load, [&](int64_t k, auto words) {
+        const int64_t q = q_of(words);
+        return OtherRows{k < i ? q : 0, k > i ? q : 0};
+      }));
+    }
+    first_row = others.before;
+    if (args.clears_padding) total = first_row + q + others.behind;
+    const int64_t room = first_row < args.rows.count ? args.rows.count - first_row : 0;
+    count = room < q ? static_cast<int32_t>(room) : q;
+  }
+  const TrackedRows tracked(args.tracker, is_tracked, i, first_row, count);
 
   const int32_t seq_len = args.seq_lens.value(seq_len_words);
   const RequestContent request{seq_len,      args.added_tokens, q,
