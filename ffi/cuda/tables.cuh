@@ -177,27 +177,29 @@ __device__ void WriteTables(const Parameters<kCapacity, kSchedules>& args, int32
   const bool exists = !kRagged || i < args.rows.requests;
   const bool is_tracked = kMayHold && exists && args.held == Held::kTracked;
   const bool is_told = kMayHold && exists && args.held == Held::kWrittenLens;
+  // All loads are issued before a value is used; what ragged rows hold is found once they are known.
   const Vector& extend_seq_lens = args.rows.extend_seq_lens;
-  // All loads are issued before a value is used, but those of what ragged rows hold.
   Vector::Words written_words{}, index_words{}, seq_len_words{}, extend_words{};
-  if (is_told) written_words = args.written_lens.words(i);
-  if (exists) {
+  const auto load = [&] {
+    if (is_told) written_words = args.written_lens.words(i);
+    if (!exists) return;
     index_words = args.req_pool_indices.words(i);
     seq_len_words = args.seq_lens.words(i);
     if (kRagged) extend_words = extend_seq_lens.words(i);
-  }
+  };
 
-  const auto q_of = [&](Vector::Words words) { return Rows::q_of(extend_seq_lens.value(words)); };
-  const int32_t q = kRagged ? q_of(extend_words) : args.rows_per_request;
   // Rows from `total` on are padding rows.
+  int32_t q = args.rows_per_request, count = q;
   int64_t first_row = static_cast<int64_t>(i) * q, total = args.rows.count;
-  int32_t count = q;
-  if (kRagged) {
+  if constexpr (kRagged) {
+    load();
+    const auto q_of = [&](auto words) { return Rows::q_of(extend_seq_lens.value(words)); };
+    q = q_of(extend_words);
     OtherRows others{};
     if (args.rows.requests > 1) {
       const int32_t summed = args.clears_padding ? args.rows.requests : i;
-      const auto load = [&](int64_t k) { return extend_seq_lens.words(k); };
-      others = SumOfThreads(ThreadSum<OtherRows>(summed, load, [&](int64_t k, auto words) {
+      const auto words = [&](int64_t k) { return extend_seq_lens.words(k); };
+      others = SumOfThreads(ThreadSum<OtherRows>(summed, words, [&](int64_t k, auto words) {
         const int64_t q = q_of(words);
         return OtherRows{k < i ? q : 0, k > i ? q : 0};
       }));
@@ -208,6 +210,7 @@ __device__ void WriteTables(const Parameters<kCapacity, kSchedules>& args, int32
     count = room < q ? static_cast<int32_t>(room) : q;
   }
   const TrackedRows tracked(args.tracker, is_tracked, i, first_row, count);
+  if constexpr (!kRagged) load();
 
   const int32_t seq_len = args.seq_lens.value(seq_len_words);
   const RequestContent request{seq_len,      args.added_tokens, q,
