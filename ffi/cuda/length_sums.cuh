@@ -50,6 +50,12 @@ struct LengthBlock {
   uint32_t group;
   uint32_t shares;
   uint32_t share;
+
+  __device__ int64_t first_request() const { return int64_t{group} * kThreads; }
+
+  __device__ int64_t end_request(const Rows& rows) const {
+    return first_request() + kThreads < rows.requests ? first_request() + kThreads : rows.requests;
+  }
 };
 
 // What requests add up to: lengths modulo 2^32 and, where rows are ragged, rows.
@@ -110,8 +116,8 @@ __device__ RequestInGroup<kRagged> FindInGroup(const Rows& rows, const RowRules&
                                                const LengthBlock& block, int32_t offset) {
   using Sums = LengthSums<kRagged>;
   using Others = OtherSums<kRagged>;
-  const int64_t first = int64_t{block.group} * kThreads, i = first + threadIdx.x;
-  const int64_t end = first + kThreads < rows.requests ? first + kThreads : rows.requests;
+  const int64_t first = block.first_request(), end = block.end_request(rows);
+  const int64_t i = first + threadIdx.x;
   const bool exists = i < end, has_others = kRagged ? block.groups > 1 : first > 0;
 
   struct Words {

@@ -33,8 +33,8 @@ __device__ void WriteLengths(const Rows& rows, const RowRules& rules, LengthBloc
   };
   __shared__ Request requests[kThreads];
   __shared__ LengthSums<kRagged> group_end;  // of the group and all before it
-  const int64_t first = int64_t{block.group} * kThreads, i = first + threadIdx.x;
-  const int64_t end = first + kThreads < rows.requests ? first + kThreads : rows.requests;
+  const int64_t first = block.first_request(), end = block.end_request(rows);
+  const int64_t i = first + threadIdx.x;
   const bool exists = i < end;
 
   const auto own = FindInGroup<kRagged>(rows, rules, block, offset);
