@@ -64,6 +64,17 @@ __device__ T SumBeforeThread(T value) {
   return SumBeforeThread(value, &all);
 }
 
+// What comes before a request or a group, and behind it.
+template <typename T>
+struct Around {
+  T before;
+  T behind;
+
+  friend __device__ Around operator+(Around a, Around b) {
+    return {a.before + b.before, a.behind + b.behind};
+  }
+};
+
 // Two sums that are taken together.
 template <typename First, typename Second>
 struct SumPair {

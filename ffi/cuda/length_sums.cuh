@@ -81,24 +81,6 @@ struct LengthSums<true> {
   }
 };
 
-// Of the requests outside a group: those before it and, where rows are ragged, those behind it.
-template <bool kRagged>
-struct OtherSums {
-  LengthSums<kRagged> before;
-
-  friend __device__ OtherSums operator+(OtherSums a, OtherSums b) { return {a.before + b.before}; }
-};
-
-template <>
-struct OtherSums<true> {
-  LengthSums<true> before;
-  LengthSums<true> behind;
-
-  friend __device__ OtherSums operator+(OtherSums a, OtherSums b) {
-    return {a.before + b.before, a.behind + b.behind};
-  }
-};
-
 // A thread's request of a group.
 template <bool kRagged>
 struct RequestInGroup {
@@ -115,7 +97,8 @@ template <bool kRagged>
 __device__ RequestInGroup<kRagged> FindInGroup(const Rows& rows, const RowRules& rules,
                                                const LengthBlock& block, int32_t offset) {
   using Sums = LengthSums<kRagged>;
-  using Others = OtherSums<kRagged>;
+  // Of the requests outside the group: where rows are not ragged, of those before it.
+  using Others = std::conditional_t<kRagged, Around<Sums>, Sums>;
   const int64_t first = block.first_request(), end = block.end_request(rows);
   const int64_t i = first + threadIdx.x;
   const bool exists = i < end, has_others = kRagged ? block.groups > 1 : first > 0;
@@ -135,55 +118,53 @@ __device__ RequestInGroup<kRagged> FindInGroup(const Rows& rows, const RowRules&
     return kRagged ? Rows::q_of(rows.extend_seq_lens.value(words.extend_seq_len))
                    : rows.rows_per_request;
   };
-  const auto sums_of_rows = [&](Words words) {
+  // `is_row`, at compile time: whether requests have one row, whose sums take little to compute.
+  const auto sums_of = [&](auto is_row, Words words) {
+    constexpr bool kIsRow = decltype(is_row)::value;
     const int32_t cache_seqlen = cache_seqlen_of(words), q = q_of(words);
     Sums sums{};
     sums.cache_seqlens = cache_seqlen;
-    sums.nsa_cache_seqlens = NsaSum(rules, cache_seqlen, q, q - 1);
+    sums.nsa_cache_seqlens = kIsRow ? rules.nsa_cache_seqlen(cache_seqlen)
+                                    : NsaSum(rules, cache_seqlen, q, q - 1);
     if constexpr (kRagged) sums.rows = q;
     return sums;
   };
-  // What a request of one row adds takes little to compute.
-  const bool is_row = !kRagged && rows.rows_per_request == 1;
-  const auto sums_of_row = [&](Words words) {
-    const int32_t cache_seqlen = cache_seqlen_of(words);
-    Sums sums{};
-    sums.cache_seqlens = cache_seqlen;
-    sums.nsa_cache_seqlens = rules.nsa_cache_seqlen(cache_seqlen);
-    return sums;
-  };
-  const auto others_of = [&](auto loads, const auto& sums_of) {
+  const auto others_of = [&](auto is_row) {
     const auto summed = static_cast<int32_t>(kRagged ? rows.requests : first);
-    return ThreadSum<Others, decltype(loads)::value>(summed, load, [&](int64_t k, Words words) {
-      if constexpr (!kRagged) {
-        return Others{sums_of(words)};
+    constexpr int kLoads = decltype(is_row)::value ? 8 : 4;
+    return ThreadSum<Others, kLoads>(summed, load, [&](int64_t k, Words words) -> Others {
+      const Sums sums = sums_of(is_row, words);
+      if constexpr (kRagged) {
+        return {k < first ? sums : Sums{}, k >= end ? sums : Sums{}};
       } else {
-        if (k < first) return Others{sums_of(words), {}};
-        if (k >= end) return Others{{}, sums_of(words)};
-        return Others{};
+        return sums;
       }
     });
   };
+  constexpr std::true_type kRow;
+  constexpr std::false_type kRows;
+  const bool are_rows = !kRagged && rows.rows_per_request == 1;
 
   const Words words = exists ? load(i) : Words{};
   Others others{};
-  if (has_others) {
-    others = is_row ? others_of(std::integral_constant<int, 8>(), sums_of_row)
-                    : others_of(std::integral_constant<int, 4>(), sums_of_rows);
-  }
+  if (has_others) others = are_rows ? others_of(kRow) : others_of(kRows);
   RequestInGroup<kRagged> request{};
   if (exists) {
     request.cache_seqlen = cache_seqlen_of(words);
     request.q = q_of(words);
-    request.sums = is_row ? sums_of_row(words) : sums_of_rows(words);
+    request.sums = are_rows ? sums_of(kRow, words) : sums_of(kRows, words);
   }
-  if (has_others) {
-    SumPair<Sums, Others> all;
-    const Sums before = SumBeforeThread(SumPair<Sums, Others>{request.sums, others}, &all).first;
-    request.sums_before = all.second.before + before;
-    if constexpr (kRagged) request.sums_behind_group = all.second.behind;
-  } else {
+  if (!has_others) {
     request.sums_before = SumBeforeThread(request.sums);
+    return request;
+  }
+  SumPair<Sums, Others> all;
+  const Sums before = SumBeforeThread(SumPair<Sums, Others>{request.sums, others}, &all).first;
+  if constexpr (kRagged) {
+    request.sums_before = all.second.before + before;
+    request.sums_behind_group = all.second.behind;
+  } else {
+    request.sums_before = all.second + before;
   }
   return request;
 }

@@ -157,16 +157,6 @@ struct Columns {
   }
 };
 
-// How many rows the requests before one and those behind it have.
-struct OtherRows {
-  int64_t before;
-  int64_t behind;
-
-  friend __device__ OtherRows operator+(OtherRows a, OtherRows b) {
-    return {a.before + b.before, a.behind + b.behind};
-  }
-};
-
 // Writes these threads' share of request i's rows in both tables, and of the padding rows: in a
 // stride of as many threads of gridDim.x blocks.
 template <int kWidth, bool kRagged, Refresh kRefresh, int kCapacity, bool kSchedules>
@@ -177,7 +167,7 @@ __device__ void WriteTables(const Parameters<kCapacity, kSchedules>& args, int32
   const bool exists = !kRagged || i < args.rows.requests;
   const bool is_tracked = kMayHold && exists && args.held == Held::kTracked;
   const bool is_told = kMayHold && exists && args.held == Held::kWrittenLens;
-  // All loads are issued before a value is used; what ragged rows hold is found once they are known.
+  // All loads are issued before a value is used, but what ragged rows hold: first they are found.
   const Vector& extend_seq_lens = args.rows.extend_seq_lens;
   Vector::Words written_words{}, index_words{}, seq_len_words{}, extend_words{};
   const auto load = [&] {
@@ -195,17 +185,18 @@ __device__ void WriteTables(const Parameters<kCapacity, kSchedules>& args, int32
     load();
     const auto q_of = [&](auto words) { return Rows::q_of(extend_seq_lens.value(words)); };
     q = q_of(extend_words);
-    OtherRows others{};
+    Around<int64_t> rows{};
     if (args.rows.requests > 1) {
       const int32_t summed = args.clears_padding ? args.rows.requests : i;
-      const auto words = [&](int64_t k) { return extend_seq_lens.words(k); };
-      others = SumOfThreads(ThreadSum<OtherRows>(summed, words, [&](int64_t k, auto words) {
+      const auto load_extend = [&](int64_t k) { return extend_seq_lens.words(k); };
+      const auto rows_of = [&](int64_t k, auto words) {
         const int64_t q = q_of(words);
-        return OtherRows{k < i ? q : 0, k > i ? q : 0};
-      }));
+        return Around<int64_t>{k < i ? q : 0, k > i ? q : 0};
+      };
+      rows = SumOfThreads(ThreadSum<Around<int64_t>>(summed, load_extend, rows_of));
     }
-    first_row = others.before;
-    if (args.clears_padding) total = first_row + q + others.behind;
+    first_row = rows.before;
+    if (args.clears_padding) total = first_row + q + rows.behind;
     const int64_t room = first_row < args.rows.count ? args.rows.count - first_row : 0;
     count = room < q ? static_cast<int32_t>(room) : q;
   }
