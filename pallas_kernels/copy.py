@@ -9,7 +9,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 from jax.experimental import pallas as pl
 
 from jaxnsa.metadata import FIELDS, Array, Extent, ForwardMode, NSAMetadata
@@ -18,7 +17,7 @@ from pallas_kernels.lanes import Lanes, access_width
 from pallas_kernels.launch import launch
 from pallas_kernels.rows import Lengths, Request
 from pallas_kernels.tables import Source, Table, Targets
-from pallas_kernels.tuning import BlockConfig
+from pallas_kernels.tuning import BlockConfig, place
 
 _MAX_FLAT = 2**31 - 1  # elements that an int32 index reaches
 
@@ -58,7 +57,7 @@ def copy(
             tokens,
             "keep" if live and _is_table(name) else "copy",
             access_width(columns),
-            config or BlockConfig.heuristic(rows, columns, num_backends),
+            config or BlockConfig.heuristic(rows, rows, columns, num_backends),
         )
     counts = {name: tables[name].blocks * len(view) for name, view in views.items()}
 
@@ -70,8 +69,7 @@ def copy(
 
             @pl.when((index >= first) & (index < first + counts[name]))
             def _(name=name, table=table, rows=rows, first=first):
-                row = lax.rem(index - first, jnp.int32(rows.count))
-                block = lax.div(index - first, jnp.int32(rows.count))
+                row, block = place(index - first, rows.count, table.blocks)
                 kv_len = kv_lens[row] if table.tail == "keep" else jnp.int32(0)
                 request = Request(lanes, rows, Lengths(None, None), scratch, row, kv_len, 1)
                 targets = Targets(request, [(result[name], ()) for result in results])

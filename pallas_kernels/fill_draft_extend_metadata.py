@@ -12,7 +12,7 @@ from jax.experimental import pallas as pl
 
 from jaxnsa.metadata import DraftExtendSeqlens, ForwardMode
 from jaxnsa.spec import Rows
-from pallas_kernels.lanes import Lanes, sum_over_requests
+from pallas_kernels.lanes import Lanes, start_sums
 from pallas_kernels.launch import launch
 from pallas_kernels.rows import IndexTopk, Lengths, Request, row_values
 
@@ -55,14 +55,14 @@ def fill_draft_extend_metadata(
 
         @pl.when(i == 0)
         def _():
-            (total,) = sum_over_requests(
+            sums = start_sums(
                 lanes,
                 requests,
                 (lengths.extend_seq_lens,),
                 scratch,
                 lambda index, exists, q: (jnp.where(exists, jnp.maximum(q, 0), 0),),
             )
-            results["total_tokens"][0] = total
+            (results["total_tokens"][0],) = sums()
 
     vector = jax.ShapeDtypeStruct((max_total_tokens,), jnp.int32)
     results = launch(

@@ -17,7 +17,6 @@ from collections.abc import Callable
 from typing import Any
 
 import jax.numpy as jnp
-from jax import lax
 from jax.experimental import pallas as pl
 
 from jaxnsa.metadata import NSAMetadata
@@ -35,7 +34,7 @@ from pallas_kernels.rows import (
 )
 from pallas_kernels.schedules import ScheduleWriters
 from pallas_kernels.tables import Source, Table, Targets
-from pallas_kernels.tuning import BlockConfig
+from pallas_kernels.tuning import BlockConfig, place
 
 _KEY_VECTORS = 4  # of a tile of keys
 _MOST_SHARES = 1024  # blocks of all requests together that share ragged rows, and keys
@@ -147,11 +146,13 @@ def fused_metadata(
     Returns:
       As many NSAMetadata as `spec` has destinations.
     """
+    requests = spec.rows.requests
     if config is None:
+        tokens = min(spec.max_len, spec.max_new_tokens)
         config = (
-            BlockConfig.heuristic(spec.rows.count, spec.max_len, spec.num_backends)
+            BlockConfig.heuristic(requests, spec.rows.count, tokens, spec.num_backends)
             if spec.wide_table
-            else BlockConfig.of_pages(spec.rows.requests, -(-spec.max_len // spec.real_page_size))
+            else BlockConfig.of_pages(requests, -(-tokens // spec.real_page_size))
         )
     plan = _Plan.of(spec, inputs.req_to_token.shape, config)
     pool_rows = inputs.req_to_token.shape[0]
@@ -169,10 +170,9 @@ def fused_metadata(
         destinations = Destinations(spec, results)
         schedules.write(index, lanes, inputs, shared, destinations)
         scratch = shared.at[pl.ds(0, LANES)]
-        # Neighbouring blocks write neighbouring memory.
         index = index - schedules.blocks
-        i = lax.div(jnp.maximum(index, 0), jnp.int32(plan.blocks))
-        block = jnp.where(index < 0, plan.blocks, index - i * plan.blocks)
+        i, block = place(jnp.maximum(index, 0), requests, plan.blocks)
+        block = jnp.where(index < 0, plan.blocks, block)
 
         for n, offset in enumerate(plan.offsets):
             share = Share(block - n * plan.length_blocks, plan.length_blocks)
@@ -235,7 +235,7 @@ def fused_metadata(
         read,
         None if out is None else [o.arrays() for o in out],
         [dict(spec.shapes())] * spec.destinations,
-        blocks=schedules.blocks + spec.rows.requests * plan.blocks,
+        blocks=schedules.blocks + requests * plan.blocks,
         shared=(max(LANES, schedules.words),),
         name="fused_metadata",
         interpret=interpret,
@@ -249,8 +249,9 @@ def _write_lengths(
     """A share of all arrays but the tables, as far as a request goes, of an offset's backends."""
     store, i = functools.partial(destinations.store, request.rows.offset), request.i
     store_first = functools.partial(destinations.store_first, request.rows.offset, lanes)
-    location = request.locate()
+    locate = request.start_locating()
     sums = request.sums_before(topk)
+    location = locate()
 
     @pl.when(share.block == 0)
     def _():

@@ -357,15 +357,17 @@ def floor_div(x: jax.Array, divisor: int) -> jax.Array:
     return quotient - jnp.where(x - quotient * divisor < 0, 1, 0)
 
 
-def sum_over_requests(
+def start_sums(
     lanes: Lanes,
     requests: int,
     refs: tuple,
     scratch,
     terms: Callable[..., tuple[jax.Array, ...]],
     limit: int | None = None,
-) -> list[jax.Array]:
-    """Sums over all requests, which wrap as int32 does or stop at a limit.
+) -> Callable[[], list[jax.Array]]:
+    """Starts to load what is summed over all requests; the result, called, returns the sums.
+
+    They wrap as int32 does or stop at a limit.
 
     Args:
       lanes: vector operations.
@@ -392,19 +394,24 @@ def sum_over_requests(
 
     # The last block may be shorter than a vector.
     last = [lanes.load_first(ref, whole * LANES, rest + 1) for ref in refs]
-    sums = of_block(whole * LANES, last)
-    rounds = whole // _UNROLL
-    if rounds:
-        sums = lax.fori_loop(
-            0, rounds, lambda k, sums: add_blocks(k * _UNROLL, _UNROLL, sums), sums
-        )
-    sums = add_blocks(rounds * _UNROLL, whole % _UNROLL, sums)
-    if limit is None:
-        return lanes.sums(scratch, *sums)
-    # By halves, which cannot leave int32.
-    halves = [half for s in sums for half in (s & 0xFFFF, s >> 16)]
-    added = lanes.sums(scratch, *halves)
-    return [_limited(low, high, limit) for low, high in zip(added[::2], added[1::2], strict=True)]
+
+    def wait() -> list[jax.Array]:
+        sums = of_block(whole * LANES, last)
+        rounds = whole // _UNROLL
+        if rounds:
+            sums = lax.fori_loop(
+                0, rounds, lambda k, sums: add_blocks(k * _UNROLL, _UNROLL, sums), sums
+            )
+        sums = add_blocks(rounds * _UNROLL, whole % _UNROLL, sums)
+        if limit is None:
+            return lanes.sums(scratch, *sums)
+        # By halves, which cannot leave int32.
+        halves = [half for s in sums for half in (s & 0xFFFF, s >> 16)]
+        added = lanes.sums(scratch, *halves)
+        pairs = zip(added[::2], added[1::2], strict=True)
+        return [_limited(low, high, limit) for low, high in pairs]
+
+    return wait
 
 
 def _add(sums: tuple, terms: tuple, limit: int | None) -> tuple:

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxnsa.spec import INT32_MAX, Rows, Spec
-from pallas_kernels.lanes import LANES, Lanes, Scalar, floor_div, sum_over_requests
+from pallas_kernels.lanes import LANES, Lanes, Scalar, floor_div, start_sums
 
 
 class Location(NamedTuple):
@@ -137,27 +137,36 @@ class Request:
 
     def locate(self) -> Location:
         """Which rows it has."""
+        return self.start_locating()()
+
+    def start_locating(self) -> Callable[[], Location]:
+        """Starts the loads that tell which rows it has; the result, called, returns them."""
         rows = self.rows
         if isinstance(self.q, int):
-            return Location(self.i * self.q, self.q, rows.count)
-
+            location = Location(self.i * self.q, self.q, rows.count)
+            return lambda: location
         return self._locate(self.lengths.extend_seq_lens, self.q, rows.count)
 
     def locate_keys(self, max_total_keys: int) -> Location:
         """Which keys it has in prefill."""
-        return self._locate(self.lengths.seq_lens, self.cache_seqlen, max_total_keys)
+        return self._locate(self.lengths.seq_lens, self.cache_seqlen, max_total_keys)()
 
-    def _locate(self, counts: Any, count: jax.Array, capacity: int) -> Location:
+    def _locate(self, counts: Any, count: jax.Array, capacity: int) -> Callable[[], Location]:
         """Which places it has, where request k has counts[k] and this one `count`."""
 
         def terms(index, exists, counts):
             counts = jnp.clip(counts, 0, capacity)
             return jnp.where(index < self.i, counts, 0), jnp.where(exists, counts, 0)
 
-        first, total = sum_over_requests(
+        sums = start_sums(
             self.lanes, self.rows.requests, (counts,), self.scratch, terms, limit=capacity
         )
-        return Location(first, jnp.minimum(count, capacity - first), total)
+
+        def wait() -> Location:
+            first, total = sums()
+            return Location(first, jnp.minimum(count, capacity - first), total)
+
+        return wait
 
     def sums_before(self, topk: IndexTopk) -> LengthSums:
         """Sums over the requests before it."""
@@ -176,9 +185,8 @@ class Request:
             )
 
         refs = self.lengths if ragged else (self.lengths.seq_lens,)
-        cache, nsa, *total = sum_over_requests(
-            self.lanes, rows.requests, tuple(refs), self.scratch, terms
-        )
+        sums = start_sums(self.lanes, rows.requests, tuple(refs), self.scratch, terms)
+        cache, nsa, *total = sums()
         return LengthSums(cache, nsa, total[0] if ragged else nsa)
 
     def nsa_sum(self, j: jax.Array, topk: IndexTopk) -> jax.Array:

@@ -1,7 +1,7 @@
 """Writing a page table: cut into tiles, each element loaded once and stored everywhere it goes."""
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -163,46 +163,67 @@ class Table:
         """
         writer = _Writer(self, lanes, source, targets)
         if written is not None:
-            self._write_new(writer, block, self.columns_of(jnp.maximum(written, 0)))
+            self._write_live(writer, block, self.columns_of(jnp.maximum(written, 0)))
         elif not self.width:
             writer.write_scalars(block * self.tile, writer.request.locate())
         elif self.blocks == self.tiles:
             self._write_tile(writer, block, None)
+        elif self.tail == "keep":
+            self._write_live(writer, block, jnp.int32(0))
         else:
             location = writer.request.locate()
-            tiles = jnp.int32(self.tiles)
-            if self.tail == "keep":
-                tiles = jnp.minimum(tiles, ceil_div(writer.live_columns(), self.tile))
-            self._for_tiles(block, tiles, lambda index: self._write_tile(writer, index, location))
+
+            def write_tile(k, _):
+                self._write_tile(writer, self._index(block, k), location)
+
+            lax.fori_loop(0, self._steps(block, jnp.int32(self.tiles)), write_tile, None)
 
     def columns_of(self, tokens: jax.Array) -> jax.Array:
         """Columns that stand for the first `tokens` of a row: those whose first token is one."""
         return ceil_div(jnp.minimum(tokens, self.max_len), self.tokens_per_column)
 
-    def _for_tiles(self, block: jax.Array, tiles: jax.Array, write: Callable) -> None:
-        """Calls `write` with the index of each of a block's tiles, of so many."""
-        strides = lax.div(tiles - block + (self.blocks - 1), jnp.int32(self.blocks))
-        lax.fori_loop(0, strides, lambda k, _: write(block + k * self.blocks), None)
+    def _index(self, block: jax.Array, k: jax.Array) -> jax.Array:
+        """Which tile of a row is the k-th of a block."""
+        return block + k * self.blocks
 
-    def _write_new(self, writer: "_Writer", block: jax.Array, first: jax.Array) -> None:
+    def _steps(self, block: jax.Array, tiles: jax.Array) -> jax.Array:
+        """How many of a row's tiles a block has."""
+        return lax.div(tiles - block + (self.blocks - 1), jnp.int32(self.blocks))
+
+    def _write_live(self, writer: "_Writer", block: jax.Array, first: jax.Array) -> None:
         """Writes the live columns from `first` on, where the tiles begin."""
-        location, live = writer.request.locate(), writer.live_columns()
+        live = writer.live_columns()
         begin = first - lax.rem(first, jnp.int32(max(self.width, 1)))
         tiles = jnp.where(first < live, ceil_div(live - begin, self.tile), 0)
+        steps = self._steps(block, tiles)
 
-        def write(index: jax.Array) -> None:
-            start = begin + index * self.tile
-            if not self.width:
-                writer.write_scalars(start, location)
-                return
-            starts = [start + k * self.vector for k in range(self.config.vectors)]
+        def start_of(k: jax.Array) -> jax.Array:
+            return begin + self._index(block, k) * self.tile
+
+        if not self.width:
+            location = writer.request.locate()
+            lax.fori_loop(0, steps, lambda k, _: writer.write_scalars(start_of(k), location), None)
+            return
+
+        def vectors_of(k: jax.Array) -> list[Vector]:
+            starts = [start_of(k) + n * self.vector for n in range(self.config.vectors)]
             # What would go past the end of the row begins before, and stores no column twice.
             last = self.columns - self.vector
-            writer.write_vectors(
-                [Vector(jnp.minimum(s, last), jnp.maximum(s, first)) for s in starts], location
-            )
+            return [Vector(jnp.minimum(s, last), jnp.maximum(s, first)) for s in starts]
 
-        self._for_tiles(block, tiles, write)
+        locate = writer.request.start_locating()
+
+        def load(k: jax.Array) -> list[jax.Array]:
+            return [writer.load_live(v.start, live, k < steps) for v in vectors_of(k)]
+
+        def step(k: jax.Array, loaded: list[jax.Array]) -> list[jax.Array]:
+            following = load(k + 1)  # under way while these are stored
+            writer.store_live(vectors_of(k), loaded, location)
+            return following
+
+        loaded = load(jnp.int32(0))
+        location = locate()
+        lax.fori_loop(0, steps, step, loaded)
 
     def _write_tile(self, writer: "_Writer", index: jax.Array, location: Location | None) -> None:
         in_last = self.columns // self.vector - (self.tiles - 1) * self.config.vectors
@@ -246,34 +267,36 @@ class _Writer:
           vectors: in ascending order.
           location: the rows; None: to be found once the loads are under way.
         """
-        if self.table.tail == "keep":
-            live = self.live_columns()
-            pl.when(vectors[0].start < live)(lambda: self._keep(vectors, live, location))
-        else:
+        if self.table.tail != "keep":
             self._overwrite(vectors, location)
+            return
+        live = self.live_columns()
+        locate = self.request.start_locating()
 
-    def _keep(
-        self, vectors: Sequence[Vector], longest: jax.Array, location: Location | None
+        @pl.when(vectors[0].start < live)
+        def _():
+            loaded = [self.load_live(vector.start, live) for vector in vectors]
+            self.store_live(vectors, loaded, locate())
+
+    def load_live(self, start: jax.Array, live: jax.Array, exists: Any = True) -> jax.Array:
+        """The vector from column `start` on, if it exists and begins before `live`; else zeros."""
+        nothing = self.lanes.zeros(self.table.vector, self.table.width)
+        return lax.cond(exists & (start < live), lambda: self._load(start), lambda: nothing)
+
+    def store_live(
+        self, vectors: Sequence[Vector], loaded: Sequence[jax.Array], location: Location
     ) -> None:
-        """Stores the live columns and touches nothing else."""
-        table, lanes = self.table, self.lanes
-
-        def load(start):
-            nothing = lanes.zeros(table.vector, table.width)
-            return lax.cond(start < longest, lambda: self._load(start), lambda: nothing)
-
-        loaded = [load(vector.start) for vector in vectors]
-        location = location or self.request.locate()
+        """Stores the live columns of vectors in all rows and touches nothing else."""
 
         def write_row(j, row):
             for targets in self.targets:
-                live = table.columns_of(targets.request.kv_len(j))
+                live = self.table.columns_of(targets.request.kv_len(j))
                 for (start, first), values in zip(vectors, loaded, strict=True):
-                    self._store_live(targets, row, start, first, live, values)
+                    self._store_part(targets, row, start, first, live, values)
 
         self.request.for_rows(location, write_row)
 
-    def _store_live(self, targets: Targets, row, start, first, live, values) -> None:
+    def _store_part(self, targets: Targets, row, start, first, live, values) -> None:
         """Stores the columns of a vector from `first`, if that is not None, to before `live`."""
         table, lanes = self.table, self.lanes
         columns = pl.ds(start, table.vector)

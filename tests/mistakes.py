@@ -300,9 +300,23 @@ MISTAKES = [
     Mistake(
         "pallas: the last live tile is left out",
         "pallas_kernels/tables.py",
-        "tiles = jnp.minimum(tiles, ceil_div(writer.live_columns(), self.tile))",
-        "tiles = jnp.minimum(tiles, lax.div(writer.live_columns(), jnp.int32(self.tile)))",
+        "ceil_div(live - begin, self.tile)",
+        "lax.div(live - begin, jnp.int32(self.tile))",
         "test_pallas.py::test_blocks_stride_over_tiles",
+    ),
+    Mistake(
+        "pallas: a tile that was loaded ahead is not stored",
+        "pallas_kernels/tables.py",
+        "return following",
+        "return loaded",
+        "test_pallas.py::test_blocks_stride_over_tiles",
+    ),
+    Mistake(
+        "pallas: blocks of many requests are those of the first",
+        "pallas_kernels/tuning.py",
+        "return request, index - request * blocks",
+        "return request, index",
+        "test_pallas.py::test_every_block_has_its_place",
     ),
     Mistake(
         "pallas: pages start inside an access",

@@ -1,18 +1,20 @@
 """What the tests of every implementation do not reach of the Pallas kernels, without a GPU."""
 
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import assert_same, held, inputs, on_device
+from helpers import assert_same, held_apart, inputs, on_device
 
 import jaxnsa
 import pallas_kernels
 import pallas_kernels.lanes
 import pallas_kernels.launch
-from jaxnsa import reference
+import pallas_kernels.tuning
+from jaxnsa import ForwardMode, reference
 from jaxnsa.spec import Inputs, Rows, Spec
 from pallas_kernels.destinations import Destinations
 from pallas_kernels.jax_internals import InterpretGPUParams, force_gpu_interpret_mode
@@ -37,7 +39,7 @@ def test_sums_over_requests(requests, limit, capfd):
     middle = requests // 2
 
     def kernel(_, ref, result, scratch):
-        before, everything = pallas_kernels.lanes.sum_over_requests(
+        sums = pallas_kernels.lanes.start_sums(
             pallas_kernels.lanes.Lanes(interpret=True),
             requests,
             (ref,),
@@ -48,7 +50,7 @@ def test_sums_over_requests(requests, limit, capfd):
             ),
             limit=limit,
         )
-        result[0], result[1] = before, everything
+        result[0], result[1] = sums()
 
     sums = pallas_kernels.launch.launch(
         kernel,
@@ -127,28 +129,50 @@ def test_schedules_of_many_items_are_no_longer_programs():
     assert lines(1000, 1000) < 1.2 * lines(129, 132)
 
 
-def test_blocks_stride_over_tiles(capfd):
+@pytest.mark.parametrize("tail", ("copy", "keep"))
+@pytest.mark.parametrize("vectors, blocks", ((1, 4), (2, 2), (4, 2)))
+@pytest.mark.parametrize("extend", (None, (2, 0, 1)))
+def test_blocks_stride_over_tiles(tail, vectors, blocks, extend, capfd):
     """More tiles than blocks: the same with any block sizes."""
-    _, indices, pool = inputs(2, pool_cols=2600)
-    lengths = np.array([2600, 1100], np.int32)
-    for tail in ("copy", "keep"):
-        out = held(reference.precompute_decode_metadata(lengths, indices, pool))
-        out = out if tail == "keep" else None
-        before = None if out is None else (on_device(out),)
-        expected = reference.precompute_decode_metadata(
-            lengths, indices, pool, nsa_index_topk=64, tail=tail, out=out
+    _, indices, pool = inputs(3, pool_cols=2600)
+    lengths = np.array([2600, 1100, 0], np.int32)
+    mode = ForwardMode.DECODE if extend is None else ForwardMode.DRAFT_EXTEND
+    rows = Rows.of(mode, 3, max_total_tokens=None if extend is None else 4)
+    extend_seq_lens = None if extend is None else np.array(extend, np.int32)
+    compute = functools.partial(
+        reference.fused_metadata_precompute_and_broadcast,
+        lengths,
+        indices,
+        pool,
+        num_backends=1,
+        forward_mode=mode,
+        nsa_index_topk=64,
+        real_page_size=64,
+        extend_seq_lens=extend_seq_lens,
+        max_total_tokens=None if extend is None else 4,
+    )
+    out = held_apart(compute()) if tail == "keep" else None
+    before = None if out is None else on_device(out)
+    expected = compute(tail=tail, out=out)
+    kernel = jax.jit(
+        functools.partial(
+            pallas_kernels.fused_metadata,
+            spec=Spec(rows, 2600, 64, 64, True, tail),
+            config=pallas_kernels.BlockConfig(vectors=vectors, scalars=4, blocks=3 * blocks),
+            interpret=INTERPRETER,
         )
-        compute = jax.jit(
-            functools.partial(
-                pallas_kernels.fused_metadata,
-                spec=Spec(Rows(2, 2, 1, 0), 2600, 64, 64, True, tail),
-                config=pallas_kernels.BlockConfig(vectors=1, scalars=4, blocks=4),
-                interpret=INTERPRETER,
-            )
-        )
-        (actual,) = compute(Inputs(lengths, indices, pool, None), before)
-        assert_same(actual, expected)
+    )
+    actual = kernel(Inputs(lengths, indices, pool, extend_seq_lens), before)
+    assert_same(actual, expected)
     assert "RACE DETECTED" not in capfd.readouterr().out
+
+
+@pytest.mark.parametrize("requests, blocks", ((1, 7), (132, 32), (133, 32), (4225, 1)))
+def test_every_block_has_its_place(requests, blocks):
+    indices = jnp.arange(requests * blocks, dtype=jnp.int32)
+    request, block = pallas_kernels.tuning.place(indices, requests, blocks)
+    places = set(zip(request.tolist(), block.tolist(), strict=True))
+    assert places == set(itertools.product(range(requests), range(blocks)))
 
 
 @pytest.mark.parametrize("pool_cols, pages", ((512, (4, 64, 100)), (514, (2, 6)), (515, (1, 7))))
