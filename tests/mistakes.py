@@ -1472,6 +1472,13 @@ MISTAKES = [
         "starts[middle] < key(u)",
         prefill("ffi"),
     ),
+    Mistake(
+        "cuda: no key of a tile belongs to its last request",
+        "ffi/cuda/keys.cuh",
+        "last_request = static_cast<int>(threadIdx.x);",
+        "last_request = static_cast<int>(threadIdx.x) - 1;",
+        prefill("ffi"),
+    ),
     # What is built on top.
     Mistake(
         "calls alike: options of any type",

@@ -19,6 +19,7 @@ __device__ void WriteKeys(const Parameters<kCapacity, kSchedules>& args, int32_t
   __shared__ int64_t starts[kThreads];  // the first key of each of 128 requests
   __shared__ int64_t end;               // of the last one's keys
   __shared__ const int32_t* sources[kThreads];
+  __shared__ int first_request, last_request;  // of the group, that may have keys of the tile
   const int64_t first = int64_t{tile} * kTileKeys;
   const int64_t last = first + kTileKeys < args.max_total_keys ? first + kTileKeys
                                                                : args.max_total_keys;
@@ -30,6 +31,10 @@ __device__ void WriteKeys(const Parameters<kCapacity, kSchedules>& args, int32_t
   for (int64_t group = 0; group < args.rows.requests && before < last; group += kThreads) {
     const int64_t i = group + threadIdx.x;
     const bool exists = i < args.rows.requests;
+    if (threadIdx.x == 0) {
+      first_request = 0;
+      last_request = Min(args.rows.requests - static_cast<int32_t>(group), kThreads) - 1;
+    }
     // Both loads are issued before either value is used.
     const int32_t index = exists ? args.req_pool_indices[i] : 0;
     const int32_t length = exists ? args.rows.cache_seqlen(i) : 0;
@@ -37,12 +42,14 @@ __device__ void WriteKeys(const Parameters<kCapacity, kSchedules>& args, int32_t
     starts[threadIdx.x] = start;
     sources[threadIdx.x] = args.pool.row(index);
     if (threadIdx.x == kThreads - 1) end = start + length;
+    const auto has = [&](int64_t key) { return key >= start && key < start + length; };
+    if (has(first)) first_request = static_cast<int>(threadIdx.x);
+    if (has(last - 1)) last_request = static_cast<int>(threadIdx.x);
     __syncthreads();
-    const int last_request = Min(args.rows.requests - static_cast<int32_t>(group), kThreads) - 1;
 #pragma unroll
     for (int u = 0; u < kKeysPerThread; ++u) {
       if (key(u) < before || key(u) >= end) continue;
-      int low = 0, high = last_request;  // the last that begins at this key or before it
+      int low = first_request, high = last_request;  // the last that begins at this key or before
       while (low < high) {
         const int middle = (low + high + 1) / 2;
         if (starts[middle] <= key(u)) {
