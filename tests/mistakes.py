@@ -659,6 +659,13 @@ MISTAKES = [
         operations("ffi", "in_place"),
     ),
     Mistake(
+        "cuda: table rows past int32 wrap",
+        "ffi/cuda/tables.cuh",
+        "sum < INT32_MAX ? sum : INT32_MAX",
+        "sum",
+        operations("ffi", "draft_extend_totals_past_int32_fill_the_capacity"),
+    ),
+    Mistake(
         "cuda: a row belongs to the request before",
         "ffi/cuda/lengths.cuh",
         "(requests[middle].first_row) <= row",

@@ -34,8 +34,9 @@ template <Refresh kRefresh, bool kSchedules>
 constexpr int kBlocksPerMultiprocessor =
     kSchedules ? (kRefresh == Refresh::kAny ? 6 : 8) : (kRefresh == Refresh::kAny ? 7 : 10);
 
-// Blocks that share the tables: one for two tiles, or for four of pages alone, within these bounds.
-// Each costs 0.6 nanoseconds of a Hopper GPU, whether its columns are live or not.
+// Blocks that share the tables, within these bounds: one for two tiles, or for four of pages alone
+// and where there are then no more than the fewest. Each costs 0.6 nanoseconds of a Hopper GPU,
+// whether its columns are live or not.
 constexpr int64_t kFewestBlocks = 1024, kMostBlocks = 8192;
 
 constexpr int kGridRows = 32768;
@@ -201,8 +202,9 @@ void LaunchForRows(Stream stream, const FusedMetadataArguments& args) {
       kOwnThreads * int64_t{parameters.is_wide ? kWidth : parameters.page_size.value};
   const int64_t tiles = std::max<int64_t>(1, CeilDiv(tokens, tile_tokens));
   const int64_t table_rows = CeilDiv(parameters.table_requests, kThreads / kOwnThreads);
-  const int64_t blocks =
-      std::clamp(table_rows * tiles / (parameters.is_wide ? 2 : 4), kFewestBlocks, kMostBlocks);
+  const int64_t all_tiles = table_rows * tiles;
+  const bool few = !parameters.is_wide || all_tiles <= 4 * kFewestBlocks;
+  const int64_t blocks = std::clamp(all_tiles / (few ? 4 : 2), kFewestBlocks, kMostBlocks);
   dim3 grid;
   grid.x = std::clamp<int64_t>(blocks / std::max<int64_t>(table_rows, 1), 1, tiles);
   if (args.may_hold_columns()) {  // a power of two

@@ -10,6 +10,16 @@
 
 namespace jaxnsa {
 
+// A number of rows that stops at INT32_MAX: no array has more.
+struct RowCount {
+  uint32_t value;
+
+  friend __device__ RowCount operator+(RowCount a, RowCount b) {
+    const uint32_t sum = a.value + b.value;
+    return {sum < INT32_MAX ? sum : INT32_MAX};
+  }
+};
+
 // kWidth neighbouring elements, moved by one access.
 template <int kWidth>
 struct Access;
@@ -185,20 +195,19 @@ __device__ void WriteTables(const Parameters<kCapacity, kSchedules>& args, int32
     load();
     const auto q_of = [&](auto words) { return Rows::q_of(extend_seq_lens.value(words)); };
     q = q_of(extend_words);
-    Around<int64_t> rows{};
+    Around<RowCount> rows{};
     if (args.rows.requests > 1) {
       const int32_t summed = args.clears_padding ? args.rows.requests : i;
       const auto load_extend = [&](int64_t k) { return extend_seq_lens.words(k); };
       const auto rows_of = [&](int64_t k, auto words) {
-        const int64_t q = q_of(words);
-        return Around<int64_t>{k < i ? q : 0, k > i ? q : 0};
+        const auto q = static_cast<uint32_t>(q_of(words));
+        return Around<RowCount>{{k < i ? q : 0}, {k > i ? q : 0}};
       };
-      rows = SumOfThreads(ThreadSum<Around<int64_t>>(summed, load_extend, rows_of));
+      rows = SumOfThreads(ThreadSum<Around<RowCount>>(summed, load_extend, rows_of));
     }
-    first_row = rows.before;
-    if (args.clears_padding) total = first_row + q + rows.behind;
-    const int64_t room = first_row < args.rows.count ? args.rows.count - first_row : 0;
-    count = room < q ? static_cast<int32_t>(room) : q;
+    first_row = rows.before.value;
+    if (args.clears_padding) total = first_row + q + rows.behind.value;
+    count = Min(q, Max(args.rows.count - static_cast<int32_t>(rows.before.value), 0));
   }
   const TrackedRows tracked(args.tracker, is_tracked, i, first_row, count);
   if constexpr (!kRagged) load();
