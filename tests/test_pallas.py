@@ -130,7 +130,7 @@ def test_schedules_of_many_items_are_no_longer_programs():
 
 
 @pytest.mark.parametrize("tail", ("copy", "keep"))
-@pytest.mark.parametrize("vectors, blocks", ((1, 4), (2, 2), (4, 2)))
+@pytest.mark.parametrize("vectors, blocks", ((1, 4), (2, 2), (4, 1)))
 @pytest.mark.parametrize("extend", (None, (2, 0, 1)))
 def test_blocks_stride_over_tiles(tail, vectors, blocks, extend, capfd):
     """More tiles than blocks: the same with any block sizes."""
