@@ -46,8 +46,11 @@ class Lanes:
         """A vector from memory."""
         return self.laid_out(ref[index], width)
 
-    def load_first(self, ref, start: Scalar, count: Scalar) -> jax.Array:
-        """At most `count` of 128 elements of a vector from `start` on, and 0 behind them."""
+    def load_first(self, ref, start: Scalar, count: Scalar, stride: int = 1) -> jax.Array:
+        """At most `count` of 128 elements of a vector from `start` on, and 0 behind them.
+
+        With a stride, of its elements 0, `stride`, 2 * `stride` and so on.
+        """
         if self._interpret:
             if isinstance(count, int):
                 return jnp.pad(ref[pl.ds(start, count)], (0, LANES - count))
@@ -56,7 +59,7 @@ class Lanes:
                 vector = lax.cond(
                     is_part,
                     lambda v, first, size=size: lax.dynamic_update_slice(
-                        v, ref[pl.ds(start + first, size)], (first,)
+                        v, ref[pl.ds((start + first) * stride, size, stride)], (first,)
                     ),
                     lambda v, first: v,
                     vector,
@@ -66,7 +69,7 @@ class Lanes:
 
         @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), _SCALAR, _SCALAR), return_type=_HELD)
         def load(_, memory, start, count):
-            return ptx.load_first(memory, start, count)
+            return ptx.load_first(memory, start, count, stride)
 
         return load(ref, jnp.int32(start), jnp.int32(count))
 
@@ -243,35 +246,6 @@ class Lanes:
         bounds = [end - column, *([] if first is None else [first - column])]
         store = self._inline(ptx.store_part, width, vector, *bounds)
         store(ref.at[index], vector, *bounds)
-
-    def store_pages(
-        self, ref, index, columns: jax.Array, start, first, end, page: int, width: int = 1
-    ) -> None:
-        """Stores the pages of a table's columns [start, start + columns.size) in [first, end).
-
-        Where `first` is None, of those below `end`.
-
-        A page starts where a column is a multiple of `page`: its number, the column's value divided
-        by `page`, goes to `ref[(*index, column // page)]`. At most one starts in an access: `page`
-        is a multiple of `width`.
-        """
-        column = start + self.iota(columns.size, width)
-        position = floor_div(column, page)
-        starts = (column == position * page) & (column < end)
-        if first is not None:
-            starts &= column >= first
-        pages = floor_div(columns, page)
-        if not self._interpret:
-            positions = jnp.where(starts, position, -1)
-            self._inline(ptx.store_starts, width, pages, positions)(ref.at[index], pages, positions)
-            return
-        first = lax.div(jnp.asarray(start + (page - 1), jnp.int32), jnp.int32(page))
-        for k in range(-(-columns.size // page)):
-            here = starts & (position == first + k)
-
-            @pl.when(jnp.sum(here.astype(jnp.int32)) > 0)
-            def _(k=k, here=here):
-                ref[(*index, first + k)] = jnp.sum(jnp.where(here, pages, 0), dtype=jnp.int32)
 
     def _inline(self, store: Callable, width: int, *vectors: jax.Array) -> Callable:
         layouts = [plgpu.Layout.WG_STRIDED(v.shape, vec_size=width) for v in vectors]

@@ -75,33 +75,8 @@ def store_part(
         _assembly(f"{{ {' '.join(lines)} }}", pointer, *values, *of_access)
 
 
-def store_starts(
-    memory: ir.Value,
-    registers: mgpu.FragmentedArray,
-    positions: mgpu.FragmentedArray,
-    width: int,
-) -> None:
-    """Stores the first element of each access of an int32 array where its position says.
-
-    Args:
-      memory: memref of one dimension.
-      registers: the array, with `width` neighbouring elements in each access.
-      positions: int32 indices into `memory`, of the same shape; negative: not stored.
-      width: 1, 2 or 4.
-    """
-    base = mgpu.utils.memref_ptr(memory)
-    for value, position in zip(registers.registers.flat, positions.registers.flat, strict=True):
-        _assembly(
-            "{ .reg .pred wanted; .reg .b64 at; setp.ge.s32 wanted, $2, 0;"
-            " mad.wide.s32 at, $2, 4, $0; @wanted st.global.cs.b32 [at], $1; }",
-            base,
-            *_elements(value, 1),
-            *_elements(position, 1),
-        )
-
-
 def load_first(
-    memory: ir.Value, start: mgpu.FragmentedArray, count: mgpu.FragmentedArray
+    memory: ir.Value, start: mgpu.FragmentedArray, count: mgpu.FragmentedArray, stride: int
 ) -> mgpu.FragmentedArray:
     """Loads int32 elements [start, start + count), and 0 behind them up to 128.
 
@@ -109,12 +84,13 @@ def load_first(
       memory: memref of one dimension.
       start: the first element, a scalar.
       count: a scalar; more than 128 is 128, less than 0 none.
+      stride: elements of memory from one to the next.
     """
     i32 = ir.IntegerType.get_signless(32)
     value = _assembly(
         "{ .reg .pred exists; setp.lt.s32 exists, $2, $3; mov.b32 $0, 0;"
         " @exists ld.global.b32 $0, [$1]; }",
-        *_of_thread(memory, start, count),
+        *_of_thread(memory, start, count, stride),
         result=i32,
     )
     register = vector.broadcast(ir.VectorType.get((1,), i32), value)
@@ -140,12 +116,13 @@ def store_first(
 
 
 def _of_thread(
-    memory: ir.Value, start: mgpu.FragmentedArray, count: mgpu.FragmentedArray
+    memory: ir.Value, start: mgpu.FragmentedArray, count: mgpu.FragmentedArray, stride: int = 1
 ) -> tuple[ir.Value, ir.Value, ir.Value]:
-    """The address of element start + thread, the thread and `count`."""
+    """The address of element (start + thread) * stride, the thread and `count`."""
     i32 = ir.IntegerType.get_signless(32)
     thread = mgpu.utils.thread_idx()
     index = arith.addi(thread, start.registers.item())
+    index = arith.muli(index, mgpu.utils.c(stride, i32))
     address = mgpu.utils.getelementptr(mgpu.utils.memref_ptr(memory), [index], i32)
     return address, thread, count.registers.item()
 

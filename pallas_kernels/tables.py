@@ -71,6 +71,32 @@ class Vector(NamedTuple):
     first: Any
 
 
+class Tile(NamedTuple):
+    """What is loaded before any of it is stored.
+
+    Attributes:
+      vectors: in ascending order.
+      begin: its first column.
+      end: the column behind its last one.
+    """
+
+    vectors: Sequence[Vector]
+    begin: Any
+    end: Any
+
+
+class Loaded(NamedTuple):
+    """A tile in registers.
+
+    Attributes:
+      vectors: its columns.
+      page_starts: those of them that a page starts with, and 0 behind them; None: not wanted.
+    """
+
+    vectors: Sequence[jax.Array]
+    page_starts: jax.Array | None
+
+
 @dataclasses.dataclass(frozen=True)
 class Table:
     """The static part of a table.
@@ -141,8 +167,14 @@ class Table:
         return -(-(self.columns // self.vector) // self.config.vectors)
 
     def yields_pages(self, page_size: int) -> bool:
-        """Whether a page table can be written out of this table's columns while they are moved."""
-        return self.tokens_per_column == 1 and self.width > 0 and page_size % self.width == 0
+        """Whether a page table can be written while this table's columns are moved.
+
+        Each of 128 threads writes at most one page of a tile, whose last vector may be a part.
+        """
+        if self.tokens_per_column > 1 or not self.width:
+            return False
+        vectors = self.config.vectors + (self.columns % self.vector > 0)
+        return page_size >= vectors * self.width
 
     def write(
         self,
@@ -205,20 +237,22 @@ class Table:
             lax.fori_loop(0, steps, lambda k, _: writer.write_scalars(start_of(k), location), None)
             return
 
-        def vectors_of(k: jax.Array) -> list[Vector]:
-            starts = [start_of(k) + n * self.vector for n in range(self.config.vectors)]
+        def tile_of(k: jax.Array) -> Tile:
+            begin = start_of(k)
+            starts = [begin + n * self.vector for n in range(self.config.vectors)]
             # What would go past the end of the row begins before, and stores no column twice.
             last = self.columns - self.vector
-            return [Vector(jnp.minimum(s, last), jnp.maximum(s, first)) for s in starts]
+            vectors = [Vector(jnp.minimum(s, last), jnp.maximum(s, first)) for s in starts]
+            return Tile(vectors, jnp.maximum(begin, first), begin + self.tile)
 
         locate = writer.request.start_locating()
 
-        def load(k: jax.Array) -> list[jax.Array]:
-            return [writer.load_live(v.start, live, k < steps) for v in vectors_of(k)]
+        def load(k: jax.Array) -> Loaded:
+            return writer.load_live(tile_of(k), live, k < steps)
 
-        def step(k: jax.Array, loaded: list[jax.Array]) -> list[jax.Array]:
-            following = load(k + 1)  # under way while these are stored
-            writer.store_live(vectors_of(k), loaded, location)
+        def step(k: jax.Array, loaded: Loaded) -> Loaded:
+            following = load(k + 1)  # under way while this one is stored
+            writer.store_live(tile_of(k), loaded, location)
             return following
 
         loaded = load(jnp.int32(0))
@@ -231,8 +265,11 @@ class Table:
         rest = [self.columns - self.vector] if self.columns % self.vector else []
 
         def write(vectors: int, more: Sequence[int] = ()) -> None:
-            starts = [index * self.tile + k * self.vector for k in range(vectors)]
-            writer.write_vectors([Vector(s, None) for s in (*starts, *more)], location)
+            begin = index * self.tile
+            starts = [begin + k * self.vector for k in range(vectors)]
+            end = self.columns if more else begin + vectors * self.vector
+            tile = Tile([Vector(s, None) for s in (*starts, *more)], begin, end)
+            writer.write_tile(tile, location)
 
         if in_last == self.config.vectors and not rest:
             write(in_last)
@@ -260,45 +297,50 @@ class _Writer:
         """Of the longest row."""
         return self.table.columns_of(self.request.cache_seqlen)
 
-    def write_vectors(self, vectors: Sequence[Vector], location: Location | None) -> None:
-        """Loads the vectors of a tile and stores them in all rows.
+    def write_tile(self, tile: Tile, location: Location | None) -> None:
+        """Loads a tile and stores it in all rows.
 
-        Args:
-          vectors: in ascending order.
-          location: the rows; None: to be found once the loads are under way.
+        Location None: they are found once the loads are under way.
         """
         if self.table.tail != "keep":
-            self._overwrite(vectors, location)
+            self._overwrite(tile, location)
             return
         live = self.live_columns()
         locate = self.request.start_locating()
 
-        @pl.when(vectors[0].start < live)
+        @pl.when(tile.begin < live)
         def _():
-            loaded = [self.load_live(vector.start, live) for vector in vectors]
-            self.store_live(vectors, loaded, locate())
+            loaded = self.load_live(tile, live)
+            self.store_live(tile, loaded, locate())
 
-    def load_live(self, start: jax.Array, live: jax.Array, exists: Any = True) -> jax.Array:
-        """The vector from column `start` on, if it exists and begins before `live`; else zeros."""
+    def load_live(self, tile: Tile, live: jax.Array, exists: Any = True) -> Loaded:
+        """The vectors of a tile that begin before `live`, if the tile exists; otherwise zeros."""
         nothing = self.lanes.zeros(self.table.vector, self.table.width)
-        return lax.cond(exists & (start < live), lambda: self._load(start), lambda: nothing)
 
-    def store_live(
-        self, vectors: Sequence[Vector], loaded: Sequence[jax.Array], location: Location
-    ) -> None:
-        """Stores the live columns of vectors in all rows and touches nothing else."""
+        def load(start):
+            is_live = exists & (start < live)
+            return lax.cond(is_live, lambda: self._load(start), lambda: nothing)
+
+        page_starts = self._load_page_starts(tile, live)
+        return Loaded([load(start) for start, _ in tile.vectors], page_starts)
+
+    def store_live(self, tile: Tile, loaded: Loaded, location: Location) -> None:
+        """Stores the live columns of a tile in all rows and touches nothing else."""
+        pages = self._pages(loaded)
 
         def write_row(j, row):
             for targets in self.targets:
                 live = self.table.columns_of(targets.request.kv_len(j))
-                for (start, first), values in zip(vectors, loaded, strict=True):
-                    self._store_part(targets, row, start, first, live, values)
+                for vector, values in zip(tile.vectors, loaded.vectors, strict=True):
+                    self._store_part(targets, row, vector, live, values)
+                self._store_pages(targets, row, tile, live, pages)
 
         self.request.for_rows(location, write_row)
 
-    def _store_part(self, targets: Targets, row, start, first, live, values) -> None:
-        """Stores the columns of a vector from `first`, if that is not None, to before `live`."""
+    def _store_part(self, targets: Targets, row, vector: Vector, live, values) -> None:
+        """Stores the columns of a vector from its first one to before `live`."""
         table, lanes = self.table, self.lanes
+        start, first = vector
         columns = pl.ds(start, table.vector)
 
         def whole():
@@ -314,36 +356,43 @@ class _Writer:
         if first is not None:
             is_whole &= first <= start
         lax.cond(is_whole, whole, part)
-        self._store_pages(targets, row, start, first, live, values)
 
-    def _overwrite(self, vectors: Sequence[Vector], location: Location | None) -> None:
+    def _overwrite(self, tile: Tile, location: Location | None) -> None:
         """Stores every column, 0 past the live ones with tail "zero" and in padding rows."""
         table, lanes = self.table, self.lanes
         iota = lanes.iota(table.vector, table.width)
-        starts = [vector.start for vector in vectors]
-        loaded = [self._load(start) for start in starts]
+        starts = [start for start, _ in tile.vectors]
+        page_starts = self._load_page_starts(tile, table.max_len)
+        loaded = Loaded([self._load(start) for start in starts], page_starts)
         location = location or self.request.locate()
+        pages = self._pages(loaded)
+        nothing = lanes.zeros(table.vector, table.width)
+        no_pages = None if pages is None else lanes.zeros(LANES)
 
-        def store(targets, row, start, values):
-            for ref, lead in targets.tables:
-                index = (*lead, row, pl.ds(start, table.vector))
-                lanes.store(ref, index, values, table.width)
-            self._store_pages(targets, row, start, None, table.max_len, values)
+        def store(targets, row, vectors, pages):
+            for start, values in zip(starts, vectors, strict=True):
+                for ref, lead in targets.tables:
+                    index = (*lead, row, pl.ds(start, table.vector))
+                    lanes.store(ref, index, values, table.width)
+            self._store_pages(targets, row, tile, table.max_len, pages)
 
         def write_row(j, row):
             for targets in self.targets:
-                live = None
+                vectors, live_pages = loaded.vectors, pages
                 if table.tail == "zero":
                     live = table.columns_of(targets.request.kv_len(j))
-                for start, values in zip(starts, loaded, strict=True):
-                    if live is not None:
-                        values = jnp.where(start + iota < live, values, 0)
-                    store(targets, row, start, values)
+                    vectors = [
+                        jnp.where(start + iota < live, values, 0)
+                        for start, values in zip(starts, vectors, strict=True)
+                    ]
+                    if pages is not None:
+                        _, count = self._page_range(tile, live)
+                        live_pages = jnp.where(lanes.iota(LANES) < count, pages, 0)
+                store(targets, row, vectors, live_pages)
 
         def clear_row(row):
             for targets in self.targets:
-                for start in starts:
-                    store(targets, row, start, lanes.zeros(table.vector, table.width))
+                store(targets, row, [nothing] * len(starts), no_pages)
 
         self.request.for_rows(location, write_row)
         self.request.for_padding_rows(location, clear_row)
@@ -383,9 +432,33 @@ class _Writer:
         columns = self.source.columns(self.lanes, pl.ds(start, self.table.vector))
         return self.lanes.laid_out(columns, self.table.width)
 
-    def _store_pages(self, targets: Targets, row, start, first, end, values) -> None:
+    @property
+    def _page_size(self) -> int:
+        """Tokens of a page, where pages are written with these columns; otherwise 0."""
+        return self.targets[0].page_size if self.targets[0].pages else 0
+
+    def _page_range(self, tile: Tile, end: Any) -> tuple[jax.Array, jax.Array]:
+        """The first page that starts in a tile, and how many do before column `end`, if any."""
+        first = ceil_div(jnp.asarray(tile.begin, jnp.int32), self._page_size)
+        return first, ceil_div(jnp.minimum(tile.end, end), self._page_size) - first
+
+    def _load_page_starts(self, tile: Tile, end: Any) -> jax.Array | None:
+        if not self._page_size:
+            return None
+        row = self.source.ref.at[self.source.row]
+        return self.lanes.load_first(row, *self._page_range(tile, end), self._page_size)
+
+    def _pages(self, loaded: Loaded) -> jax.Array | None:
+        if loaded.page_starts is None:
+            return None
+        return floor_div(loaded.page_starts, self._page_size)
+
+    def _store_pages(
+        self, targets: Targets, row, tile: Tile, end: Any, pages: jax.Array | None
+    ) -> None:
+        """Stores the numbers of those pages of a tile that start before column `end`."""
+        if pages is None:
+            return
+        first, count = self._page_range(tile, end)
         for ref, lead in targets.pages:
-            page_size = targets.page_size
-            self.lanes.store_pages(
-                ref, (*lead, row), values, start, first, end, page_size, self.table.width
-            )
+            self.lanes.store_first(ref.at[(*lead, row)], first, pages, count)

@@ -319,10 +319,10 @@ MISTAKES = [
         "test_pallas.py::test_every_block_has_its_place",
     ),
     Mistake(
-        "pallas: pages start inside an access",
+        "pallas: more pages start in a tile than a block has threads",
         "pallas_kernels/tables.py",
-        "self.tokens_per_column == 1 and self.width > 0 and page_size % self.width == 0",
-        "self.tokens_per_column == 1 and self.width > 0",
+        "return page_size >= vectors * self.width",
+        "return page_size >= self.width",
         "test_pallas.py",
     ),
     Mistake(
@@ -341,9 +341,9 @@ MISTAKES = [
     ),
     Mistake(
         "pallas: a page past the live columns",
-        "pallas_kernels/lanes.py",
-        "starts = (column == position * page) & (column < end)",
-        "starts = (column == position * page) & (column <= end)",
+        "pallas_kernels/tables.py",
+        "ceil_div(jnp.minimum(tile.end, end), self._page_size) - first",
+        "ceil_div(jnp.minimum(tile.end, end + 1), self._page_size) - first",
         pallas("padding_rows_and_dead_columns"),
     ),
     Mistake(

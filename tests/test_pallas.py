@@ -175,18 +175,39 @@ def test_every_block_has_its_place(requests, blocks):
     assert places == set(itertools.product(range(requests), range(blocks)))
 
 
-@pytest.mark.parametrize("pool_cols, pages", ((512, (4, 64, 100)), (514, (2, 6)), (515, (1, 7))))
-def test_pages_start_with_an_access_where_they_are_written_with_the_wide_table(pool_cols, pages):
-    """What a GPU needs: the interpreter would write other pages too."""
-    width = access_width(pool_cols)
+@pytest.mark.parametrize("vectors", (1, 2, 4))
+@pytest.mark.parametrize("max_len", (1024, 1100))
+def test_the_smallest_pages_that_are_written_with_the_wide_table(vectors, max_len):
+    """As many start in a tile as a block has threads."""
+    _, indices, pool = inputs(2, pool_cols=max_len)
+    lengths = np.array([max_len, 700], np.int32)
+    config = pallas_kernels.BlockConfig(vectors=vectors)
+    table = Table.of(2, max_len, 1, "copy", access_width(max_len), config)
+    smallest = next(page for page in itertools.count(1) if table.yields_pages(page))
+    assert smallest == table.width * (vectors + (max_len % table.vector > 0))
+    compute = functools.partial(pallas_kernels.fused_metadata, config=config, interpret=INTERPRETER)
+    for page in (smallest - 1, smallest):
+        rows = Rows.of(ForwardMode.DECODE, 2)
+        spec = Spec(rows, max_len, 64, page, True, "copy")
+        expected = reference.fused_metadata_precompute_and_broadcast(
+            lengths,
+            indices,
+            pool,
+            num_backends=1,
+            nsa_index_topk=64,
+            real_page_size=page,
+            tail="copy",
+        )
+        actual = jax.jit(functools.partial(compute, spec=spec))(
+            Inputs(lengths, indices, pool, None), None
+        )
+        assert_same(actual, expected)
+
+
+def test_pages_that_are_not_written_with_the_wide_table():
     config = pallas_kernels.BlockConfig(vectors=1)
-    table = Table.of(1, 512, 1, "copy", width, config)
-    assert table.width == width
-    for page in range(1, 128):
-        assert table.yields_pages(page) == (page % width == 0)
-    assert all(table.yields_pages(page) for page in pages)
-    of_pages = Table.of(1, 4096, 4, "copy", width, config)
-    narrow = Table.of(1, 100, 1, "copy", width, config)
+    of_pages = Table.of(1, 4096, 4, "copy", 4, config)
+    narrow = Table.of(1, 100, 1, "copy", 4, config)
     assert not of_pages.yields_pages(64)
     assert not narrow.yields_pages(64)
 
