@@ -122,6 +122,8 @@ def record(folder: Path) -> None:
 
     FOLDER is that of a device, such as OUT/nvidia-h200. Only what it holds is replaced.
     """
+    if folder.resolve().is_relative_to(RESULTS.resolve()):
+        raise click.ClickException(f"{folder}: got the records, expected the folder of a run")
     found = sorted(folder.glob("*.json"))
     if not found:
         raise click.ClickException(f"{folder}: expected the reports of a run, SUITE.json")

@@ -282,6 +282,7 @@ def test_runs_leave_the_tree_alone_and_are_recorded_by_a_verb_of_its_own(tmp_pat
     assert "expected the reports of a run" in run("record", str(tmp_path)).output
     assert not (tmp_path / "results").exists()
     (tmp_path / "results").mkdir()
+    assert "got the records" in run("record", str(tmp_path / "results")).output
     (tmp_path / "results" / "README.md").write_text(page)
     done = run("record", str(folder))
     assert done.exit_code == 0, done.output

@@ -124,35 +124,35 @@ RULES = (
 """The first rule that fits a call decides."""
 
 MEASURED_ON = {
-    "gpu": "NVIDIA H200, jax 0.11.2, jax-triton 0.3.1, Triton 3.6, commit c61f67d",
-    "cpu": "2 cores, jax 0.10.2, commit c61f67d",
+    "gpu": "NVIDIA H200, jax 0.11.2, jax-triton 0.3.1, Triton 3.6, commit 8690324",
+    "cpu": "2 cores, jax 0.10.2, commit 8690324",
 }
 
 MEASUREMENTS = (
-    Measurement("gpu", 32, 2048, 3, 2048, {"pallas": 1.5, "triton": 1.7, "ffi": 1.8, "xla": 14.7}),
+    Measurement("gpu", 32, 2048, 3, 2048, {"pallas": 1.5, "ffi": 1.8, "triton": 1.8, "xla": 14.7}),
     Measurement(
-        "gpu", 32, 65_536, 3, 8192, {"pallas": 2.3, "ffi": 2.8, "triton": 3.0, "xla": 23.3}
+        "gpu", 32, 65_536, 3, 8192, {"pallas": 2.0, "ffi": 2.3, "triton": 3.1, "xla": 23.3}
     ),
     Measurement(
-        "gpu", 32, 65_536, 3, 65_536, {"triton": 6.3, "pallas": 6.4, "ffi": 6.8, "xla": 23.2}
+        "gpu", 32, 65_536, 3, 65_536, {"triton": 6.3, "pallas": 6.4, "ffi": 7.0, "xla": 23.3}
     ),
     Measurement(
-        "gpu", 6, 131_072, 1, 131_072, {"pallas": 2.0, "triton": 2.3, "ffi": 2.5, "xla": 6.2}
+        "gpu", 6, 131_072, 1, 131_072, {"pallas": 2.0, "triton": 2.3, "ffi": 2.4, "xla": 6.2}
     ),
     Measurement(
-        "gpu", 256, 32_768, 8, 16_384, {"ffi": 30.0, "pallas": 30.7, "triton": 31.6, "xla": 182.3}
+        "gpu", 256, 32_768, 8, 16_384, {"pallas": 30.0, "ffi": 30.1, "triton": 31.6, "xla": 182.8}
     ),
     Measurement(
-        "gpu", 128, 131_072, 3, 131_072, {"triton": 54.6, "pallas": 56.8, "ffi": 57.5, "xla": 137.1}
+        "gpu", 128, 131_072, 3, 131_072, {"pallas": 54.2, "triton": 54.8, "ffi": 57.5, "xla": 137.2}
     ),
     Measurement(
-        "gpu", 1024, 32_768, 3, 4096, {"ffi": 13.1, "pallas": 13.6, "triton": 13.7, "xla": 260.4}
+        "gpu", 1024, 32_768, 3, 4096, {"ffi": 12.9, "pallas": 13.6, "triton": 13.7, "xla": 259.5}
     ),
-    Measurement("cpu", 32, 2048, 3, 2048, {"ffi": 232, "xla": 395}),
-    Measurement("cpu", 32, 65_536, 3, 8192, {"ffi": 609, "xla": 1258}),
-    Measurement("cpu", 6, 131_072, 1, 131_072, {"ffi": 546, "xla": 677}),
-    Measurement("cpu", 128, 131_072, 3, 131_072, {"ffi": 22087, "xla": 28880}),
-    Measurement("cpu", 1024, 32_768, 3, 4096, {"ffi": 6920, "xla": 12297}),
+    Measurement("cpu", 32, 2048, 3, 2048, {"ffi": 110, "xla": 421}),
+    Measurement("cpu", 32, 65_536, 3, 8192, {"ffi": 478, "xla": 684}),
+    Measurement("cpu", 6, 131_072, 1, 131_072, {"ffi": 394, "xla": 553}),
+    Measurement("cpu", 128, 131_072, 3, 131_072, {"ffi": 17440, "xla": 22166}),
+    Measurement("cpu", 1024, 32_768, 3, 4096, {"ffi": 5225, "xla": 9150}),
 )
 
 
