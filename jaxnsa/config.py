@@ -124,6 +124,7 @@ def override(
 
     Raises:
       TypeError: a switch is not a bool, or `implementation` is neither a name nor names.
+      ValueError: `implementation` names nothing.
     """
     given: dict[str, object] = {
         "fused_broadcast": fused_broadcast,

@@ -144,7 +144,7 @@ class NSAMetadata:
       page_indices: int32 [table_rows, max_len], KV slot of each token; None without the wide table.
       real_page_table: int32 [table_rows, ceil(max_len / real_page_size)], physical page of each
         page of tokens; None when real_page_size is 1.
-      token_to_request: int32 [rows], the request of each row; this and what follows in prefill.
+      token_to_request: int32 [rows], the request of each row; this and the next four in prefill.
       indexer_ks: int32 [rows], where the keys of the row's request begin.
       indexer_ke: int32 [rows], `indexer_ks + seqlens_expanded`.
       topk_indices_offset: int32 [rows], what turns a request's top-k indices into indices of keys:

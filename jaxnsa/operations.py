@@ -548,7 +548,8 @@ def _fused_metadata(
         even=not (static.forward_mode.ragged or spec.pooled or spec.schedules != NO_SCHEDULES),
     )
     name = choose(implementation, here, _platform(inputs), call)
-    _log_path(name, strategy, spec.num_backends)
+    if not spec.is_empty:
+        _log_path(name, strategy, spec.num_backends)
     name = _computing(name, implementation, here, not spec.is_empty)
     computation = _computation(spec, strategy, name, tuple(given))
     backends = computation(tuple(given.values()), computation.arrays(out))
@@ -576,11 +577,12 @@ def _computing(
 def _log_path(implementation: str, strategy: Strategy, num_backends: int) -> None:
     path = {
         "ultra_fast": "fused precompute + broadcast",
-        "fast": "one precompute and a copy for each backend",
+        "fast": "one precompute and a copy for each backend, where copies will do",
         "fallback": "a computation for each backend",
     }[strategy]
     _logger.info("implementation %s, strategy %s: %s", implementation, strategy, path)
-    if strategy == "ultra_fast" and num_backends > 1 and implementation in FUSED:
+    # ffi takes a launch for each eight backends where they have schedules.
+    if strategy == "ultra_fast" and 1 < num_backends <= 8 and implementation in FUSED:
         _logger.info("kernel launches reduced from 1 + N to 1 (N = %d backends)", num_backends)
 
 

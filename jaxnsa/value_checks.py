@@ -47,7 +47,7 @@ def validate_inputs(
     Legal are lengths of 0 and more, `seq_lens` of at most `max_len`, pool indices inside the pool,
     `extend_seq_lens` of at most `seq_lens` whose sum is at most `max_total_tokens`, and sums of
     lengths inside int32 and of at most `max_total_keys`. The computations themselves accept
-    anything, as the design's corner cases say; this finds what a scheduler did not mean. With
+    anything, as their docstrings say; this finds what a scheduler did not mean. With
     `backend_offsets` the longer lengths of every backend must be legal too.
 
     Concrete inputs are brought to the host. Inside `jit` the same conditions become

@@ -49,11 +49,11 @@ class Lanes:
     def load_first(self, ref, start: Scalar, count: Scalar, stride: int = 1) -> jax.Array:
         """At most `count` of 128 elements of a vector from `start` on, and 0 behind them.
 
-        With a stride, of its elements 0, `stride`, 2 * `stride` and so on.
+        With a stride, elements `start * stride`, `(start + 1) * stride` and so on.
         """
         if self._interpret:
             if isinstance(count, int):
-                return jnp.pad(ref[pl.ds(start, count)], (0, LANES - count))
+                return jnp.pad(ref[pl.ds(start * stride, count, stride)], (0, LANES - count))
             vector = jnp.zeros(LANES, jnp.int32)
             for is_part, first, size in _parts(count, ref):
                 vector = lax.cond(

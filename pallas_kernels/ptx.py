@@ -78,11 +78,11 @@ def store_part(
 def load_first(
     memory: ir.Value, start: mgpu.FragmentedArray, count: mgpu.FragmentedArray, stride: int
 ) -> mgpu.FragmentedArray:
-    """Loads int32 elements [start, start + count), and 0 behind them up to 128.
+    """Loads `count` int32 elements, `stride` apart, from `start * stride` on, and 0 up to 128.
 
     Args:
       memory: memref of one dimension.
-      start: the first element, a scalar.
+      start: the first one, counted in strides, a scalar.
       count: a scalar; more than 128 is 128, less than 0 none.
       stride: elements of memory from one to the next.
     """

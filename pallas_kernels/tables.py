@@ -64,7 +64,7 @@ class Vector(NamedTuple):
 
     Attributes:
       start: the first of them.
-      first: the first of them that is stored.
+      first: the first of them that is stored; None: `start`.
     """
 
     start: Any
@@ -76,7 +76,7 @@ class Tile(NamedTuple):
 
     Attributes:
       vectors: in ascending order.
-      begin: its first column.
+      begin: the first of its columns that is stored.
       end: the column behind its last one.
     """
 

@@ -515,7 +515,9 @@ def test_updates_validate_on_request(path, device, monkeypatch):
         with pytest.raises(ValueError, match=r"extend_seq_lens: got 3, 7 at row\(s\) 0, 1, .* = 2"):
             buffers.update(good, slots, engine.pool, **modes, max_total_tokens=2)
         engine.check()
+        launches.declined.clear()
         buffers.update(good, slots, engine.pool)
+        assert not launches.declined
     monkeypatch.setenv("JAXNSA_VALIDATE", "1")
     buffers = buffers_now()
     with pytest.raises(ValueError, match="seq_lens: got -4"):

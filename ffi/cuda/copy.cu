@@ -37,7 +37,7 @@ __global__ void __launch_bounds__(kCopyThreads)
   const int64_t tiles = CeilDiv(array.columns, kCopyTileColumns);
   const int64_t block = blockIdx.x - args.first_block[a];
   const int64_t row = block / tiles, begin = block % tiles * kCopyTileColumns;
-  // Without a limit, column 0 of every column's own 0 tokens is live.
+  // Where there is no limit a column stands for 0 tokens: with a length of 1 all are live.
   const int32_t kv_len = array.tokens_per_column > 0 ? args.kv_lens[row] : 1;
   const int64_t from = row * array.columns, to = row * array.destination_stride;
   bool vectors = from % 4 == 0 && to % 4 == 0 && IsAligned(array.source);

@@ -77,7 +77,7 @@ def computations(implementation: str) -> Any:
 
 
 FUSED = ("pallas", "ffi", "triton")
-"""Those that take one launch for each function, prefix sums included."""
+"""Those that take one launch for each function, prefix sums included, and for eight backends."""
 
 VARIANTS: Mapping[str, Mapping[str, Any]] = {"ffi": ffi.VARIANTS}
 """By implementation, for each function that has several variants, their names, the default first,

@@ -80,6 +80,9 @@ class DirectPath:
             max_new_tokens,
             request_ids,
         )
+
+    def report_declined(self) -> None:
+        """Reports why `try_step` did not queue a step in which nothing was wrong."""
         if self._looks_at_tensors:
             report_declined(self._launch.declined)
 

@@ -51,7 +51,7 @@ class FillCache(LaunchCache[tuple[PreparedLaunch, NativeRows]]):
         *,
         requests_are_items: bool = False,
     ) -> None:
-        """Launches what `try_launch` did not, and remembers it.
+        """Launches what `try_launch` did not, and remembers it if it is one launch with a key.
 
         Args:
           key: of the call.

@@ -134,7 +134,10 @@ class BackendBuffers:
         path: Literal["direct", "dlpack"] | None = None,
         dlpack: DlpackOptions | None = None,
     ):
-        """Checks and registers the tensors, and loads or compiles everything that `update` runs.
+        """Checks and registers the tensors, and loads or compiles what `update` runs.
+
+        On the path "dlpack" an update with `written_lens` or `request_ids`, and any with schedules,
+        is compiled when it first comes.
 
         Args:
           buffers: for each backend a mapping or an object with NSAMetadata's field names: int32
@@ -239,8 +242,9 @@ class BackendBuffers:
         """
         validate = settings().validate if overridden() else self._validate
         path = self._path
-        if not validate and isinstance(path, DirectPath):
-            launched = path.try_step(
+        direct = path if isinstance(path, DirectPath) and not validate else None
+        if direct is not None:
+            launched = direct.try_step(
                 seq_lens,
                 req_pool_indices,
                 req_to_token,
@@ -284,6 +288,8 @@ class BackendBuffers:
         if validate:
             self._check_values(rows, lengths, indices, pool, extend)
         path.run(rows, lengths, indices, pool, extend, written, most, ids)
+        if direct is not None:
+            direct.report_declined()
 
     def invalidate(self, request_ids: torch.Tensor | None = None) -> None:
         """Has the next update with `request_ids` write rows anew: the pool's entries have changed.
