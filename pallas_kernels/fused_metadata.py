@@ -150,7 +150,7 @@ def fused_metadata(
     if config is None:
         tokens = min(spec.max_len, spec.max_new_tokens)
         config = (
-            BlockConfig.heuristic(requests, spec.rows.count, tokens, spec.num_backends)
+            BlockConfig.heuristic(requests, spec.rows.tables.count, tokens, spec.num_backends)
             if spec.wide_table
             else BlockConfig.of_pages(requests, -(-tokens // spec.real_page_size))
         )

@@ -17,8 +17,8 @@ class BlockConfig:
     Attributes:
       vectors: vectors of a tile, which a block loads before it stores any.
       scalars: columns of a tile that is copied one by one, in tables narrower than a vector.
-      blocks: blocks of a table. Where there are more tiles, a block strides over them, as far as
-        its request's live columns reach.
+      blocks: blocks of a table that has vectors. Where there are more tiles, a block strides over
+        them, as far as its request's live columns reach.
     """
 
     vectors: int
@@ -33,15 +33,16 @@ class BlockConfig:
         if its columns are dead, and the fewer lookups of a request, which are two dependent loads.
         But tiles have to spread evenly over 132 multiprocessors: those of a small table do not, nor
         do those that are stored many times, in several rows or backends. The bounds lie between
-        shapes that an H200 ran: 64 x 65,536 columns are faster in fours, 128 x 131,072 in twos.
+        shapes that an H200 ran: 32 x 8,192 columns are faster in ones, 32 x 16,384 and 64 x 16,384
+        in twos, 32 and 64 x 65,536 in fours, 128 x 131,072 in twos again.
         """
         elements = rows * columns
-        if elements < 132 * 2048 * 4 or num_backends >= 8:
+        if elements < 2**19 or num_backends >= 8:
             return cls(vectors=1)
         if rows >= 2 * requests and elements <= 2**23:
             return cls(vectors=1, blocks=1024)
-        four = rows * num_backends <= 4 * requests and requests <= 128 and elements <= 2**22
-        return cls(vectors=4 if four else 2)
+        few_copies = rows * num_backends <= 4 * requests and requests <= 128
+        return cls(vectors=4 if few_copies and 2**21 <= elements <= 2**22 else 2)
 
     @classmethod
     def of_pages(cls, requests: int, pages: int) -> "BlockConfig":

@@ -264,7 +264,7 @@ def fused_metadata(
     pages = -(-max_len // spec.real_page_size)
     if config is None:
         config = (
-            BlockConfig.heuristic(rows.count, max_len)
+            BlockConfig.heuristic(rows.tables.count, max_len)
             if spec.wide_table
             else BlockConfig.of_pages(rows.requests, pages)
         )
