@@ -113,31 +113,27 @@ bool PreparedLaunch::LaunchRows(const Rows& rows, const Tensor& seq_lens,
                                 nb::handle req_to_token, nb::handle extend_seq_lens,
                                 nb::handle written_lens, int32_t max_new_tokens,
                                 nb::handle request_ids) {
-  TakeRows(rows);
   if (rows.ragged() == extend_seq_lens.is_none()) {
     return Decline("extend_seq_lens: there, or not, against the forward mode");
   }
-  if (!TakeDescribed(seq_lens, seq_lens_object, kSeqLens, rows.requests, &args_.rows.seq_lens) ||
-      !TakeVector(req_pool_indices, "req_pool_indices", rows.requests, &args_.req_pool_indices) ||
-      !TakePool(req_to_token) ||
-      (rows.ragged() && !TakeVector(extend_seq_lens, "extend_seq_lens", rows.requests,
-                                    &args_.rows.extend_seq_lens))) {
-    return false;
-  }
-  args_.max_new_tokens = max_new_tokens;
-  args_.written_lens = {};
-  if (!written_lens.is_none() &&
-      !TakeVector(written_lens, "written_lens", rows.requests, &args_.written_lens)) {
-    return false;
-  }
-  args_.tracker.request_ids = {};
-  if (!request_ids.is_none() &&
-      !TakeVector(request_ids, "request_ids", rows.requests, &args_.tracker.request_ids)) {
-    return false;
-  }
+  Inputs inputs{};
+  inputs.rows = rows;
+  inputs.max_new_tokens = max_new_tokens;
+  const int64_t requests = inputs.rows.requests;
+  const auto take = [&](nb::handle object, const char* name, Vector* out) {
+    return object.is_none() || TakeVector(object, name, requests, out);
+  };
   Stream stream;
+  if (!TakeDescribed(seq_lens, seq_lens_object, kSeqLens, requests, &inputs.rows.seq_lens) ||
+      !TakeVector(req_pool_indices, "req_pool_indices", requests, &inputs.req_pool_indices) ||
+      !TakePool(req_to_token, &inputs) ||
+      !take(extend_seq_lens, "extend_seq_lens", &inputs.rows.extend_seq_lens) ||
+      !take(written_lens, "written_lens", &inputs.written_lens) ||
+      !take(request_ids, "request_ids", &inputs.request_ids)) {
+    return false;
+  }
   if (!CurrentStream(*api_, on_device_, &stream)) return Decline("there is no current stream");
-  Run(stream);
+  Run(stream, inputs);
   return true;
 }
 
@@ -146,31 +142,35 @@ void PreparedLaunch::Launch(Stream stream, const Rows& rows, Vector seq_lens,
                             std::optional<Vector> extend_seq_lens,
                             std::optional<Vector> written_lens, int32_t max_new_tokens,
                             std::optional<Vector> request_ids) {
-  TakeRows(rows);
-  args_.rows.seq_lens = seq_lens;
-  args_.req_pool_indices = req_pool_indices;
-  args_.pool = Pool::Of(reinterpret_cast<const int32_t*>(pool.address), pool.rows, pool.stride);
-  args_.max_len = static_cast<int32_t>(std::min<int64_t>(max_len_, pool.columns));
-  if (extend_seq_lens) args_.rows.extend_seq_lens = *extend_seq_lens;
-  args_.written_lens = written_lens.value_or(Vector{});
-  args_.max_new_tokens = max_new_tokens;
-  args_.tracker.request_ids = request_ids.value_or(Vector{});
-  Run(stream);
+  Inputs inputs{rows,
+                req_pool_indices,
+                Pool::Of(reinterpret_cast<const int32_t*>(pool.address), pool.rows, pool.stride),
+                pool.columns,
+                written_lens.value_or(Vector{}),
+                max_new_tokens,
+                request_ids.value_or(Vector{})};
+  inputs.rows.seq_lens = seq_lens;
+  inputs.rows.extend_seq_lens = extend_seq_lens.value_or(Vector{});
+  Run(stream, inputs);
 }
 
-void PreparedLaunch::Run(Stream stream) {
+void PreparedLaunch::Run(Stream stream, const Inputs& inputs) {
+  args_.rows = inputs.rows;
+  args_.req_pool_indices = inputs.req_pool_indices;
+  args_.pool = inputs.pool;
+  args_.max_len = static_cast<int32_t>(std::min<int64_t>(max_len_, inputs.pool_columns));
+  args_.written_lens = inputs.written_lens;
+  args_.max_new_tokens = inputs.max_new_tokens;
+  args_.tracker.request_ids = inputs.request_ids;
+  if (!flash_mla_.empty()) {
+    const auto held = flash_mla_.find(args_.schedules.flash_mla.items(inputs.rows));
+    args_.flash_mla = held == flash_mla_.end() ? nullptr : held->second;
+  }
   has_tracked_ = has_tracked_ || args_.tracker.request_ids.data != nullptr;
   // Before the first step that tracks there is nothing to forget; a graph may be replayed after it.
   args_.tracker.advances =
       args_.tracker.rows != nullptr && (has_tracked_ || IsCapturing(stream));
   FusedMetadata(stream, args_);
-}
-
-void PreparedLaunch::TakeRows(const Rows& rows) {
-  args_.rows = rows;
-  if (flash_mla_.empty()) return;
-  const auto held = flash_mla_.find(args_.schedules.flash_mla.items(rows));
-  args_.flash_mla = held == flash_mla_.end() ? nullptr : held->second;
 }
 
 bool PreparedLaunch::DescribeInput(nb::handle object, const char* name, int32_t dimensions,
@@ -197,7 +197,7 @@ bool PreparedLaunch::TakeDescribed(const Tensor& tensor, nb::handle object, cons
   return IsReadable(object, name, tensor.address, tensor.address + size * out->itemsize);
 }
 
-bool PreparedLaunch::TakePool(nb::handle object) {
+bool PreparedLaunch::TakePool(nb::handle object, Inputs* inputs) {
   constexpr const char* kName = "req_to_token";
   Tensor tensor;
   if (!DescribeInput(object, kName, 2, &tensor)) return false;
@@ -206,8 +206,8 @@ bool PreparedLaunch::TakePool(nb::handle object) {
       (columns > 1 && tensor.strides[1] != 1) || (rows > 1 && stride < columns)) {
     return Decline("req_to_token: of another type, shape or stride than expected");
   }
-  args_.pool = Pool::Of(reinterpret_cast<const int32_t*>(tensor.address), rows, stride);
-  args_.max_len = static_cast<int32_t>(std::min<int64_t>(max_len_, columns));
+  inputs->pool = Pool::Of(reinterpret_cast<const int32_t*>(tensor.address), rows, stride);
+  inputs->pool_columns = columns;
   const auto span = static_cast<uint64_t>((rows - 1) * stride + columns) * sizeof(int32_t);
   return IsReadable(object, kName, tensor.address, tensor.address + span);
 }

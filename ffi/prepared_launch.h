@@ -23,7 +23,8 @@ namespace jaxnsa {
 using Span = std::pair<uint64_t, uint64_t>;
 
 // Everything that a launch needs but for a step's own arguments. All functions are called with
-// Python's GIL held, so that threads launch one after the other.
+// Python's GIL held. Looking at a tensor may run Python, and with it other threads: a step's
+// arguments come together before they are taken, and threads launch one after the other.
 class PreparedLaunch {
  public:
   // A step's pool: address, rows, elements from row to row, columns.
@@ -83,8 +84,18 @@ class PreparedLaunch {
   const std::string& declined() const { return declined_; }
 
  private:
-  void TakeRows(const Rows& rows);
-  void Run(Stream stream);
+  // What a step brings; data of a vector is null: there is none.
+  struct Inputs {
+    Rows rows;  // with its lengths
+    Vector req_pool_indices;
+    Pool pool;
+    int64_t pool_columns;
+    Vector written_lens;
+    int32_t max_new_tokens;
+    Vector request_ids;
+  };
+
+  void Run(Stream stream, const Inputs& inputs);
   bool Decline(std::string reason) {
     declined_ = std::move(reason);
     return false;
@@ -100,7 +111,7 @@ class PreparedLaunch {
   bool TakeVector(nanobind::handle object, const char* name, int64_t size, Vector* out);
   bool TakeDescribed(const Tensor& tensor, nanobind::handle object, const char* name, int64_t size,
                      Vector* out);
-  bool TakePool(nanobind::handle object);
+  bool TakePool(nanobind::handle object, Inputs* inputs);
   bool IsReadable(nanobind::handle tensor, const char* name, uint64_t begin, uint64_t end);
 
   // Of steps that were asked for: the rows, and what they follow from, held.

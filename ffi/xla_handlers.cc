@@ -272,6 +272,25 @@ std::vector<Field> FieldsOf(ffi::Span<const int64_t> indices) {
   return fields;
 }
 
+// A schedule is written to all of its arrays, without a look whether they are there.
+void ExpectArraysOfSchedules(const Schedules& wanted, const std::vector<Field>& fields) {
+  const auto expect = [&](const char* schedule, bool is_wanted,
+                          std::initializer_list<Extent> extents) {
+    for (const Extent extent : extents) {
+      const bool is_there = std::any_of(fields.begin(), fields.end(), [&](Field field) {
+        return kFieldDescriptions[field].extent == extent;
+      });
+      Expect(is_there == is_wanted, schedule, ": got ",
+             is_wanted ? "numbers without arrays" : "arrays without numbers", ", expected both");
+    }
+  };
+  expect("paged_mqa", wanted.paged_mqa.num_sms > 0,
+         {Extent::kPagedMqaItems, Extent::kMultiprocessorsPlus1});
+  expect("topk_plan", wanted.topk_plan.num_pairs > 0, {Extent::kPlannedRows});
+  expect("flash_mla", wanted.flash_mla.num_sm_parts > 0,
+         {Extent::kParts, Extent::kFlashmlaItemsPlus1});
+}
+
 // Operands: seq_lens, req_pool_indices, req_to_token, extend_seq_lens where rows_per_request is 0,
 // written_lens where `written`, FlashMLA's arrays one behind the other where they are constant, and
 // the destinations where they are filled in place. Results: the arrays `fields` of every backend in
@@ -311,6 +330,7 @@ void FusedMetadataOfBuffers(Stream stream, ffi::RemainingArgs operands, ffi::Rem
          "backend_offsets: got ", backend_offsets.size(), " numbers, expected ", num_backends);
   for (const int64_t offset : backend_offsets) Int32(offset, -kInt32Max, "backend_offsets");
   const std::vector<Field> fields = FieldsOf(field_indices);
+  ExpectArraysOfSchedules(args->schedules, fields);
   args->max_new_tokens = Int32(max_new_tokens, 0, "max_new_tokens");
   const FlashMlaSchedule& flash_mla_schedule = args->schedules.flash_mla;
   const size_t inputs = 3 + rows.ragged() + written + flash_mla_schedule.constant();

@@ -767,7 +767,7 @@ MISTAKES = [
     Mistake(
         "native: columns past the pool",
         "ffi/prepared_launch.cc",
-        "args_.max_len = static_cast<int32_t>(std::min<int64_t>(max_len_, columns));",
+        "args_.max_len = static_cast<int32_t>(std::min<int64_t>(max_len_, inputs.pool_columns));",
         "args_.max_len = max_len_;",
         "test_torch.py::test_a_pool_narrower_than_the_tables",
     ),

@@ -230,6 +230,14 @@ def replaced(sequence, k, value):
         (None, None, {"paged_mqa": np.arange(3)}, "paged_mqa: got 0, expected 1 to 1024"),
         (None, None, {"topk_plan": np.arange(4)}, "topk_plan: got 4 numbers, expected 5"),
         (None, None, {"flash_mla": np.array([66, 3, 5, 0])}, "flash_mla: got 3, expected 0"),
+        (None, None, {"paged_mqa": np.array([4, 0, 0])}, "paged_mqa: got numbers without arrays"),
+        (None, None, {"topk_plan": np.array([9, 9, 9])}, "topk_plan: got numbers without arrays"),
+        (
+            None,
+            None,
+            {"flash_mla": np.array([66, 0, 5, 0])},
+            "flash_mla: got numbers without arrays",
+        ),
         (
             None,
             None,

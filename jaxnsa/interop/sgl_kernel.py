@@ -105,6 +105,8 @@ def fused_metadata_precompute_and_broadcast_cuda(
         return
     read = _checked_inputs(seq_lens, req_pool_indices, req_to_token)
     spec = _decode_spec(read, *numbers)
+    if not cache_seqlens_list:
+        raise ValueError("cache_seqlens_list: got no tensors, expected at least one")
     backends: list[dict[str, Checked]] = [{} for _ in cache_seqlens_list]
     for field, tensors in lists.items():
         if len(tensors) != len(cache_seqlens_list):
