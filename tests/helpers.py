@@ -10,7 +10,7 @@ import pytest
 
 import jaxnsa
 from jaxnsa import ForwardMode, reference
-from jaxnsa.implementations import triton
+from jaxnsa.implementations import native_library, triton
 
 DEFAULT = jaxnsa.get_kernel_info()["default"]
 """What computes a broadcast to a few requests where nothing is named."""
@@ -142,6 +142,12 @@ def skip_where_it_is_not_lowered(name):
     """Skips a test that lowers an implementation, where that takes what is not installed."""
     if name == "triton" and (reason := triton._missing() or triton._import_error()):
         pytest.skip(f"runs where JAX's CUDA plugin is, as .ci/run installs it: {reason}")
+
+
+def skip_without_library(on_gpu=False):
+    """Skips a test that runs the native library, of the CPU or of the GPU, where there is none."""
+    if reason := native_library.unavailable("gpu" if on_gpu else "cpu"):
+        pytest.skip(f"runs where the native library was built: {reason}")
 
 
 @contextlib.contextmanager

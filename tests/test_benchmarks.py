@@ -9,6 +9,7 @@ import jax
 import numpy as np
 import pytest
 from click.testing import CliRunner
+from helpers import skip_without_library
 
 import benchmarks.__main__ as commands
 from benchmarks import measure, readme, report
@@ -46,6 +47,7 @@ def hasty(monkeypatch):
 def test_every_suite_runs(suite, results):
     if suite == "torch":
         pytest.importorskip("torch", reason="runs where PyTorch is, as .ci/run installs it")
+        skip_without_library(jax.default_backend() == "gpu")
     done = run(suite, "--quick", "--out", str(results), "--commit", "abc", "--device-name", "A B")
     assert done.exit_code == 0, done.output
     folder = results / "a-b"

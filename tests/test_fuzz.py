@@ -4,6 +4,7 @@ import inspect
 import io
 import types
 
+import jax
 import numpy as np
 import pytest
 from click.testing import CliRunner
@@ -23,6 +24,7 @@ FUNCTIONS = (BROADCAST, *steps.SINGLE, steps.COPY, steps.FILL, steps.SUM, steps.
 def broken(monkeypatch):
     module = types.SimpleNamespace(**vars(xla))
     monkeypatch.setitem(IMPLEMENTATIONS, "broken", module)
+    jax.clear_caches()  # of what others have planted under that name
     return module
 
 
@@ -57,14 +59,20 @@ def only(monkeypatch, *drawn, **settings):
     def strategies(rng, implementations):
         from hypothesis import strategies as st
 
-        seeds, more = st.integers(0, 99), st.sampled_from((0, 9))
+        drawn_from = {"seed": st.integers(0, 99), "more": st.sampled_from((0, 9))}
         return [
             st.tuples(
                 st.just(name),
-                st.fixed_dictionaries({"call": st.just(call), "seed": seeds, "more": more}),
+                st.fixed_dictionaries(
+                    {"call": st.just(call)}
+                    | {k: v for k, v in drawn_from.items() if k in keywords_of(name)}
+                ),
             )
             for name, call in drawn
         ]
+
+    def keywords_of(name):
+        return inspect.signature(program.function_of(name)).parameters
 
     monkeypatch.setattr(search, "_steps", strategies)
     for name, value in settings.items():

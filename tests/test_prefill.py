@@ -15,6 +15,7 @@ from helpers import (
     on_device,
     pointers,
     skip_where_it_is_not_lowered,
+    skip_without_library,
 )
 
 import jaxnsa
@@ -198,6 +199,8 @@ class TestTorch:
         from jaxnsa.interop.torch import BackendBuffers, DlpackOptions
 
         device = "cuda" if torch.cuda.is_available() else "cpu"
+        if request.param == "direct":
+            skip_without_library(device == "cuda")
         _, indices, pool = inputs(self.REQUESTS, pool_cols=self.MAX_LEN)
         empty = np.zeros(self.REQUESTS, np.int32)
         twins = held(

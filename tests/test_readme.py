@@ -5,6 +5,7 @@ from pathlib import Path
 
 import jax
 import pytest
+from helpers import skip_without_library
 
 ROOT = Path(__file__).parents[1]
 BLOCKS = re.findall(r"^```(\w*)\n(.*?)^```$", (ROOT / "README.md").read_text(), re.M | re.S)
@@ -32,5 +33,6 @@ def test_python_blocks_run_in_order():
 
 def test_the_pytorch_example_runs():
     pytest.importorskip("torch", reason="runs where PyTorch is, as .ci/run installs it")
+    skip_without_library()
     (code,) = [code for code in blocks("python") if "import torch" in code]
     exec(code, {})

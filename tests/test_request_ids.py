@@ -6,7 +6,7 @@ import pytest
 torch = pytest.importorskip("torch", reason="runs where PyTorch is, as .ci/run installs it")
 
 from kept_tables import TorchTables  # noqa: E402
-from test_torch import Engine, device, path, registered  # noqa: E402, F401
+from test_torch import Engine, device, library, path, registered  # noqa: E402, F401
 
 from jaxnsa import ForwardMode, PagedMqaSchedule, Schedules  # noqa: E402
 from jaxnsa.interop.torch import BackendBuffers  # noqa: E402
@@ -79,6 +79,7 @@ def test_what_is_written_again(path, device):  # noqa: F811
     assert decode.left_alone([2, 1, -3], [34, 61, 13]) == [0, 0, 0]
 
 
+@pytest.mark.usefixtures("library")
 def test_a_row_holds_no_more_than_the_pool_had_columns(device):  # noqa: F811
     decode = Decode("direct", device)
     lengths, rows, pool = decode.given([1, 2, 3], [200, 60, 70])
@@ -87,6 +88,7 @@ def test_a_row_holds_no_more_than_the_pool_had_columns(device):  # noqa: F811
     assert decode.left_alone([1, 2, 3], [200, 61, 71]) == [64, 60, 64]
 
 
+@pytest.mark.usefixtures("library")
 def test_many_backends_with_schedules(device):  # noqa: F811
     """Whose backends take several launches: rows hold what the shortest of all have."""
     count, columns, page = 12, 256, 64

@@ -8,10 +8,9 @@ import types
 import jax
 import numpy as np
 import pytest
-from helpers import inputs, mode_options
+from helpers import inputs, mode_options, skip_without_library
 
 from jaxnsa import ForwardMode, NSAMetadata, reference
-from jaxnsa.implementations import native_library
 from jaxnsa.metadata import FIELDS
 
 torch = pytest.importorskip("torch", reason="runs where PyTorch is, as .ci/run installs it")
@@ -27,10 +26,7 @@ HELD = -7
 
 @pytest.fixture(params=[pytest.param("cuda:0", marks=pytest.mark.gpu) if ON_GPU else "cpu"])
 def device(request):
-    try:
-        native_library.library("gpu" if ON_GPU else "cpu")
-    except RuntimeError as error:
-        pytest.skip(f"runs where the native library was built: {error}")
+    skip_without_library(ON_GPU)
     return torch.device(request.param)
 
 

@@ -10,8 +10,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-
-from jaxnsa.implementations import native_library
+from helpers import skip_without_library
 
 torch = pytest.importorskip("torch", reason="runs where PyTorch is, as .ci/run installs it")
 
@@ -43,10 +42,7 @@ NAMES = (
 
 @pytest.fixture(params=[pytest.param("cuda:0", marks=pytest.mark.gpu) if ON_GPU else "cpu"])
 def device(request):
-    try:
-        native_library.library("gpu" if ON_GPU else "cpu")
-    except RuntimeError as error:
-        pytest.skip(f"runs where the native library was built: {error}")
+    skip_without_library(ON_GPU)
     return torch.device(request.param)
 
 
@@ -231,6 +227,7 @@ def test_fills_what_sglang_fills_and_nothing_else(name, device, stand_in, has_ex
 
 
 def test_tensors_of_storages_that_end_elsewhere_are_others():
+    skip_without_library()
     if exchange_api() is None:
         pytest.skip("runs with PyTorch 2.10 or newer")
     memory = np.zeros(64, np.int32)

@@ -5,7 +5,14 @@ import logging
 import jax
 import jax.extend
 import pytest
-from helpers import TABLE_MODES, check_broadcast, inputs, mode_options, of_blocks
+from helpers import (
+    TABLE_MODES,
+    check_broadcast,
+    inputs,
+    mode_options,
+    of_blocks,
+    skip_without_library,
+)
 
 import jaxnsa
 from jaxnsa import operations
@@ -56,8 +63,7 @@ def in_place(strategy, implementation, n):
     (("ultra_fast", lambda n: 1), ("fast", lambda n: 1 + n), ("fallback", int)),
 )
 def test_launches_of_the_ffi_library(strategy, launches, n):
-    if reason := IMPLEMENTATIONS["ffi"].unavailable(jax.default_backend()):
-        pytest.skip(f"runs where the FFI library was built: {reason}")
+    skip_without_library(jax.default_backend() == "gpu")
     compute, arguments = in_place(strategy, "ffi", n)
     assert count_launches(compute.lower(*arguments).compile()) == launches(n)
 

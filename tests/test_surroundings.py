@@ -14,6 +14,7 @@ from helpers import (
     on_device,
     pointers,
     skip_where_it_is_not_lowered,
+    skip_without_library,
 )
 from jax import export
 
@@ -94,6 +95,7 @@ def test_results_without_jit_share_no_memory(implementation):
 
 
 def test_the_probe_runs_without_jit():
+    skip_without_library(jax.default_backend() == "gpu")
     ffi._probe.cache_clear()
     with jax.disable_jit():
         assert jaxnsa.get_kernel_info()["implementations"]["xla"]["available"]

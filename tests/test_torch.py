@@ -15,10 +15,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import count_compilations, inputs, mode_options
+from helpers import count_compilations, inputs, mode_options, skip_without_library
 
 from jaxnsa import ForwardMode, NSAMetadata, override, reference
-from jaxnsa.implementations import native_library
 from jaxnsa.metadata import FIELDS, Extent
 from jaxnsa.spec import Rows, Spec
 
@@ -49,12 +48,13 @@ def path(request, device, monkeypatch):
     if request.param == "direct before PyTorch 2.10":
         monkeypatch.setattr(direct_path, "exchange_api", lambda: None)
     if request.param != "dlpack":
-        platform = "gpu" if device.type == "cuda" else "cpu"
-        try:
-            native_library.library(platform)
-        except RuntimeError as error:
-            pytest.skip(f"runs where the native library was built: {error}")
+        skip_without_library(device.type == "cuda")
     return request.param.split()[0]
+
+
+@pytest.fixture
+def library(device):
+    skip_without_library(device.type == "cuda")
 
 
 @dataclasses.dataclass
@@ -260,6 +260,7 @@ def outcome(buffers, engine, given):
     return [t.tolist() for b in engine.backends for t in b.values() if t is not None]
 
 
+@pytest.mark.usefixtures("library")
 def test_python_and_the_library_agree_about_tensors(device, monkeypatch):
     """The library takes what Python takes; what it does not take, Python says."""
     results = []
@@ -319,6 +320,7 @@ def test_a_draft_extend_of_fewer_rows(path, device):
     engine.check()
 
 
+@pytest.mark.usefixtures("library")
 def test_rows_that_are_apart(device):
     engine = Engine.of(device, gap=20)
     with pytest.raises(ValueError, match=r"page_indices: got strides .*, expected a contiguous"):
@@ -332,6 +334,7 @@ def test_rows_that_are_apart(device):
     engine.check()
 
 
+@pytest.mark.usefixtures("library")
 def test_tables_side_by_side_in_one_tensor(device):
     engine = Engine.of(device, count=2, page=1)
     both = torch.full((24, 600), HELD, dtype=torch.int32, device=device)
@@ -347,6 +350,7 @@ def test_tables_side_by_side_in_one_tensor(device):
         registered(engine, "direct", 1)
 
 
+@pytest.mark.usefixtures("library")
 def test_a_pool_narrower_than_the_tables(device):
     engine = Engine.of(device)
     buffers = registered(engine, "direct", 16)
@@ -360,6 +364,7 @@ def test_a_pool_narrower_than_the_tables(device):
     assert (capped[:, 100:] == HELD).all()
 
 
+@pytest.mark.usefixtures("library")
 def test_objects_and_the_default_path(device):
     engine = Engine.of(device)
     objects = [types.SimpleNamespace(**backend) for backend in engine.backends]
@@ -628,6 +633,7 @@ def test_registered_tensors_that_changed_are_refused(what, path, device):
     assert (engine.backends[0]["cache_seqlens"] == HELD).all()
 
 
+@pytest.mark.usefixtures("library")
 def test_buffers_hold_their_tensors_no_longer_than_they_live(device):
     engine = Engine.of(device)
     buffers = registered(engine, "direct", 16)
@@ -643,6 +649,7 @@ def test_buffers_hold_their_tensors_no_longer_than_they_live(device):
         gc.enable()
 
 
+@pytest.mark.usefixtures("library")
 def test_numbers_that_change_are_not_remembered(device):
     engine = Engine.of(device)
     buffers = registered(engine, "direct", 16)
@@ -728,6 +735,7 @@ def test_threads_that_update_the_same_tensors_do_so_one_after_the_other(path, de
                 np.testing.assert_array_equal(np.where(expected == HELD, HELD, got), expected)
 
 
+@pytest.mark.usefixtures("library")
 def test_a_step_that_comes_while_another_is_looked_at(device):
     """As one of another thread may, where Python runs."""
     if exchange_api() is None:
@@ -803,14 +811,14 @@ assert right and os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
 
 @pytest.mark.skipif(ON_GPU, reason="runs on a machine without a GPU: CUDA does not outlive a fork")
 def test_a_forked_child_updates_by_the_direct_path():
-    if reason := native_library.unavailable("cpu"):
-        pytest.skip(f"runs where the native library was built: {reason}")
+    skip_without_library()
     ended = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", FORKED], capture_output=True, text=True, timeout=300
     )
     assert ended.returncode == 0, ended.stderr
 
 
+@pytest.mark.usefixtures("library")
 def test_what_the_library_declines_without_reason_is_counted_and_logged_once(
     device, monkeypatch, caplog
 ):
@@ -854,6 +862,7 @@ def exchange_api_of_version_2():
     return new(ctypes.addressof(table), ctypes.addressof(name), None), (table, name)
 
 
+@pytest.mark.usefixtures("library")
 @pytest.mark.parametrize(
     "reason",
     (

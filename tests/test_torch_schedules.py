@@ -2,12 +2,12 @@
 
 import numpy as np
 import pytest
+from helpers import skip_without_library
 from test_schedules import KINDS, lengths_of, schedules_of
 
 import jaxnsa
 from jaxnsa import FlashMlaSchedule, ForwardMode, Schedules, reference
 from jaxnsa.constant_schedules import flash_mla_constants
-from jaxnsa.implementations import native_library
 from jaxnsa.reference_schedules import flash_mla_schedule
 
 torch = pytest.importorskip("torch", reason="runs where PyTorch is, as .ci/run installs it")
@@ -20,9 +20,7 @@ REQUESTS, ROWS, MAX_LEN, PAGE, TOPK, HELD = 9, 36, 64, 4, 600, -7
 
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 def device(request):
-    platform = "gpu" if request.param == "cuda" else "cpu"
-    if reason := native_library.unavailable(platform):
-        pytest.skip(f"runs where the native library was built: {reason}")
+    skip_without_library(request.param == "cuda")
     return request.param
 
 
