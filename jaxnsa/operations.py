@@ -480,6 +480,10 @@ def fill_draft_extend_metadata(
             )
         lengths = np.asarray(extend_seq_lens, np.int64)
         max_total_tokens = int(np.clip(lengths, 0, INT32_MAX).sum())
+        if max_total_tokens > MAX_ROWS:
+            raise ValueError(
+                f"extend_seq_lens: got {max_total_tokens} rows in all, expected at most {MAX_ROWS}"
+            )
     capacity = checks.integer("max_total_tokens", max_total_tokens, 0, MAX_ROWS)
     here = settings()
     if here.validate:
@@ -552,7 +556,15 @@ def _fused_metadata(
         _log_path(name, strategy, spec.num_backends)
     name = _computing(name, implementation, here, not spec.is_empty)
     computation = _computation(spec, strategy, name, tuple(given))
-    backends = computation(tuple(given.values()), computation.arrays(out))
+    try:
+        backends = computation(tuple(given.values()), computation.arrays(out))
+    except jax.errors.JaxRuntimeError as error:
+        if "donate" not in str(error):
+            raise
+        raise ValueError(
+            "out: got arrays that share memory, with each other or with an input, expected each to "
+            "have its own"
+        ) from error
     return backends, None if here.validate else computation
 
 

@@ -353,7 +353,9 @@ def test_fill_draft_extend_metadata_refuses():
         jax.jit(lambda q: fill(q, SEQ_LENS, nsa_index_topk=2))(SEQ_LENS)
     with pytest.raises(TypeError, match="nsa_index_topk: got None"):
         fill(SEQ_LENS, SEQ_LENS, nsa_index_topk=None)
-    with pytest.raises(ValueError, match="max_total_tokens: got 8589934588, expected an int in"):
+    with pytest.raises(
+        ValueError, match="extend_seq_lens: got 8589934588 rows in all, expected at"
+    ):
         fill(np.full(4, 2**62), SEQ_LENS, nsa_index_topk=2)
 
 

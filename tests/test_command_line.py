@@ -181,6 +181,7 @@ def test_info():
     assert re.search(rf"{DEFAULT} +│ .* +│ available, default", result.output)
     assert re.search("pallas +│ .* +│ cannot run here", result.output)
     assert "\npallas needs an NVIDIA GPU of compute capability 9.0 (Hopper)" in result.output
+    assert max(map(len, result.output.splitlines())) <= 80
     assert "ffi prefix_sum: block_scan, " in result.output or DEFAULT == "xla"
     assert re.search(r"^jax \d", result.output, re.MULTILINE)
     assert json.loads(json.dumps(jaxnsa.get_kernel_info()))["default"] == DEFAULT
@@ -201,10 +202,10 @@ def test_info_explains_the_choice(monkeypatch):
     assert run("info", "--explain", "32", "2048", "3").output == output
     measured = run("info", "--explain").output
     assert "bs 6, max_len 131072, N 1 on this cpu: takes xla" in measured
-    for wrong in ("32", "32,2048", "a,b,c", "0,1,1", "32,-1,3"):
+    for wrong in ("32", "32,2048", "a,b,c", "0,1,1", "32,-1,3", "7,1000,3000", "7,1073741825,3"):
         result = run("info", "--explain", wrong)
         assert result.exit_code == 2
-        assert f"got '{wrong}', expected three ints >= 1" in result.output
+        assert f"got '{wrong}', expected three ints from 1 to 1073741823," in result.output
     assert "expected --explain before it" in run("info", "32,2048,3").output
 
 

@@ -392,6 +392,28 @@ def test_fill_draft_extend_refuses_memory_that_is_not_its_own(device):
         assert (both == HELD).all()
 
 
+def test_no_requests(device):
+    """In tensors of NumPy's strides, which are 0 where there is no element."""
+
+    def zeros(*shape):
+        return torch.from_numpy(np.zeros(shape, np.int32)).to(device)
+
+    totals = [zeros(1) - 1, zeros(1) - 1]
+    sgl_kernel.fused_metadata_precompute_and_broadcast_cuda(
+        *(zeros(0), zeros(0), zeros(4, 64)),
+        *([zeros(0)], totals[:1], [zeros(0, 64)], [zeros(0)], totals[1:], [zeros(0, 1)]),
+        *(64, 64, 64),
+    )
+    assert [total.tolist() for total in totals] == [[0], [0]]
+
+
+def test_no_backends_are_refused(device):
+    with pytest.raises(ValueError, match="cache_seqlens_list: got no tensors, expected at least"):
+        sgl_kernel.fused_metadata_precompute_and_broadcast_cuda(
+            *(ones(3, device), ones(3, device), ones((4, 64), device)), *[[]] * 6, *(64, 64, 64)
+        )
+
+
 def test_more_rows_than_int32_counts_are_refused(device):
     huge = torch.tensor([2**62, 2**62, -5], device=device)
     with pytest.raises(ValueError, match=r"extend_seq_lens: got \d+ rows in all, expected at most"):

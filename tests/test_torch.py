@@ -483,6 +483,8 @@ def test_wrong_options_are_refused(device):
     engine = Engine.of(device)
     with pytest.raises(ValueError, match="path: got 'fast', expected one of 'direct', 'dlpack'"):
         registered(engine, "fast", 16)
+    with pytest.raises(TypeError, match="dlpack: got 3, expected DlpackOptions"):
+        BackendBuffers(engine.backends, nsa_index_topk=64, real_page_size=16, dlpack=3)
     with pytest.raises(ValueError, match="dlpack: got None, expected DlpackOptions"):
         BackendBuffers(engine.backends, nsa_index_topk=1, real_page_size=16, path="dlpack")
     for dlpack, message in (
@@ -989,6 +991,17 @@ def test_what_cannot_cross_is_named(device):
     table = torch.zeros((3, 4), dtype=torch.int32, device=device)[:, :2]
     with pytest.raises(ValueError, match=r"tree\[1\]: got strides \(4, 1\), expected a contig"):
         from_torch((torch.zeros(3, device=device), table))
+    wide = torch.zeros(3, dtype=torch.float64, device=device)
+    with pytest.raises(TypeError, match=r"tree\[0\]: got torch.float64, .* jax_enable_x64 alone"):
+        from_torch([wide])
+    with jax.enable_x64(True):
+        assert from_torch(wide).dtype == jnp.float64
+    with pytest.raises(TypeError, match=r"tree\['a'\]: got what DLPack .* require gradient"):
+        from_torch({"a": torch.zeros(3, device=device, requires_grad=True)})
+    with pytest.raises(TypeError, match=r"tree\['a'\]: got key<fry>, expected a dtype that"):
+        to_torch({"a": jax.random.key(0)})
+    with pytest.raises(TypeError, match=r"tree: got what DLPack .* S4 has no DLPack equivalent"):
+        to_torch(jnp.zeros(3, jnp.int4))
     assert to_torch(None) is None
     array = jnp.zeros(3) + 0
     array.delete()

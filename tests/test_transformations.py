@@ -1,5 +1,6 @@
 """jit, vmap, shard_map, donation and recompilation."""
 
+import dataclasses
 import functools
 
 import jax
@@ -113,6 +114,19 @@ def test_donated_arrays_are_gone(implementation):
     out = jaxnsa.precompute_decode_metadata(*inputs(3))
     jaxnsa.precompute_decode_metadata(*inputs(3), out=out, implementation=implementation)
     assert all(array.is_deleted() for array in jax.tree.leaves(out))
+
+
+def test_destinations_over_the_same_memory_are_refused():
+    """Other objects, so that no check sees it before the runtime does."""
+    arguments = inputs(3)
+    first, second = compute(*arguments, num_backends=2)
+    (device,) = first.page_indices.devices()
+    both = dataclasses.replace(second, page_indices=jax.device_put(first.page_indices, device))
+    lens = jax.device_put(first.cache_seqlens, device)
+    for out, options in (((first, both), {}), ((first, second), {"written_lens": lens})):
+        with pytest.raises(ValueError, match="out: got arrays that share memory, with each other"):
+            compute(*arguments, num_backends=2, out=out, **options)
+    assert not first.page_indices.is_deleted()
 
 
 @pytest.mark.parametrize("mode", TABLE_MODES)

@@ -37,7 +37,7 @@ from jaxnsa.implementations.measurements import (
     nearest,
     rule,
 )
-from jaxnsa.spec import MAX_BACKENDS
+from jaxnsa.spec import MAX_BACKENDS, MAX_LEN, MAX_ROWS
 
 console = Console()
 
@@ -303,7 +303,7 @@ def info(explain: bool, shapes: tuple[str, ...]) -> None:
     console.print(table)
     for name, state in kernels["implementations"].items():
         if not state["available"]:
-            console.print(f"{name} {escape(state['reason'])}", soft_wrap=True, highlight=False)
+            click.echo(click.wrap_text(f"{name} {state['reason']}", console.width, "", "  "))
             continue
         for function, variants in state["variants"].items():
             console.print(f"{name} {function}: {', '.join(variants)}", highlight=False)
@@ -343,9 +343,15 @@ def _shapes(texts: tuple[str, ...], platform: str) -> list[tuple[int, int, int]]
         numbers = [int(number) for text in texts for number in text.split(",")]
     except ValueError:
         numbers = []
-    if not numbers or len(numbers) % 3 or min(numbers) < 1:
+    most = (MAX_ROWS, MAX_LEN, MAX_BACKENDS)
+    if (
+        not numbers
+        or len(numbers) % 3
+        or any(not 0 < n <= m for n, m in zip(numbers, itertools.cycle(most), strict=False))
+    ):
         raise click.UsageError(
-            f"SHAPE: got {' '.join(texts)!r}, expected three ints >= 1, such as 32,65536,3"
+            f"SHAPE: got {' '.join(texts)!r}, expected three ints from 1 to {MAX_ROWS}, {MAX_LEN} "
+            f"and {MAX_BACKENDS}, such as 32,65536,3"
         )
     return list(zip(numbers[::3], numbers[1::3], numbers[2::3], strict=True))
 

@@ -167,10 +167,8 @@ class DlpackPath:
         return jax.dlpack.from_dlpack(self._batch)
 
 
-def _checked_modes(options: Any) -> tuple[ForwardMode, ...]:
-    """The forward modes of DlpackOptions, which are what they should be."""
-    if not isinstance(options, DlpackOptions):
-        raise TypeError(f"dlpack: got {argument_checks.described(options)}, expected DlpackOptions")
+def _checked_modes(options: DlpackOptions) -> tuple[ForwardMode, ...]:
+    """The forward modes of options, which are what they should be."""
     modes = options.forward_modes
     if (
         not isinstance(modes, Sequence)
@@ -230,7 +228,7 @@ class _Plan:
             if tensor.shape[1:] != size.shape[1:]:
                 raise ValueError(
                     f"req_to_token: got {self._spec.max_len} columns, expected at least those of "
-                    f"{name}"
+                    f'{name}, {tensor.shape[1]}, as path is "dlpack"'
                 )
             self._tensors.append(tensor[: size.shape[0]])
         self._tensors.append(held_rows.rows.flatten(1))

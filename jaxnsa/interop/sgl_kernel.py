@@ -203,8 +203,8 @@ def fill_draft_extend_metadata_cuda(
       use_optimized: prefix sum, search and clamp in one launch.
 
     Returns:
-      The number of rows of all requests, also where it exceeds the capacity. Reading it waits for
-      the device.
+      The number of rows of all requests, also where it exceeds the capacity; one past int32 wraps.
+      Reading it waits for the device.
     """
     variant = "optimized" if use_optimized else "adaptive" if use_adaptive else "basic"
     out = (out_seqlens_expanded, out_nsa_cache_seqlens)

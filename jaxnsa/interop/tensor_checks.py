@@ -94,7 +94,8 @@ def checked(
     span = used[-1] if 0 not in used else 0
     if dimensions == 2:
         (rows, columns), (stride, step) = got, value.stride()
-        if (step != 1 and columns > 1) or (stride < columns and rows > 1):
+        # NumPy's strides are 0 where there is no element.
+        if 0 not in got and ((step != 1 and columns > 1) or (stride < columns and rows > 1)):
             raise ValueError(
                 f"{name}: got strides {value.stride()}, expected rows that are contiguous and do "
                 f"not overlap"

@@ -1,7 +1,8 @@
 """PyTorch tensors: metadata handed over without copies, and an engine's static buffers filled."""
 
+import contextlib
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 import jax
@@ -43,7 +44,8 @@ def to_torch(tree: Any) -> Any:
       The same structure of torch.Tensor, of the same shapes and dtypes.
 
     Raises:
-      TypeError: a leaf is no jax.Array, or one inside a function that is being traced.
+      TypeError: a leaf is no jax.Array, one inside a function that is being traced, or of a dtype
+        that PyTorch does not have.
       ValueError: an array was deleted, such as one that was donated.
     """
 
@@ -51,11 +53,14 @@ def to_torch(tree: Any) -> Any:
         name = f"tree{jax.tree_util.keystr(path)}"
         if not isinstance(array, jax.Array) or isinstance(array, jax.core.Tracer):
             raise TypeError(f"{name}: got {type(array).__name__}, expected a concrete jax.Array")
+        if jax.dtypes.issubdtype(array.dtype, jax.dtypes.extended):
+            raise TypeError(f"{name}: got {array.dtype}, expected a dtype that PyTorch has")
         if array.is_deleted():
             raise ValueError(f"{name}: got a deleted array, expected one not donated before")
         if array.platform() == "cpu":
             array.block_until_ready()  # PyTorch does not wait for computations on a CPU
-        return torch.from_dlpack(array)
+        with _named(name):
+            return torch.from_dlpack(array)
 
     return jax.tree.map_with_path(tensor, tree)
 
@@ -76,7 +81,8 @@ def from_torch(tree: Any) -> Any:
       in which a value past int32 is its largest or smallest.
 
     Raises:
-      TypeError: a leaf is no torch.Tensor.
+      TypeError: a leaf is no torch.Tensor, one that requires a gradient, or of a dtype that JAX
+        does not have, or not without `jax_enable_x64`.
       ValueError: a tensor is not contiguous, on a GPU at an address that is no multiple of 16, or
         its memory was freed.
     """
@@ -90,9 +96,26 @@ def from_torch(tree: Any) -> Any:
         takes_int64 = jax.config.jax_enable_x64  # type: ignore[attr-defined]
         if tensor.dtype is torch.int64 and not takes_int64:
             tensor = tensor.clamp(INT32_MIN, INT32_MAX).to(torch.int32)
-        return jax.dlpack.from_dlpack(tensor)
+        if tensor.dtype in _OF_X64 and not takes_int64:
+            raise TypeError(
+                f"{name}: got {tensor.dtype}, which JAX takes with jax_enable_x64 alone"
+            )
+        with _named(name):
+            return jax.dlpack.from_dlpack(tensor)
 
     return jax.tree.map_with_path(array, tree)
+
+
+_OF_X64 = (torch.float64, torch.complex128, torch.uint64)
+
+
+@contextlib.contextmanager
+def _named(name: str) -> Iterator[None]:
+    """Names what DLPack does not hand over."""
+    try:
+        yield
+    except (BufferError, RuntimeError, TypeError, ValueError) as error:
+        raise TypeError(f"{name}: got what DLPack does not hand over: {error}") from error
 
 
 class BackendBuffers:
@@ -114,9 +137,10 @@ class BackendBuffers:
     library itself looks at the tensors of a step, and Python only at those that are not as they
     should be, or at all of them before PyTorch 2.10, at some microseconds more. "dlpack" runs any
     implementation through JAX on a stream of JAX's own, which waits for PyTorch's current one and
-    that one for it. It is compiled for the registered sizes, pads smaller batches, and cannot be
-    captured. A schedule is that of the batch itself: with schedules it pads none, and compiles for
-    each size when it first comes.
+    that one for it. It is compiled for the registered sizes, pads smaller batches, writes tables
+    that are contiguous and no wider than the pool, all rows of them, and cannot be captured. A
+    schedule is that of the batch itself: with schedules it pads none, and compiles for each size
+    when it first comes.
 
     With the setting `validate`, of `jaxnsa.override` at an update or of the environment at
     registration, each update reads its inputs on the host and checks their values first.
@@ -175,6 +199,9 @@ class BackendBuffers:
             missing = native_library.unavailable(platform_of(self._registered.device))
             path = "dlpack" if missing else "direct"
         argument_checks.one_of("path", path, ("direct", "dlpack"))
+        if not isinstance(dlpack, DlpackOptions | None):
+            got = argument_checks.described(dlpack)
+            raise TypeError(f"dlpack: got {got}, expected DlpackOptions")
         self._validate = settings().validate
         largest, device = self._registered.spec.rows, self._registered.device
         # Threads of a launch ask what rows held before it while others take down what they get.
