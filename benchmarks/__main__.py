@@ -33,7 +33,7 @@ DEFAULT_OUT = Path(tempfile.gettempdir()) / "jaxnsa-benchmarks"
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
 def main() -> None:
-    """Measure jaxnsa. Every timed result is checked against the reference first.
+    """Measure jaxnsa. Results are checked against the reference.
 
     Runs write to a folder outside the source tree; `record` takes one over into the tree.
     """

@@ -228,7 +228,8 @@ def _roofline(report: Report) -> list[str]:
 
 
 def _pages(report: Report) -> list[str]:
-    return _times("Tables of pages alone", report)
+    what = "Tables of pages alone, bold where they miss their target"
+    return _times(what if _has_device(report) else "Tables of pages alone", report)
 
 
 def _times(what: str, report: Report) -> list[str]:

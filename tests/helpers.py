@@ -106,7 +106,7 @@ def assert_same(actual, expected):
         np.testing.assert_array_equal(np.asarray(a), e, err_msg=path)
 
 
-def check_broadcast(arguments, *, out_shape_from=None, strategy="ultra_fast", **options):
+def check_broadcast(arguments, *, strategy="ultra_fast", **options):
     """Runs the broadcast and the reference with the same arguments and compares everything."""
     implementation = options.pop("implementation")
     in_place = options.pop("in_place", False)

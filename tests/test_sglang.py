@@ -366,7 +366,7 @@ def test_copies_what_sglang_copies_and_nothing_else(
         assert_same(given, expected)
 
 
-def test_copies_to_three_backends(device, stand_in, monkeypatch):
+def test_copies_to_three_backends(device, stand_in):
     name = "fused_metadata_copy_multi_cuda"
     for seed, (real, flash) in enumerate(itertools.product((True, False), repeat=2)):
         make = Tensors(seed, device)

@@ -821,9 +821,7 @@ def test_a_forked_child_updates_by_the_direct_path():
 
 
 @pytest.mark.usefixtures("library")
-def test_what_the_library_declines_without_reason_is_counted_and_logged_once(
-    device, monkeypatch, caplog
-):
+def test_what_the_library_declines_without_reason_is_counted_and_logged_once(device, caplog):
     if exchange_api() is None:
         pytest.skip("runs with PyTorch 2.10 or newer")
     launches.declined.clear()

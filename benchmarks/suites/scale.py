@@ -12,7 +12,7 @@ import jaxnsa
 from benchmarks.measure import on_gpu, timing
 from benchmarks.problem import PAGE_SIZE, TOPK, Problem
 from benchmarks.suite import Job, Suite, runnable
-from jaxnsa import ForwardMode
+from jaxnsa import ForwardMode, reference
 
 
 def _measure(devices: int, bs: int, max_len: int, name: str) -> dict[str, float]:
@@ -22,18 +22,12 @@ def _measure(devices: int, bs: int, max_len: int, name: str) -> dict[str, float]
     mesh = Mesh(np.array(jax.devices()[:devices]), ("requests",))
     sharded = NamedSharding(mesh, P("requests"))
 
-    def fill(seq_lens: Any, indices: Any, pool: Any) -> Any:
-        metadata: Any = jaxnsa.fused_metadata_precompute_and_broadcast(
-            seq_lens,
-            indices,
-            pool,
-            num_backends=3,
-            nsa_index_topk=TOPK,
-            real_page_size=PAGE_SIZE,
-            stacked=True,
-            implementation=name,
+    options: Any = {"num_backends": 3, "nsa_index_topk": TOPK, "real_page_size": PAGE_SIZE}
+
+    def fill(*arrays: Any) -> Any:
+        return jaxnsa.fused_metadata_precompute_and_broadcast(
+            *arrays, stacked=True, implementation=name, **options
         )
-        return metadata.page_indices
 
     compute = jax.jit(
         jax.shard_map(
@@ -41,8 +35,16 @@ def _measure(devices: int, bs: int, max_len: int, name: str) -> dict[str, float]
         )
     )
     arguments = [jax.device_put(a, sharded) for a in (seq_lens, indices, pool)]
-    if not np.array_equal(compute(*arguments)[2], pool):
-        raise AssertionError("wrong page tables")
+    result = compute(*arguments)
+    for device in range(devices):
+        share = slice(device * bs, (device + 1) * bs)
+        given = (seq_lens[share], indices[share], pool[share])
+        expected: Any = reference.fused_metadata_precompute_and_broadcast(*given, **options)
+        for backend, wanted in enumerate(expected):
+            for field, array in wanted.arrays().items():
+                got = np.split(getattr(result, field)[backend], devices)[device]
+                if not np.array_equal(got, array):
+                    raise AssertionError(f"{field} of backend {backend} is wrong on {device}")
     metrics = timing([lambda: compute(*arguments)], cached=True)
     for key in ("hot_device_us", "launches"):
         if key in metrics:

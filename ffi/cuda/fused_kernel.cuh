@@ -215,11 +215,12 @@ void LaunchForRows(Stream stream, const FusedMetadataArguments& args) {
   const int64_t shares = std::clamp<int64_t>(CeilDiv(rows.count, kThreads), 1, most_shares);
   parameters.length_groups = static_cast<int32_t>(groups);
   parameters.length_shares = static_cast<int32_t>(shares);
+  int64_t key_blocks = 0;
   if (args.backends[0].lengths.flat_page_indices != nullptr) {
     parameters.max_total_keys = args.max_total_keys;
-    parameters.key_blocks = CeilDiv(args.max_total_keys, kTileKeys);
+    key_blocks = CeilDiv(args.max_total_keys, kTileKeys);
   }
-  int64_t first_blocks = groups * shares * args.num_backends + parameters.key_blocks;
+  int64_t first_blocks = groups * shares * args.num_backends + key_blocks;
   if constexpr (kSchedules) {
     TakeSchedules(args, &parameters.schedules);
     first_blocks += parameters.schedules.blocks;

@@ -136,7 +136,6 @@ struct Parameters {
   bool advances_tracker;
   int32_t length_groups;  // groups of 128 requests, of a backend
   int32_t length_shares;  // blocks that share the rows of a group
-  int32_t key_blocks;     // after those of lengths
   int32_t max_total_keys;
   Lengths lengths[kCapacity];
   BatchTracker tracker;

@@ -106,8 +106,9 @@ def demo(
     Simulates continuous batching. Requests arrive from a trace, a page allocator fills the
     request-to-token pool on the device, and each step drafts tokens with all backends, verifies
     them and extends by those that are accepted. The table compares this library with the same
-    computed N times by plain jnp under jax.jit, and with PyTorch's ways where it is installed. Each
-    step is checked, every element, against the NumPy reference.
+    computed N times by plain jnp under jax.jit, and with PyTorch's ways where it is installed. What
+    is filled in place is checked in each step, every element, against the NumPy reference; what
+    rewrites whole tables in every tenth, as far as they are live.
 
     The roof is the bytes of all live columns, which a full refresh moves, over the bandwidth of a
     large copy; an incremental one writes only what is new. Exits with status 1 on any mismatch.

@@ -85,13 +85,7 @@ inline uint32_t __reduce_add_sync(uint32_t, uint32_t value) {
 }
 
 inline int __clz(int32_t x) { return x == 0 ? 32 : __builtin_clz(x); }
-inline int __ffs(int32_t x) { return __builtin_ffs(x); }
 inline int __popc(uint32_t x) { return __builtin_popcount(x); }
-inline int32_t atomicMin(int32_t* address, int32_t value) {
-  const int32_t held = *address;
-  if (value < held) *address = value;
-  return held;
-}
 
 inline int4 make_int4(int32_t x, int32_t y, int32_t z, int32_t w) { return {x, y, z, w}; }
 
