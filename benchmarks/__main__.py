@@ -131,6 +131,11 @@ def record(folder: Path) -> None:
         reports = [Report.read(path) for path in found]
     except ValueError as error:
         raise click.ClickException(str(error)) from None
+    for path, report in zip(found, reports, strict=True):
+        if path.stem != report.suite or report.suite not in SUITES:
+            raise click.ClickException(
+                f"{path}: got a report of {report.suite!r}, expected one of the suite of that name"
+            )
     quick = [report.suite for report in reports if "--quick" in report.command]
     if quick:
         raise click.ClickException(

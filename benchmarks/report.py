@@ -74,9 +74,14 @@ class Report(NamedTuple):
         try:
             content = json.loads(path.read_text())
             records = [Record(**record) for record in content.pop("records")]
-            return cls(**content, records=records)
+            report = cls(**content, records=records)
+            numbers = [n for record in records for n in record.metrics.values()]
+            cases = [record.case.items() for record in records]
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             raise ValueError(f"{path}: expected a report of this program: {error}") from None
+        if not cases or not all(isinstance(number, int | float) for number in numbers):
+            raise ValueError(f"{path}: expected a report of this program, with records of numbers")
+        return report
 
     def write(self, folder: Path) -> None:
         """SUITE.json and SUITE.md."""

@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import re
+import shutil
 from pathlib import Path
 
 import jax
@@ -281,6 +282,17 @@ def test_runs_leave_the_tree_alone_and_are_recorded_by_a_verb_of_its_own(tmp_pat
     (tmp_path / "quick").mkdir()
     (tmp_path / "quick" / "modes.json").write_text(json.dumps(quick))
     assert "got --quick runs of modes" in run("record", str(tmp_path / "quick")).output
+    for name, content, message in (
+        ("other", recorded._asdict(), "got a report of 'modes', expected one of the suite of that"),
+        ("modes", recorded._asdict() | {"records": []}, "expected a report of this program, with"),
+        ("modes", [], "expected a report of this program: "),
+    ):
+        (tmp_path / "wrong").mkdir()
+        wrong = tmp_path / "wrong" / f"{name}.json"
+        records = content and [record._asdict() for record in content["records"]]
+        wrong.write_text(json.dumps(content and content | {"records": records}))
+        assert message in run("record", str(wrong.parent)).output
+        shutil.rmtree(wrong.parent)
     assert "expected the reports of a run" in run("record", str(tmp_path)).output
     assert not (tmp_path / "results").exists()
     (tmp_path / "results").mkdir()

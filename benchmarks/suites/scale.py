@@ -35,7 +35,7 @@ def _measure(devices: int, bs: int, max_len: int, name: str) -> dict[str, float]
         )
     )
     arguments = [jax.device_put(a, sharded) for a in (seq_lens, indices, pool)]
-    result = compute(*arguments)
+    result = jax.tree.map(np.asarray, compute(*arguments))
     for device in range(devices):
         share = slice(device * bs, (device + 1) * bs)
         given = (seq_lens[share], indices[share], pool[share])
