@@ -1036,7 +1036,7 @@ MISTAKES = [
     Mistake(
         "benchmarks: wrong tensors are timed",
         "benchmarks/suites/torch_handoff.py",
-        'if field != "seqlens_expanded" and not np.array_equal(got, array):',
+        "if not np.array_equal(got, array):",
         "if False:",
         "test_benchmarks.py::test_wrong_tensors_stop_the_run",
     ),
@@ -1612,5 +1612,33 @@ MISTAKES = [
         "if fails(fewer):",
         "if False:",
         "test_fuzz.py -k needless",
+    ),
+    Mistake(
+        "update: a validated one counts as declined",
+        "jaxnsa/interop/torch.py",
+        "if direct is not None:\n            direct.report_declined()",
+        "if isinstance(path, DirectPath):\n            path.report_declined()",
+        "test_torch.py -k validate",
+    ),
+    Mistake(
+        "tensors: strides count where there is no element",
+        "jaxnsa/interop/tensor_checks.py",
+        "if 0 not in got and (",
+        "if True and (",
+        "test_sgl_kernel.py::test_no_requests",
+    ),
+    Mistake(
+        "from_torch: dtypes that JAX would narrow",
+        "jaxnsa/interop/torch.py",
+        "if tensor.dtype in _OF_X64 and not takes_int64:",
+        "if False:",
+        "test_torch.py::test_what_cannot_cross_is_named",
+    ),
+    Mistake(
+        "handlers: schedules without their arrays",
+        "ffi/xla_handlers.cc",
+        "Expect(is_there == is_wanted, schedule,",
+        "Expect(is_there <= is_wanted, schedule,",
+        "test_ffi.py::test_handlers_name_what_is_wrong",
     ),
 ]
