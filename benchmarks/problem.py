@@ -133,9 +133,7 @@ class Problem:
     def check(self, backends: Any) -> None:
         """AssertionError where a backend is not what the reference says."""
         for k, backend in enumerate(backends):
-            for field, array in self.expected.arrays().items():
-                if not np.array_equal(getattr(backend, field), array):
-                    raise AssertionError(f"{field} of backend {k} is wrong for {self.case}")
+            check(backend, self.expected, f"of backend {k} is wrong for {self.case}")
 
     def call(self, implementation: str, strategy: Any = "ultra_fast") -> Call:
         """A checked call in place, on memory of its own."""
@@ -165,3 +163,10 @@ class Problem:
         )
         count = rotations(self.bytes_moved, held)
         return [self.call(implementation, strategy) for _ in range(count)]
+
+
+def check(found: jaxnsa.NSAMetadata, expected: jaxnsa.NSAMetadata, problem: str) -> None:
+    """AssertionError, with the problem behind the name of an array, where one is another."""
+    for field, array in expected.arrays().items():
+        if not np.array_equal(getattr(found, field), array):
+            raise AssertionError(f"{field} {problem}")

@@ -238,12 +238,12 @@ class Table:
             return
 
         def tile_of(k: jax.Array) -> Tile:
-            begin = start_of(k)
-            starts = [begin + n * self.vector for n in range(self.config.vectors)]
+            start = start_of(k)
+            starts = [start + n * self.vector for n in range(self.config.vectors)]
             # What would go past the end of the row begins before, and stores no column twice.
             last = self.columns - self.vector
             vectors = [Vector(jnp.minimum(s, last), jnp.maximum(s, first)) for s in starts]
-            return Tile(vectors, jnp.maximum(begin, first), begin + self.tile)
+            return Tile(vectors, jnp.maximum(start, first), start + self.tile)
 
         locate = writer.request.start_locating()
 
@@ -326,7 +326,7 @@ class _Writer:
 
     def store_live(self, tile: Tile, loaded: Loaded, location: Location) -> None:
         """Stores the live columns of a tile in all rows and touches nothing else."""
-        pages = self._pages(loaded)
+        pages = self._pages(loaded.page_starts)
 
         def write_row(j, row):
             for targets in self.targets:
@@ -363,9 +363,9 @@ class _Writer:
         iota = lanes.iota(table.vector, table.width)
         starts = [start for start, _ in tile.vectors]
         page_starts = self._load_page_starts(tile, table.max_len)
-        loaded = Loaded([self._load(start) for start in starts], page_starts)
+        loaded = [self._load(start) for start in starts]
         location = location or self.request.locate()
-        pages = self._pages(loaded)
+        pages = self._pages(page_starts)
         nothing = lanes.zeros(table.vector, table.width)
         no_pages = None if pages is None else lanes.zeros(LANES)
 
@@ -378,7 +378,7 @@ class _Writer:
 
         def write_row(j, row):
             for targets in self.targets:
-                vectors, live_pages = loaded.vectors, pages
+                vectors, live_pages = loaded, pages
                 if table.tail == "zero":
                     live = table.columns_of(targets.request.kv_len(j))
                     vectors = [
@@ -448,10 +448,8 @@ class _Writer:
         row = self.source.ref.at[self.source.row]
         return self.lanes.load_first(row, *self._page_range(tile, end), self._page_size)
 
-    def _pages(self, loaded: Loaded) -> jax.Array | None:
-        if loaded.page_starts is None:
-            return None
-        return floor_div(loaded.page_starts, self._page_size)
+    def _pages(self, page_starts: jax.Array | None) -> jax.Array | None:
+        return None if page_starts is None else floor_div(page_starts, self._page_size)
 
     def _store_pages(
         self, targets: Targets, row, tile: Tile, end: Any, pages: jax.Array | None

@@ -1029,7 +1029,7 @@ MISTAKES = [
     Mistake(
         "benchmarks: wrong results are timed",
         "benchmarks/problem.py",
-        "if not np.array_equal(getattr(backend, field), array):",
+        "if not np.array_equal(getattr(found, field), array):",
         "if False:",
         "test_benchmarks.py::test_a_wrong_result_stops_the_run",
     ),

@@ -10,7 +10,7 @@ from jax.sharding import PartitionSpec as P
 
 import jaxnsa
 from benchmarks.measure import on_gpu, timing
-from benchmarks.problem import PAGE_SIZE, TOPK, Problem
+from benchmarks.problem import PAGE_SIZE, TOPK, Problem, check
 from benchmarks.suite import Job, Suite, runnable
 from jaxnsa import ForwardMode, reference
 
@@ -40,11 +40,9 @@ def _measure(devices: int, bs: int, max_len: int, name: str) -> dict[str, float]
         share = slice(device * bs, (device + 1) * bs)
         given = (seq_lens[share], indices[share], pool[share])
         expected: Any = reference.fused_metadata_precompute_and_broadcast(*given, **options)
-        for backend, wanted in enumerate(expected):
-            for field, array in wanted.arrays().items():
-                got = np.split(getattr(result, field)[backend], devices)[device]
-                if not np.array_equal(got, array):
-                    raise AssertionError(f"{field} of backend {backend} is wrong on {device}")
+        for k, wanted in enumerate(expected):
+            got = jax.tree.map(lambda a, k=k, d=device: np.split(a[k], devices)[d], result)
+            check(got, wanted, f"of backend {k} is wrong on device {device}")
     metrics = timing([lambda: compute(*arguments)], cached=True)
     for key in ("hot_device_us", "launches"):
         if key in metrics:
