@@ -106,8 +106,8 @@ RULES = (
         1,
         False,
         ("pallas", "triton", "ffi", "xla"),
-        "where a launch is short pallas is ahead of triton and ffi by up to two fifths, and with "
-        "FlashMLA's schedule of triton by more; where memory decides it is within 6% of the "
+        "where a launch is short pallas is ahead of triton and ffi by up to a half, and with "
+        "FlashMLA's schedule of triton by more; where memory decides it is within 7% of the "
         "fastest; with the indexer's schedules alone ffi is a fifth ahead at 1,024 requests",
     ),
     Rule(
@@ -117,43 +117,43 @@ RULES = (
         1,
         False,
         ("ffi", "xla"),
-        "ffi is ahead of xla by a sixth and, in small calls, by up to fourteen times, but for "
-        "copies of tens of megabytes, which xla spreads over all cores; what is exported or "
+        "ffi is ahead of xla by a seventh and, in small calls, by up to twelve times, but for "
+        "copies of megabytes, which xla spreads over all cores; what is exported or "
         "lowered for another platform is computed by xla",
     ),
 )
 """The first rule that fits a call decides."""
 
 MEASURED_ON = {
-    "gpu": "NVIDIA H200, jax 0.11.2, jax-triton 0.3.1, Triton 3.6, commit 8690324",
-    "cpu": "2 cores, jax 0.10.2, commit 8690324",
+    "gpu": "NVIDIA H200, jax 0.11.2, jax-triton 0.3.1, Triton 3.6, commit 372140d",
+    "cpu": "2 cores, jax 0.10.2, commit 372140d",
 }
 
 MEASUREMENTS = (
     Measurement("gpu", 32, 2048, 3, 2048, {"pallas": 1.5, "ffi": 1.8, "triton": 1.8, "xla": 14.7}),
     Measurement(
-        "gpu", 32, 65_536, 3, 8192, {"pallas": 2.0, "ffi": 2.3, "triton": 3.1, "xla": 23.3}
+        "gpu", 32, 65_536, 3, 8192, {"pallas": 2.0, "ffi": 2.2, "triton": 3.0, "xla": 23.1}
     ),
     Measurement(
-        "gpu", 32, 65_536, 3, 65_536, {"triton": 6.3, "pallas": 6.4, "ffi": 7.0, "xla": 23.3}
+        "gpu", 32, 65_536, 3, 65_536, {"pallas": 6.1, "triton": 6.3, "ffi": 6.9, "xla": 23.4}
     ),
     Measurement(
-        "gpu", 6, 131_072, 1, 131_072, {"pallas": 2.0, "triton": 2.3, "ffi": 2.4, "xla": 6.2}
+        "gpu", 6, 131_072, 1, 131_072, {"pallas": 1.9, "triton": 2.2, "ffi": 2.5, "xla": 6.2}
     ),
     Measurement(
-        "gpu", 256, 32_768, 8, 16_384, {"pallas": 30.0, "ffi": 30.1, "triton": 31.6, "xla": 182.8}
+        "gpu", 256, 32_768, 8, 16_384, {"pallas": 29.9, "ffi": 30.1, "triton": 31.4, "xla": 182.1}
     ),
     Measurement(
-        "gpu", 128, 131_072, 3, 131_072, {"pallas": 54.2, "triton": 54.8, "ffi": 57.5, "xla": 137.2}
+        "gpu", 128, 131_072, 3, 131_072, {"pallas": 53.9, "triton": 54.7, "ffi": 57.7, "xla": 137.2}
     ),
     Measurement(
-        "gpu", 1024, 32_768, 3, 4096, {"ffi": 12.9, "pallas": 13.6, "triton": 13.7, "xla": 259.5}
+        "gpu", 1024, 32_768, 3, 4096, {"ffi": 12.9, "pallas": 13.5, "triton": 13.7, "xla": 259.9}
     ),
-    Measurement("cpu", 32, 2048, 3, 2048, {"ffi": 110, "xla": 421}),
-    Measurement("cpu", 32, 65_536, 3, 8192, {"ffi": 478, "xla": 684}),
-    Measurement("cpu", 6, 131_072, 1, 131_072, {"ffi": 394, "xla": 553}),
-    Measurement("cpu", 128, 131_072, 3, 131_072, {"ffi": 17440, "xla": 22166}),
-    Measurement("cpu", 1024, 32_768, 3, 4096, {"ffi": 5225, "xla": 9150}),
+    Measurement("cpu", 32, 2048, 3, 2048, {"ffi": 192, "xla": 377}),
+    Measurement("cpu", 32, 65_536, 3, 8192, {"ffi": 605, "xla": 946}),
+    Measurement("cpu", 6, 131_072, 1, 131_072, {"ffi": 543, "xla": 685}),
+    Measurement("cpu", 128, 131_072, 3, 131_072, {"ffi": 20376, "xla": 27259}),
+    Measurement("cpu", 1024, 32_768, 3, 4096, {"ffi": 6551, "xla": 11168}),
 )
 
 
