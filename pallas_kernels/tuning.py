@@ -34,13 +34,15 @@ class BlockConfig:
         But tiles have to spread evenly over 132 multiprocessors: those of a small table do not, nor
         do those that are stored many times, in several rows or backends. The bounds lie between
         shapes that an H200 ran: 32 x 8,192 columns are faster in ones, 32 x 16,384 and 64 x 16,384
-        in twos, 32 and 64 x 65,536 in fours, 128 x 131,072 in twos again.
+        in twos, 32 and 64 x 65,536 in fours, 128 x 131,072 in twos again. With several rows for
+        each request 32 x 65,536 columns, an eighth of them live, are fastest with 16 blocks for
+        each request, and 128 x 16,384 with as many where all are live.
         """
         elements = rows * columns
         if elements < 2**19 or num_backends >= 8:
             return cls(vectors=1)
         if rows >= 2 * requests and elements <= 2**23:
-            return cls(vectors=1, blocks=1024)
+            return cls(vectors=1, blocks=min(max(16 * requests, 512), 2048))
         few_copies = rows * num_backends <= 4 * requests and requests <= 128
         return cls(vectors=4 if few_copies and 2**21 <= elements <= 2**22 else 2)
 
