@@ -26,12 +26,13 @@ class Kernel(NamedTuple):
       name: as the profiler has it.
       launches: launches per call.
       microseconds: median device time of a launch.
-      p90: its 90th percentile.
+      p10, p90: its 10th and 90th percentiles.
     """
 
     name: str
     launches: float
     microseconds: float
+    p10: float
     p90: float
 
 
@@ -56,7 +57,7 @@ def kernel_times(
 ) -> list[Kernel]:
     """Every kernel that `call` launches on the GPU, over `calls` calls after three to warm up."""
     return [
-        Kernel(name, len(times) / calls, *np.percentile(times, [50, 90]).tolist())
+        Kernel(name, len(times) / calls, *np.percentile(times, [50, 10, 90]).tolist())
         for name, times in profiled.kernel_times(call, calls, wait).items()
     ]
 
@@ -133,7 +134,7 @@ def timing(
 
     Returns:
       What `host_times` does, and on a GPU in microseconds "device_us", median time of its kernels
-      in turns, with its 90th percentile, unless `cached`, and "hot_device_us", the same of the
+      in turns, with the same percentiles, unless `cached`, and "hot_device_us", the same of the
       first call repeated; and "launches", per call.
     """
     metrics = host_times(calls, count, wait)
@@ -145,5 +146,6 @@ def timing(
         if not cached:
             kernels = kernel_times(lambda: next(cycle)(), count, wait)
             metrics["device_us"] = sum(k.launches * k.microseconds for k in kernels)
+            metrics["device_us_p10"] = sum(k.launches * k.p10 for k in kernels)
             metrics["device_us_p90"] = sum(k.launches * k.p90 for k in kernels)
     return metrics

@@ -10,7 +10,7 @@ LABELS = {
     "hot_device_us": "device time, µs",
     "latency_us": "latency, µs",
     "issue_us": "host time, µs",
-    "step_us": "time of a step, µs",
+    "step_us": "kernels of a step, µs",
 }
 # One look for each name wherever it appears; colours after P. Tol, "Colour schemes" (2021).
 STYLES = {

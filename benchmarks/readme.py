@@ -53,7 +53,7 @@ HEADLINES = (
         "hot_device_us",
     ),
     Headline(
-        "decode, all columns live, device time",
+        "decode, rows half to all filled, device time",
         "nvidia-h200",
         "roofline",
         _DECODE | {"live": 65_536},
@@ -78,7 +78,8 @@ HEADLINES = (
         "step_us",
     ),
     Headline(
-        "decode with the schedules of DeepGEMM, top-k and FlashMLA, beside none, device time",
+        "decode, pages alone, with the schedules of DeepGEMM, top-k and FlashMLA, beside none, "
+        "device time",
         "nvidia-h200",
         "schedules",
         _DECODE
@@ -94,7 +95,7 @@ HEADLINES = (
         "without_us",
     ),
     Headline(
-        "verify of 4 drafts, 64 requests, device time",
+        "verify of 4 drafts, 64 requests, rows half to all filled, device time",
         "nvidia-h200",
         "roofline",
         _VERIFY,
@@ -112,7 +113,7 @@ HEADLINES = (
         "issue_us",
     ),
     Headline(
-        "decode, from the call to its results",
+        "decode, caches cold, from the call to its results",
         "2-core-cpu",
         "roofline",
         _DECODE,

@@ -66,6 +66,10 @@ class CheckedCalls:
             if not kind.issuperset(map(type, (*read, *written))):
                 return None
             backends = computation(inputs(read), written)
+        except jax.errors.JaxRuntimeError as error:
+            if "INVALID_ARGUMENT" not in str(error):
+                raise  # it failed, and its destinations may be gone
+            return None
         # Unknown or not hashable; no array, deleted, or given twice; of another shape.
         except (LookupError, AttributeError, TypeError, UnlikeError, RuntimeError, ValueError):
             return None

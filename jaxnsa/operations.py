@@ -370,10 +370,11 @@ def fused_metadata_precompute_and_broadcast(
       stacked: one NSAMetadata whose arrays lead with [N], which costs fewer arrays to hand over.
       backend_offsets: N ints: backend k is computed for `seq_lens + backend_offsets[k]`, so that
         drafts may each see one token more; of 2^30 at most, and None is all 0.
-      strategy: "ultra_fast" one launch, of "ffi" with schedules one for each 8 backends; "fast" one
-        computation and N copies; "fallback" N computations, which "fast" stands for too with
-        `written_lens` or `backend_offsets`, and in place with `max_total_keys` or a top-k plan;
-        None: what the settings say, by default "ultra_fast". All give the same bits.
+      strategy: "ultra_fast" one launch, of "ffi" one for each 64 backends, or each 8 with schedules
+        or pooled pages; "fast" one computation and N copies; "fallback" N computations, which
+        "fast" stands for too with `written_lens` or `backend_offsets`, and in place with
+        `max_total_keys` or a top-k plan; None: what the settings say, by default "ultra_fast". All
+        give the same bits.
 
     Returns:
       N NSAMetadata, or one with `stacked`; its docstring gives the shapes.
@@ -428,8 +429,11 @@ def fused_metadata_copy(
     """
     src = checks.source(src)
     if num_backends is None:
-        if not isinstance(out, (tuple, list)) or not out:
+        if out is None:
             raise ValueError("num_backends: got None, expected an int >= 1 as there is no out=")
+        if not isinstance(out, (tuple, list)) or not out:
+            got = checks.described(out)
+            raise ValueError(f"out: got {got}, expected a tuple of at least one NSAMetadata")
         num_backends = len(out)
     num_backends = checks.integer("num_backends", num_backends, 1, MAX_BACKENDS)
     if out is not None:
@@ -593,7 +597,7 @@ def _log_path(implementation: str, strategy: Strategy, num_backends: int) -> Non
         "fallback": "a computation for each backend",
     }[strategy]
     _logger.info("implementation %s, strategy %s: %s", implementation, strategy, path)
-    # ffi takes a launch for each eight backends where they have schedules.
+    # ffi may take a launch for each eight backends.
     if strategy == "ultra_fast" and 1 < num_backends <= 8 and implementation in FUSED:
         _logger.info("kernel launches reduced from 1 + N to 1 (N = %d backends)", num_backends)
 

@@ -1,8 +1,8 @@
 """Copies of one NSAMetadata to N destinations in one launch.
 
-Grid: for each array the blocks of its tiles, row by row. Block: a warpgroup, which waits for no
-other. Inputs: the arrays of the source, and the KV lengths of their rows where tables are copied as
-far as they are live. Outputs: the same arrays of every destination.
+Grid: for each array the blocks of its tiles, in the order of `place`. Block: a warpgroup, which
+waits for no other. Inputs: the arrays of the source, and the KV lengths of their rows where tables
+are copied as far as they are live. Outputs: the same arrays of every destination.
 """
 
 from typing import Any

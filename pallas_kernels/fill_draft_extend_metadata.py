@@ -1,6 +1,6 @@
 """The lengths of a draft-extend step in one launch: prefix sum, row of each token, clamp.
 
-Grid: a block for each request, a warpgroup, which waits for no other.
+Grid: for each request the blocks that share its rows, each a warpgroup, which waits for no other.
 Inputs: extend_seq_lens and seq_lens. Outputs: the arrays of `DraftExtendSeqlens`.
 """
 
@@ -8,13 +8,14 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jax.experimental import pallas as pl
 
 from jaxnsa.metadata import DraftExtendSeqlens, ForwardMode
 from jaxnsa.spec import Rows
-from pallas_kernels.lanes import Lanes, start_sums
+from pallas_kernels.lanes import LANES, Lanes, start_sums
 from pallas_kernels.launch import launch
-from pallas_kernels.rows import IndexTopk, Lengths, Request, row_values
+from pallas_kernels.rows import IndexTopk, Lengths, Request, Share, row_values
 
 
 def fill_draft_extend_metadata(
@@ -41,19 +42,31 @@ def fill_draft_extend_metadata(
     rows = Rows.of(ForwardMode.DRAFT_EXTEND, requests, max_total_tokens=max_total_tokens)
     lanes = Lanes(bool(interpret))
 
-    def kernel(i, lengths, results, scratch):
+    blocks = Share.blocks_of(requests, max_total_tokens)
+
+    def kernel(index, lengths, results, scratch):
+        i = lax.div(index, jnp.int32(blocks))
+        share = Share(index - i * blocks, blocks)
         request = Request.load(lanes, rows, lengths, scratch, i)
         location = request.locate()
 
-        def store(row, kv_len):
-            values = row_values(kv_len, IndexTopk(nsa_index_topk), 0, 0)
+        def store_first(row, count, kv_lens):
+            values = row_values(kv_lens, IndexTopk(nsa_index_topk), 0, 0)
             for name in ("seqlens_expanded", "nsa_cache_seqlens"):
-                results[name][row] = values[name]
+                lanes.store_first(results[name], row, lanes.zeros(LANES) + values[name], count)
 
-        request.for_rows(location, lambda j, row: store(row, request.kv_len(j)))
-        request.for_padding_rows(location, lambda row: store(row, jnp.int32(0)))
+        def write_rows(first):
+            kv_lens = request.kv_len(first + lanes.iota(LANES))
+            store_first(location.first_row + first, location.rows - first, kv_lens)
 
-        @pl.when(i == 0)
+        def write_padding_rows(first):
+            store_first(location.total + first, padding - first, lanes.zeros(LANES))
+
+        padding = max_total_tokens - location.total
+        share.for_tiles(location.rows, write_rows)
+        share.of_all(request).for_tiles(padding, write_padding_rows)
+
+        @pl.when(index == 0)
         def _():
             sums = start_sums(
                 lanes,
@@ -74,7 +87,7 @@ def fill_draft_extend_metadata(
             "nsa_cache_seqlens": vector,
             "total_tokens": jax.ShapeDtypeStruct((1,), jnp.int32),
         },
-        blocks=requests,
+        blocks=requests * blocks,
         name="fill_draft_extend_metadata",
         interpret=interpret,
     )

@@ -6,8 +6,7 @@ request the blocks that share its lengths, for each offset; in prefill those tha
 then those that share its tables.
 Block: a warpgroup. It waits for no other: sums over earlier requests it takes by itself.
 Inputs: seq_lens, req_pool_indices, extend_seq_lens where rows are ragged, written_lens if that is
-given, FlashMLA's arrays where they are constant, req_to_token, and views of req_to_token as whole
-pages where its rows consist of such.
+given, FlashMLA's arrays where they are constant, req_to_token.
 Outputs: the arrays of `Spec.shapes` of every destination.
 """
 
@@ -37,7 +36,6 @@ from pallas_kernels.tables import Source, Table, Targets
 from pallas_kernels.tuning import BlockConfig, place
 
 _KEY_VECTORS = 4  # of a tile of keys
-_MOST_SHARES = 1024  # blocks of all requests together that share ragged rows, and keys
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,36 +61,29 @@ class _Plan:
     pooled: Table | None
 
     @classmethod
-    def of(cls, spec: Spec, pool_shape: tuple[int, ...], config: BlockConfig) -> "_Plan":
+    def of(cls, spec: Spec, pool_cols: int, config: BlockConfig) -> "_Plan":
         """The plan for a pool [pool_rows, pool_cols]."""
         requests, max_len, page_size = spec.rows.requests, spec.max_len, spec.real_page_size
-        pool_cols, new = pool_shape[1], spec.max_new_tokens
         wide = real = pooled = None
+
+        def table(tokens_per_column: int, width: int) -> Table:
+            return Table.of(
+                requests, max_len, tokens_per_column, spec.tail, width, config, spec.max_new_tokens
+            )
+
         if spec.wide_table:
-            width = access_width(pool_cols, max_len)
-            wide = Table.of(requests, max_len, 1, spec.tail, width, config, new)
+            wide = table(1, access_width(pool_cols, max_len))
         together = spec.real_table and wide is not None and wide.yields_pages(page_size)
-
-        def of_pages(tokens: int) -> Table:
-            # Where a pool row consists of them, their starts form a vector.
-            width = int(pool_cols % tokens == 0)
-            return Table.of(requests, max_len, tokens, spec.tail, width, config, new)
-
         if spec.real_table and not together:
-            real = of_pages(page_size)
+            real = table(page_size, 1)
         if spec.pooled_table:
-            pooled = of_pages(spec.pooled_page_tokens)
-
-        def shares(tiles: int) -> int:
-            return min(tiles, max(1, _MOST_SHARES // requests))
+            pooled = table(spec.pooled_page_tokens, 1)
 
         ragged = spec.rows.rows_per_request is None
         return cls(
             tuple(sorted(set(spec.offsets))),
-            shares(pl.cdiv(spec.rows.count, 2 * LANES)) if ragged else 1,
-            shares(pl.cdiv(spec.max_total_keys, _KEY_VECTORS * LANES))
-            if spec.max_total_keys
-            else 0,
+            Share.blocks_of(requests, spec.rows.count) if ragged else 1,
+            Share.blocks_of(requests, spec.max_total_keys or 0, _KEY_VECTORS),
             wide,
             real,
             together,
@@ -154,18 +145,12 @@ def fused_metadata(
             if spec.wide_table
             else BlockConfig.of_pages(requests, -(-tokens // spec.real_page_size))
         )
-    plan = _Plan.of(spec, inputs.req_to_token.shape, config)
-    pool_rows = inputs.req_to_token.shape[0]
+    pool_rows, pool_cols = inputs.req_to_token.shape
+    plan = _Plan.of(spec, pool_cols, config)
     lanes = Lanes(bool(interpret))
     schedules = ScheduleWriters(spec, fresh=out is None)
-    read: dict[str, Any] = {"inputs": inputs, "pages": {}}
-    for table in (plan.real, plan.pooled):
-        if table and table.width:
-            tokens = table.tokens_per_column
-            read["pages"][tokens] = inputs.req_to_token.reshape(pool_rows, -1, tokens)
 
-    def kernel(index, read, results, shared):
-        inputs = read["inputs"]
+    def kernel(index, inputs, results, shared):
         lengths = Lengths(inputs.seq_lens, inputs.extend_seq_lens)
         destinations = Destinations(spec, results)
         schedules.write(index, lanes, inputs, shared, destinations)
@@ -202,8 +187,7 @@ def fused_metadata(
                 if inputs.written_lens is not None:
                     written = inputs.written_lens[i]
                     lanes.start_load(written)
-                ref = read["pages"].get(table.tokens_per_column, inputs.req_to_token)
-                source = Source(ref, pool_row, page_size, table.tokens_per_column)
+                source = Source(inputs.req_to_token, pool_row, page_size, table.tokens_per_column)
                 each = []
                 for offset in plan.offsets:
                     rows = spec.rows_of(offset).tables
@@ -232,7 +216,7 @@ def fused_metadata(
 
     results = launch(
         kernel,
-        read,
+        inputs,
         None if out is None else [o.arrays() for o in out],
         [dict(spec.shapes())] * spec.destinations,
         blocks=schedules.blocks + requests * plan.blocks,

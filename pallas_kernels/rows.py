@@ -15,6 +15,8 @@ from jax import lax
 from jaxnsa.spec import INT32_MAX, Rows, Spec
 from pallas_kernels.lanes import LANES, Lanes, Scalar, floor_div, start_sums
 
+_MOST_SHARES = 1024  # blocks of all requests that share places, where that is one of each or more
+
 
 class Location(NamedTuple):
     """Which rows a request has; scalars. Of its keys, the same.
@@ -221,6 +223,14 @@ class Share(NamedTuple):
 
     block: jax.Array
     blocks: int
+
+    @staticmethod
+    def blocks_of(requests: int, places: int, vectors: int = 2) -> int:
+        """For so many places of all requests, in tiles of `vectors` * 128, the blocks of each.
+
+        As many as there are tiles, as any request may have all places, unless that makes too many.
+        """
+        return min(-(-places // (vectors * LANES)), max(1, _MOST_SHARES // requests))
 
     def of_all(self, request: Request) -> "Share":
         """The same block among those of all requests."""

@@ -22,10 +22,10 @@ class Source(NamedTuple):
     """The row that the rows of a request are copied from.
 
     Attributes:
-      ref: [rows, columns], or [rows, columns, page_size] where columns are pages.
+      ref: [rows, columns].
       row: which row, a scalar.
-      page_size: what slots are divided by; 1: columns are as they are.
-      stride: otherwise, tokens from one column to the next.
+      page_size: what slots are divided by.
+      stride: elements of the row from one column to the next.
     """
 
     ref: Any
@@ -34,13 +34,14 @@ class Source(NamedTuple):
     stride: int = 1
 
     def columns(self, lanes: Lanes, index: Any) -> jax.Array:
-        """The columns at an index, a scalar or a `pl.ds`."""
-        if self.page_size == 1:
-            return self.ref[self.row, index]
-        if len(self.ref.shape) == 3:
-            starts = self.ref[self.row, index, 0]
-            return floor_div(lanes.laid_out(starts) if starts.ndim else starts, self.page_size)
-        return floor_div(self.ref[self.row, index * self.stride], self.page_size)
+        """The columns at an index, a scalar or a `pl.ds`, of 128 where the stride is not 1."""
+        if self.stride == 1:
+            slots = self.ref[self.row, index]
+        elif isinstance(index, pl.Slice):
+            slots = lanes.load_first(self.ref.at[self.row], index.start, index.size, self.stride)
+        else:
+            slots = self.ref[self.row, index * self.stride]
+        return slots if self.page_size == 1 else floor_div(slots, self.page_size)
 
 
 class Targets(NamedTuple):
@@ -106,7 +107,7 @@ class Table:
       tokens_per_column: tokens that a column stands for; it is live where the first of them is.
       tail: what lies past the live columns: "copy", "zero" or "keep".
       width: elements of one access; 0 where the table has to be copied one by one, because it is
-        narrower than a vector or its source has no vectors.
+        narrower than a vector.
       blocks: blocks that share a request's rows.
       config: block sizes.
     """

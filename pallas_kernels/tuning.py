@@ -18,7 +18,7 @@ class BlockConfig:
       vectors: vectors of a tile, which a block loads before it stores any.
       scalars: columns of a tile that is copied one by one, in tables narrower than a vector.
       blocks: blocks of a table that has vectors. Where there are more tiles, a block strides over
-        them, as far as its request's live columns reach.
+        them, with tail "keep" as far as its request's live columns reach.
     """
 
     vectors: int

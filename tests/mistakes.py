@@ -167,15 +167,15 @@ MISTAKES = [
     Mistake(
         "pallas: fill_draft_extend_metadata is one too many",
         "pallas_kernels/fill_draft_extend_metadata.py",
-        "results[name][row] = values[name]",
-        "results[name][row] = values[name] + 1",
+        "lanes.zeros(LANES) + values[name]",
+        "lanes.zeros(LANES) + values[name] + 1",
         pallas("fill_draft_extend_metadata"),
     ),
     Mistake(
         "pallas: fill_draft_extend_metadata leaves padding rows unwritten",
         "pallas_kernels/fill_draft_extend_metadata.py",
-        "lambda row: store(row, jnp.int32(0))",
-        "lambda row: None",
+        "for_tiles(padding, write_padding_rows)",
+        "for_tiles(0, write_padding_rows)",
         pallas("fill_draft_extend_metadata"),
     ),
     Mistake(

@@ -15,6 +15,7 @@ from helpers import assert_same, inputs, on_device
 import jaxnsa
 from jaxnsa import ForwardMode, reference
 from jaxnsa.checked_calls import CheckedCalls
+from jaxnsa.computation import Computation
 
 compute = jaxnsa.fused_metadata_precompute_and_broadcast
 SEQ_LENS, INDICES, POOL = inputs(4)
@@ -269,6 +270,22 @@ def test_nobody_asks_for_the_platform_of_a_deleted_array():
     assert not asked
 
 
+def test_what_fails_after_its_checks_says_why(monkeypatch):
+    """Not that its destinations are gone, which it was given."""
+    arguments = on_device((SEQ_LENS, INDICES, POOL))
+    metadata = jaxnsa.precompute_decode_metadata(*arguments)
+    metadata = jaxnsa.precompute_decode_metadata(*arguments, out=metadata)
+    compute = Computation.__call__
+
+    def fail(*args):
+        compute(*args)
+        raise jax.errors.JaxRuntimeError("INTERNAL: the device is lost")
+
+    monkeypatch.setattr(Computation, "__call__", fail)
+    with pytest.raises(jax.errors.JaxRuntimeError, match="the device is lost"):
+        jaxnsa.precompute_decode_metadata(*arguments, out=metadata)
+
+
 def test_other_inputs_must_be_alive():
     gone = deleted(SEQ_LENS)
     fill = functools.partial(jaxnsa.fill_draft_extend_metadata, nsa_index_topk=1)
@@ -331,6 +348,9 @@ def test_fused_metadata_copy_refuses():
         jaxnsa.fused_metadata_copy(FRESH)
     with pytest.raises(ValueError, match="out: got 1 of them, expected a tuple of 2"):
         jaxnsa.fused_metadata_copy(FRESH, num_backends=2, out=(out(),))
+    for wrong, got in ((out(), "NSAMetadata"), ((), "tuple")):
+        with pytest.raises(ValueError, match=f"out: got {got}, expected a tuple of at least one"):
+            jaxnsa.fused_metadata_copy(FRESH, out=wrong)
     for wrong, error, message in (
         (np.zeros(4), TypeError, "got dtype float64, expected int32"),
         (np.int32(4), ValueError, r"got shape \(\), expected 1 dimension"),

@@ -15,6 +15,7 @@ import jaxnsa
 from jaxnsa import reference
 from jaxnsa.app import demo, serving, verify
 from jaxnsa.app.command_line import main
+from jaxnsa.app.request_traces import synthetic_requests
 from jaxnsa.implementations import IMPLEMENTATIONS, xla
 
 
@@ -51,7 +52,7 @@ def test_demo(implementation):
     assert 0 < float(p50) <= float(p99)
     assert len(device) == (jax.default_backend() == "gpu")
     assert float(launches) >= 3
-    assert "3 steps of decode, verify and draft extend" in result.output
+    assert "decode, verify, draft extend; steps: 3" in result.output
     *_, roof, mismatches = cells(result.output, "  incremental ")
     assert (roof, mismatches) == ("-", "0")
     assert float(cells(result.output, "plain jnp")[1]) > 0
@@ -68,6 +69,19 @@ def test_demo_replays_a_trace_and_draws(tmp_path):
     assert cells(result.output, "│ jaxnsa: ")[-1] == "0"
     assert picture.read_bytes().startswith(b"\x89PNG")
     assert all(len(line) <= 80 for line in result.output.splitlines())
+
+
+def test_demo_of_more_backends_than_a_launch_fills():
+    pytest.importorskip("torch", reason="runs where PyTorch is installed")
+    from jaxnsa.app import torch_contenders
+
+    rng = np.random.default_rng(0)
+    for num_backends in (64, 65):
+        batch = serving.Batch(synthetic_requests(rng), 1, num_backends, rng)
+        found = torch_contenders.contenders(num_backends, batch.host)
+        for contender in found:
+            contender.run(contender.given(batch.device))
+        assert "PyTorch eager x N" in [contender.name for contender in found]
 
 
 def test_demo_reports_mismatches(monkeypatch):

@@ -167,6 +167,55 @@ def test_blocks_stride_over_tiles(tail, vectors, blocks, extend, capfd):
     assert "RACE DETECTED" not in capfd.readouterr().out
 
 
+@pytest.mark.parametrize("tail", ("copy", "zero", "keep"))
+@pytest.mark.parametrize("page_size, kpool", ((3, 1), (4, 2), (8, 1)))
+def test_pages_of_a_pool_whose_rows_end_within_one(tail, page_size, kpool, capfd):
+    """SGLang's pools have a few columns more than the context length."""
+    max_len = 400 * page_size - 1
+    _, indices, pool = inputs(3, pool_cols=max_len + 2)
+    lengths = np.array([max_len, 130 * page_size + 1, 0], np.int32)
+    compute = functools.partial(
+        reference.fused_metadata_precompute_and_broadcast,
+        lengths,
+        indices,
+        pool,
+        num_backends=1,
+        nsa_index_topk=64,
+        real_page_size=page_size,
+        wide_table=False,
+        max_len=max_len,
+        index_kpool=kpool,
+    )
+    out = held_apart(compute()) if tail == "keep" else None
+    before = None if out is None else on_device(out)
+    expected = compute(tail=tail, out=out)
+    rows = Rows.of(ForwardMode.DECODE, 3)
+    actual = jax.jit(
+        functools.partial(
+            pallas_kernels.fused_metadata,
+            spec=Spec(rows, max_len, 64, page_size, False, tail, index_kpool=kpool),
+            config=pallas_kernels.BlockConfig(vectors=2),
+            interpret=INTERPRETER,
+        )
+    )(Inputs(lengths, indices, pool, None), before)
+    assert_same(actual, expected)
+    assert "RACE DETECTED" not in capfd.readouterr().out
+
+
+@pytest.mark.interpreted
+@pytest.mark.parametrize("extend, capacity", (([700], 700), ([300, 0, 5], 1000), ([9, 900], 400)))
+def test_many_rows_are_shared_by_blocks(extend, capacity, capfd):
+    extend = np.array(extend, np.int32)
+    options = {"nsa_index_topk": 512, "max_total_tokens": capacity}
+    compute = functools.partial(
+        pallas_kernels.fill_draft_extend_metadata, interpret=INTERPRETER, **options
+    )
+    actual = jax.jit(compute)(extend, extend + 200)
+    expected = reference.fill_draft_extend_metadata(extend, extend + 200, **options)
+    assert_same(actual, expected)
+    assert "RACE DETECTED" not in capfd.readouterr().out
+
+
 @pytest.mark.parametrize("requests, blocks", ((1, 7), (132, 32), (133, 32), (4225, 1)))
 def test_every_block_has_its_place(requests, blocks):
     indices = jnp.arange(requests * blocks, dtype=jnp.int32)

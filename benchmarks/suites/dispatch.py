@@ -81,7 +81,15 @@ SUITE = Suite(
     "jax.jit of the identity on the same arrays, donated: what JAX itself takes. The last is part "
     "of a jit that returns one number. Each is the median of the fastest of twenty passes.",
     jobs=jobs,
-    plots=(Plot("dispatch", "Host time to issue one call", "N", "backends, N", lambda case: True),),
+    plots=(
+        Plot(
+            "dispatch",
+            "Host time to issue one call: bs 4, max_len 256",
+            "N",
+            "backends, N",
+            lambda case: True,
+        ),
+    ),
     metric="issue_us",
     passes=20,
 )

@@ -10,7 +10,7 @@ import numpy as np
 
 import jaxnsa
 from benchmarks.measure import timing
-from benchmarks.suite import Job, Plot, Suite, runnable
+from benchmarks.suite import Job, Suite, runnable
 from jaxnsa import reference
 from jaxnsa.implementations import ffi
 
@@ -99,14 +99,5 @@ SUITE = Suite(
     note="End to end, from lengths on the device to expanded and clamped lengths on the device: "
     "the first two go through the host. Inputs are the same in each call, a few kilobytes.",
     jobs=jobs,
-    plots=(
-        Plot(
-            "draft-extend",
-            "Lengths of a draft-extend step",
-            "bs",
-            "requests, bs",
-            lambda case: True,
-        ),
-    ),
     metric="latency_us",
 )

@@ -38,7 +38,7 @@ SUITE = Suite(
     plots=(
         Plot(
             "backends",
-            "One refresh of N backends",
+            "One refresh of N backends, caches cold: bs 32, max_len 65,536",
             "N",
             "backends, N",
             lambda case: case["strategy"] == "ultra_fast",

@@ -170,7 +170,7 @@ SUITE = Suite(
     plots=(
         Plot(
             "max_len",
-            "One refresh: bs 32, N = 3, rows filled to half and more",
+            "One refresh, caches cold: bs 32, N = 3, rows half to all filled",
             "max_len",
             "max_len, tokens",
             lambda case: _full(case) and (case["bs"], case["N"]) == (32, 3),
@@ -178,7 +178,7 @@ SUITE = Suite(
         ),
         Plot(
             "bs",
-            "One refresh: max_len 32,768, N = 3, rows filled to half and more",
+            "One refresh, caches cold: max_len 32,768, N = 3, rows half to all filled",
             "bs",
             "requests, bs",
             lambda case: _full(case) and (case["max_len"], case["N"]) == (32_768, 3),

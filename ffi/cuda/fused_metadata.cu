@@ -1,4 +1,5 @@
-// Which launch a computation takes: one, or with schedules one for every few backends.
+// Which launch a computation takes: one, or with schedules or pooled pages one for every few
+// backends.
 #include <algorithm>
 #include <memory>
 

@@ -52,8 +52,9 @@ def main() -> None:
         raise click.ClickException(str(error)) from None
     except (RuntimeError, AssertionError) as error:  # JAX's own setting
         platforms = os.environ.get("JAX_PLATFORMS")
+        found = str(error) or "unset it, or use cpu"
         raise click.ClickException(
-            f"JAX_PLATFORMS: got {platforms!r}, expected platforms that JAX finds here: {error}"
+            f"JAX_PLATFORMS: got {platforms!r}, expected platforms that JAX finds here: {found}"
         ) from None
 
 
@@ -111,7 +112,10 @@ def demo(
     rewrites whole tables in every tenth, as far as they are live.
 
     The roof is the bytes of all live columns, which a full refresh moves, over the bandwidth of a
-    large copy; an incremental one writes only what is new. Exits with status 1 on any mismatch.
+    large copy; an incremental one writes only what is new. Launches are those of a whole step: of
+    this library's, one for each of the three modes, the others read the results and, where it is
+    incremental, keep account of rows; on a CPU they are the operations of the compiled step. Exits
+    with status 1 on any mismatch.
     """
     try:
         call = Call(requests=batch_size, num_backends=num_backends, even=False)  # of all modes
@@ -172,10 +176,9 @@ def _check_can_be_drawn(plot: Path) -> None:
 
 def _demo_table(report: simulation.Report, batch_size: int, num_backends: int, steps: int) -> Table:
     table = Table(
-        title=f"{batch_size} requests, {num_backends} backends, context "
-        f"{simulation.CONTEXT_LENGTH:,}: {_bytes(report.bytes_moved)} moved a step",
-        caption=f"{steps:,} steps of decode, verify and draft extend; "
-        f"{report.tokens:,} tokens accepted",
+        title=f"bs {batch_size}, N = {num_backends}, context {simulation.CONTEXT_LENGTH:,}: "
+        f"{_bytes(report.bytes_moved)} moved a step",
+        caption=f"decode, verify, draft extend; steps: {steps:,}, accepted: {report.tokens:,}",
     )
     on_gpu = report.rows[0].device_us is not None
     table.add_column("computed by", no_wrap=True)

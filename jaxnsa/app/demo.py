@@ -172,12 +172,22 @@ def draw(report: Report, file: Path) -> None:
     import matplotlib
 
     matplotlib.use("Agg")
-    from matplotlib import pyplot
+    from matplotlib import pyplot, ticker
 
     figure, axes = pyplot.subplots(figsize=(7, 4), layout="constrained")
     for row in report.rows:
-        axes.plot(np.array(row.latencies) * 1e3, label=row.name.strip(), linewidth=1.2)
+        label = row.name.strip()
+        if row.device_us is not None:
+            label += f" (on the GPU {row.device_us:.1f} µs)"
+        marker = "o" if len(row.latencies) < 10 else None
+        milliseconds = np.array(row.latencies) * 1e3
+        steps = np.arange(1, len(milliseconds) + 1)
+        axes.plot(steps, milliseconds, label=label, linewidth=1.2, marker=marker)
     axes.set_yscale("log")
+    axes.yaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
+    axes.yaxis.set_major_formatter(ticker.FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.yaxis.set_minor_locator(ticker.NullLocator())
+    axes.xaxis.set_major_locator(ticker.MaxNLocator(integer=True))
     axes.set_xlabel("step")
     axes.set_ylabel("milliseconds")
     axes.set_title("Metadata of a speculative step, from the call to its results")

@@ -21,7 +21,8 @@ def contenders(num_backends: int, inputs: Inputs) -> list[Contender]:
         return []
     device = "cuda" if platform == "gpu" else "cpu"
     fills: list[tuple[str, bool, Callable]] = [("PyTorch eager x N", False, _eager)]
-    if native_library.unavailable(platform) is None:
+    is_built = native_library.unavailable(platform) is None
+    if is_built and num_backends <= native_library.library(platform).max_backends:
         fills.insert(0, ("jaxnsa in PyTorch", True, _direct))
     return [
         _Tensors(name, in_place, make, num_backends, inputs, device)

@@ -133,14 +133,14 @@ class BackendBuffers:
     lives, `torch.utils.swap_tensors` refuses the tensors.
 
     There are two paths. "direct" launches one kernel of the native library on PyTorch's current
-    stream, with schedules one for each 8 backends, without JAX; `torch.cuda.graph` captures it. The
-    library itself looks at the tensors of a step, and Python only at those that are not as they
-    should be, or at all of them before PyTorch 2.10, at some microseconds more. "dlpack" runs any
-    implementation through JAX on a stream of JAX's own, which waits for PyTorch's current one and
-    that one for it. It is compiled for the registered sizes, pads smaller batches, writes tables
-    that are contiguous and no wider than the pool, all rows of them, and cannot be captured. A
-    schedule is that of the batch itself: with schedules it pads none, and compiles for each size
-    when it first comes.
+    stream, with schedules or pooled pages one for each 8 backends, without JAX; `torch.cuda.graph`
+    captures it. The library itself looks at the tensors of a step, and Python only at those that
+    are not as they should be, or at all of them before PyTorch 2.10, at some microseconds more.
+    "dlpack" runs any implementation through JAX on a stream of JAX's own, which waits for PyTorch's
+    current one and that one for it. It is compiled for the registered sizes, pads smaller batches,
+    writes tables that are contiguous and no wider than the pool, all rows of them, and cannot be
+    captured. A schedule is that of the batch itself: with schedules it pads none, and compiles for
+    each size when it first comes.
 
     With the setting `validate`, of `jaxnsa.override` at an update or of the environment at
     registration, each update reads its inputs on the host and checks their values first.

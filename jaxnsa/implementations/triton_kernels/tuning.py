@@ -11,8 +11,8 @@ class BlockConfig:
       tile: columns of a tile of the page table, a power of two.
       pages: columns of a tile of the real page table where that is the only table, a power of two.
       warps: of a program.
-      programs: programs of the tables. Where there are more tiles, a program strides over them, as
-        far as its request's live columns reach.
+      programs: programs of the tables. Where there are more tiles, a program strides over them,
+        with tail "keep" as far as its request's live columns reach.
     """
 
     tile: int = 1024
