@@ -54,7 +54,13 @@ def _draw(plot: Plot, report: Report, folder: Path) -> Path | None:
     matplotlib.use("Agg")
     from matplotlib import pyplot, ticker
 
-    records = [r for r in report.records if plot.where(r.case) and report.metric in r.metrics]
+    records = [
+        record
+        for record in report.records
+        if plot.where(record.case)
+        and record.name not in plot.without
+        and report.metric in record.metrics
+    ]
     ticks = sorted({record.case[plot.x] for record in records})
     if len(ticks) < 2:
         return None

@@ -32,6 +32,7 @@ class Plot(NamedTuple):
       where: tells by the case whether a record is drawn.
       roof: whether to draw the metric "roof_us".
       log: whether the horizontal axis is logarithmic, as the vertical one is.
+      without: names that are left out.
     """
 
     file: str
@@ -41,6 +42,7 @@ class Plot(NamedTuple):
     where: Callable[[dict[str, Any]], bool]
     roof: bool = False
     log: bool = True
+    without: tuple[str, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)

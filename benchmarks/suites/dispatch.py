@@ -88,6 +88,7 @@ SUITE = Suite(
             "N",
             "backends, N",
             lambda case: True,
+            without=("separate", "stacked"),  # next to those in place
         ),
     ),
     metric="issue_us",
