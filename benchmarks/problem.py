@@ -33,6 +33,7 @@ class Problem:
       wide_table: whether there is one; engines leave it out.
       schedules: what the consumers want beside the metadata.
       shortest: the shortest length; None: half of the longest.
+      more_columns: of the pool, behind `max_len`.
     """
 
     mode: ForwardMode
@@ -44,6 +45,7 @@ class Problem:
     wide_table: bool = True
     schedules: Schedules = NO_SCHEDULES
     shortest: int | None = None
+    more_columns: int = 0
 
     @property
     def case(self) -> dict[str, Any]:
@@ -67,7 +69,8 @@ class Problem:
         if self.mode is ForwardMode.TARGET_VERIFY:  # the drafts are live too
             seq_lens = np.minimum(seq_lens, self.max_len - DRAFT_TOKENS)
         indices = rng.permutation(self.bs).astype(np.int32)
-        pool = rng.integers(0, 2**22, (self.bs, self.max_len), dtype=np.int32)
+        columns = self.max_len + self.more_columns
+        pool = rng.integers(0, 2**22, (self.bs, columns), dtype=np.int32)
         return seq_lens, indices, pool
 
     @functools.cached_property
@@ -88,6 +91,7 @@ class Problem:
         options: dict[str, Any] = {
             "num_backends": self.num_backends,
             "forward_mode": self.mode,
+            "max_len": self.max_len,
             "nsa_index_topk": TOPK,
             "real_page_size": PAGE_SIZE,
             "wide_table": self.wide_table,

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks.measure import Call, on_gpu, rotations, timing
-from benchmarks.problem import PAGE_SIZE, Problem
+from benchmarks.problem import DRAFT_TOKENS, PAGE_SIZE, Problem
 from benchmarks.suite import Job, Plot, Suite, runnable
 from jaxnsa import ForwardMode
 from jaxnsa.metadata import NSAMetadata
@@ -31,8 +31,9 @@ TARGETS = {
     Problem(EXTEND, 64, 65_536, 3, 65_536): None,
     Problem(EXTEND, 32, 65_536, 3, 8192): 3.2,
 }
+SGLANG_COLUMNS = 4 + DRAFT_TOKENS  # of SGLang's pools, behind the longest context
 PAGES = {
-    Problem(mode, bs, max_len, n, live, wide_table=False): target
+    Problem(mode, bs, max_len, n, live, wide_table=False, more_columns=SGLANG_COLUMNS): target
     for mode, bs, max_len, n, live, target in (
         (DECODE, 32, 131_072, 3, 131_072, None),
         (DECODE, 256, 131_072, 1, 131_072, 8.2),
@@ -144,7 +145,8 @@ def jobs(quick: bool) -> list[Job]:
 
 def pages_jobs(quick: bool) -> list[Job]:
     """Every mode without the wide table."""
-    problems = [Problem(EXTEND, 3, 2048, 2, 1024, wide_table=False)] if quick else list(PAGES)
+    small = Problem(EXTEND, 3, 2048, 2, 1024, wide_table=False, more_columns=SGLANG_COLUMNS)
+    problems = [small] if quick else list(PAGES)
     return [
         Job(problem.case, name, functools.partial(_measure, problem, name))
         for problem in problems
@@ -155,8 +157,9 @@ def pages_jobs(quick: bool) -> list[Job]:
 PAGES_SUITE = Suite(
     name="pages",
     title="Tables of pages alone against their roof",
-    note="As `roofline`, with `wide_table=False`. The roof counts the 4 bytes of a page that are "
-    "read; memory hands out 32 at least.",
+    note="As `roofline`, with `wide_table=False`, from a pool whose rows, as SGLang's, are "
+    f"{SGLANG_COLUMNS} columns longer than `max_len`. The roof counts the 4 bytes of a page that "
+    "are read; memory hands out 32 at least.",
     jobs=pages_jobs,
 )
 
