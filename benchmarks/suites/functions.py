@@ -28,7 +28,8 @@ def _prefix_sum(n: int, name: str) -> dict[str, float]:
 
 
 def _fill(bs: int, name: str) -> dict[str, float]:
-    return draft_extend.measure(functools.partial(draft_extend.implementation, name), bs)
+    function = functools.partial(draft_extend.implementation, name)
+    return draft_extend.measure(function, bs, draft_extend.TOKENS)
 
 
 def _copy(problem: Problem, name: str) -> dict[str, float]:
