@@ -67,7 +67,7 @@ class CheckedCalls:
                 return None
             backends = computation(inputs(read), written)
         except jax.errors.JaxRuntimeError as error:
-            if "INVALID_ARGUMENT" not in str(error):
+            if not any(word in str(error) for word in ("INVALID_ARGUMENT", "donate")):
                 raise  # it failed, and its destinations may be gone
             return None
         # Unknown or not hashable; no array, deleted, or given twice; of another shape.

@@ -172,6 +172,20 @@ MISTAKES = [
         pallas("fill_draft_extend_metadata"),
     ),
     Mistake(
+        "pallas: pages alone are read from columns that follow each other",
+        "pallas_kernels/tables.py",
+        "index.start, index.size, self.stride)",
+        "index.start, index.size)",
+        "test_pallas.py -k within_one",
+    ),
+    Mistake(
+        "pallas: fill_draft_extend_metadata has the first rows in all blocks",
+        "pallas_kernels/fill_draft_extend_metadata.py",
+        "Share(index - i * blocks, blocks)",
+        "Share(i * 0, blocks)",
+        "test_pallas.py -k many_rows",
+    ),
+    Mistake(
         "pallas: fill_draft_extend_metadata leaves padding rows unwritten",
         "pallas_kernels/fill_draft_extend_metadata.py",
         "for_tiles(padding, write_padding_rows)",
@@ -1507,6 +1521,13 @@ MISTAKES = [
         "isinstance(offsets, tuple)",
         "type(offsets) is tuple",
         "test_argument_checks.py -k like_one",
+    ),
+    Mistake(
+        "calls alike: what fails is checked again",
+        "jaxnsa/checked_calls.py",
+        "                raise  # it failed",
+        "                return None  # it failed",
+        "test_argument_checks.py -k says_why",
     ),
     Mistake(
         "calls alike: those of tracers",
