@@ -129,6 +129,32 @@ def test_schedules_of_many_items_are_no_longer_programs():
     assert lines(1000, 1000) < 1.2 * lines(129, 132)
 
 
+def assert_like_reference(given, spec, config, capfd, mode=ForwardMode.DECODE):
+    """Fresh, or over what was there where the tail is kept."""
+    ragged = mode is ForwardMode.DRAFT_EXTEND
+    compute = functools.partial(
+        reference.fused_metadata_precompute_and_broadcast,
+        *given[:3],
+        num_backends=1,
+        forward_mode=mode,
+        nsa_index_topk=spec.nsa_index_topk,
+        real_page_size=spec.real_page_size,
+        wide_table=spec.wide_table,
+        max_len=spec.max_len,
+        index_kpool=spec.index_kpool,
+        extend_seq_lens=given.extend_seq_lens,
+        max_total_tokens=spec.rows.count if ragged else None,
+    )
+    out = held_apart(compute()) if spec.tail == "keep" else None
+    before = None if out is None else on_device(out)
+    expected = compute(tail=spec.tail, out=out)
+    kernel = functools.partial(
+        pallas_kernels.fused_metadata, spec=spec, config=config, interpret=INTERPRETER
+    )
+    assert_same(jax.jit(kernel)(given, before), expected)
+    assert "RACE DETECTED" not in capfd.readouterr().out
+
+
 @pytest.mark.parametrize("tail", ("copy", "keep"))
 @pytest.mark.parametrize("vectors, blocks", ((1, 4), (2, 2), (4, 1)))
 @pytest.mark.parametrize("extend", (None, (2, 0, 1)))
@@ -139,32 +165,13 @@ def test_blocks_stride_over_tiles(tail, vectors, blocks, extend, capfd):
     mode = ForwardMode.DECODE if extend is None else ForwardMode.DRAFT_EXTEND
     rows = Rows.of(mode, 3, max_total_tokens=None if extend is None else 4)
     extend_seq_lens = None if extend is None else np.array(extend, np.int32)
-    compute = functools.partial(
-        reference.fused_metadata_precompute_and_broadcast,
-        lengths,
-        indices,
-        pool,
-        num_backends=1,
-        forward_mode=mode,
-        nsa_index_topk=64,
-        real_page_size=64,
-        extend_seq_lens=extend_seq_lens,
-        max_total_tokens=None if extend is None else 4,
+    assert_like_reference(
+        Inputs(lengths, indices, pool, extend_seq_lens),
+        Spec(rows, 2600, 64, 64, True, tail),
+        pallas_kernels.BlockConfig(vectors=vectors, scalars=4, blocks=3 * blocks),
+        capfd,
+        mode,
     )
-    out = held_apart(compute()) if tail == "keep" else None
-    before = None if out is None else on_device(out)
-    expected = compute(tail=tail, out=out)
-    kernel = jax.jit(
-        functools.partial(
-            pallas_kernels.fused_metadata,
-            spec=Spec(rows, 2600, 64, 64, True, tail),
-            config=pallas_kernels.BlockConfig(vectors=vectors, scalars=4, blocks=3 * blocks),
-            interpret=INTERPRETER,
-        )
-    )
-    actual = kernel(Inputs(lengths, indices, pool, extend_seq_lens), before)
-    assert_same(actual, expected)
-    assert "RACE DETECTED" not in capfd.readouterr().out
 
 
 @pytest.mark.parametrize("tail", ("copy", "zero", "keep"))
@@ -174,32 +181,13 @@ def test_pages_of_a_pool_whose_rows_end_within_one(tail, page_size, kpool, capfd
     max_len = 400 * page_size - 1
     _, indices, pool = inputs(3, pool_cols=max_len + 2)
     lengths = np.array([max_len, 130 * page_size + 1, 0], np.int32)
-    compute = functools.partial(
-        reference.fused_metadata_precompute_and_broadcast,
-        lengths,
-        indices,
-        pool,
-        num_backends=1,
-        nsa_index_topk=64,
-        real_page_size=page_size,
-        wide_table=False,
-        max_len=max_len,
-        index_kpool=kpool,
-    )
-    out = held_apart(compute()) if tail == "keep" else None
-    before = None if out is None else on_device(out)
-    expected = compute(tail=tail, out=out)
     rows = Rows.of(ForwardMode.DECODE, 3)
-    actual = jax.jit(
-        functools.partial(
-            pallas_kernels.fused_metadata,
-            spec=Spec(rows, max_len, 64, page_size, False, tail, index_kpool=kpool),
-            config=pallas_kernels.BlockConfig(vectors=2),
-            interpret=INTERPRETER,
-        )
-    )(Inputs(lengths, indices, pool, None), before)
-    assert_same(actual, expected)
-    assert "RACE DETECTED" not in capfd.readouterr().out
+    assert_like_reference(
+        Inputs(lengths, indices, pool, None),
+        Spec(rows, max_len, 64, page_size, False, tail, index_kpool=kpool),
+        pallas_kernels.BlockConfig(vectors=2),
+        capfd,
+    )
 
 
 @pytest.mark.interpreted
@@ -226,7 +214,7 @@ def test_every_block_has_its_place(requests, blocks):
 
 @pytest.mark.parametrize("vectors", (1, 2, 4))
 @pytest.mark.parametrize("max_len", (1024, 1100))
-def test_the_smallest_pages_that_are_written_with_the_wide_table(vectors, max_len):
+def test_the_smallest_pages_that_are_written_with_the_wide_table(vectors, max_len, capfd):
     """As many start in a tile as a block has threads."""
     _, indices, pool = inputs(2, pool_cols=max_len)
     lengths = np.array([max_len, 700], np.int32)
@@ -234,23 +222,10 @@ def test_the_smallest_pages_that_are_written_with_the_wide_table(vectors, max_le
     table = Table.of(2, max_len, 1, "copy", access_width(max_len), config)
     smallest = next(page for page in itertools.count(1) if table.yields_pages(page))
     assert smallest == table.width * (vectors + (max_len % table.vector > 0))
-    compute = functools.partial(pallas_kernels.fused_metadata, config=config, interpret=INTERPRETER)
     for page in (smallest - 1, smallest):
         rows = Rows.of(ForwardMode.DECODE, 2)
         spec = Spec(rows, max_len, 64, page, True, "copy")
-        expected = reference.fused_metadata_precompute_and_broadcast(
-            lengths,
-            indices,
-            pool,
-            num_backends=1,
-            nsa_index_topk=64,
-            real_page_size=page,
-            tail="copy",
-        )
-        actual = jax.jit(functools.partial(compute, spec=spec))(
-            Inputs(lengths, indices, pool, None), None
-        )
-        assert_same(actual, expected)
+        assert_like_reference(Inputs(lengths, indices, pool, None), spec, config, capfd)
 
 
 def test_pages_that_are_not_written_with_the_wide_table():
