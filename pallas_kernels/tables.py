@@ -10,7 +10,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 
 from jaxnsa.spec import MAX_LEN, Tail
-from pallas_kernels.lanes import LANES, Lanes, ceil_div, floor_div
+from pallas_kernels.lanes import LANES, Lanes, Scalar, ceil_div, floor_div
 from pallas_kernels.rows import Location, Request
 from pallas_kernels.tuning import BlockConfig
 
@@ -33,14 +33,28 @@ class Source(NamedTuple):
     page_size: int = 1
     stride: int = 1
 
-    def columns(self, lanes: Lanes, index: Any) -> jax.Array:
-        """The columns at an index, a scalar or a `pl.ds`, of 128 where the stride is not 1."""
-        if self.stride == 1:
-            slots = self.ref[self.row, index]
-        elif isinstance(index, pl.Slice):
-            slots = lanes.load_first(self.ref.at[self.row], index.start, index.size, self.stride)
-        else:
-            slots = self.ref[self.row, index * self.stride]
+    def column(self, index: jax.Array) -> jax.Array:
+        """One column, a scalar."""
+        return self._pages(self.ref[self.row, index * self.stride])
+
+    def columns(self, lanes: Lanes, start: Scalar, width: int, count: Scalar) -> jax.Array:
+        """A vector of columns, `width` in each access; those behind the first `count` may be 0.
+
+        With a stride the width is 1: each column is then an access of its own.
+        """
+        if self.stride > 1:
+            slots = lanes.load_first(self.ref.at[self.row], start, count, self.stride)
+            return self._pages(slots)
+
+        def load() -> jax.Array:
+            index = (self.row, pl.ds(start, LANES * width))
+            return self._pages(lanes.load(self.ref, index, width))
+
+        if isinstance(count, int):
+            return load()
+        return lax.cond(count > 0, load, lambda: lanes.zeros(LANES * width, width))
+
+    def _pages(self, slots: jax.Array) -> jax.Array:
         return slots if self.page_size == 1 else floor_div(slots, self.page_size)
 
 
@@ -315,14 +329,13 @@ class _Writer:
             self.store_live(tile, loaded, locate())
 
     def load_live(self, tile: Tile, live: jax.Array, exists: Any = True) -> Loaded:
-        """The vectors of a tile that begin before `live`, if the tile exists; otherwise zeros."""
-        nothing = self.lanes.zeros(self.table.vector, self.table.width)
+        """The columns of a tile before `live`, if the tile exists; what else there is, may be 0."""
+        page_starts = self._load_page_starts(tile, live)
 
         def load(start):
-            is_live = exists & (start < live)
-            return lax.cond(is_live, lambda: self._load(start), lambda: nothing)
+            count = jnp.where(exists, live - start, 0)
+            return self.source.columns(self.lanes, start, self.table.width, count)
 
-        page_starts = self._load_page_starts(tile, live)
         return Loaded([load(start) for start, _ in tile.vectors], page_starts)
 
     def store_live(self, tile: Tile, loaded: Loaded, location: Location) -> None:
@@ -364,7 +377,7 @@ class _Writer:
         iota = lanes.iota(table.vector, table.width)
         starts = [start for start, _ in tile.vectors]
         page_starts = self._load_page_starts(tile, table.max_len)
-        loaded = [self._load(start) for start in starts]
+        loaded = [self.source.columns(lanes, s, table.width, table.vector) for s in starts]
         location = location or self.request.locate()
         pages = self._pages(page_starts)
         nothing = lanes.zeros(table.vector, table.width)
@@ -403,7 +416,7 @@ class _Writer:
         table = self.table
         last = table.columns - 1
         columns = [start + k for k in range(table.tile)]
-        loaded = [self.source.columns(self.lanes, jnp.minimum(c, last)) for c in columns]
+        loaded = [self.source.column(jnp.minimum(c, last)) for c in columns]
 
         def store(targets, row, column, value, is_stored):
             @pl.when(is_stored & (column <= last))
@@ -428,10 +441,6 @@ class _Writer:
         self.request.for_rows(location, write_row)
         if table.tail != "keep":
             self.request.for_padding_rows(location, clear_row)
-
-    def _load(self, start: jax.Array) -> jax.Array:
-        columns = self.source.columns(self.lanes, pl.ds(start, self.table.vector))
-        return self.lanes.laid_out(columns, self.table.width)
 
     @property
     def _page_size(self) -> int:

@@ -174,8 +174,15 @@ MISTAKES = [
     Mistake(
         "pallas: pages alone are read from columns that follow each other",
         "pallas_kernels/tables.py",
-        "index.start, index.size, self.stride)",
-        "index.start, index.size)",
+        "self.ref.at[self.row], start, count, self.stride)",
+        "self.ref.at[self.row], start, count)",
+        "test_pallas.py -k within_one",
+    ),
+    Mistake(
+        "pallas: the last live column of a vector is not loaded",
+        "pallas_kernels/tables.py",
+        "jnp.where(exists, live - start, 0)",
+        "jnp.where(exists, live - start - 1, 0)",
         "test_pallas.py -k within_one",
     ),
     Mistake(
