@@ -212,7 +212,7 @@ def test_info_explains_the_choice(monkeypatch):
     assert "bs 1, max_len 1, N 1 on this cpu: takes " + DEFAULT in result.output
     assert "  order: ffi, xla: " in result.output
     words = " ".join(result.output.split())
-    assert "bs 32, max_len 2048, N 3, live 2048: ffi 192, xla 377 microseconds" in words
+    assert "bs 32, max_len 2048, N 3, live 2048: ffi 165, xla 340 microseconds" in words
     monkeypatch.setenv("JAXNSA_IMPLEMENTATION", "pallas,xla")
     output = run("info", "--explain", "32,2048,3").output
     assert "  the settings name pallas, xla\n  pallas cannot run here: needs an NVIDIA" in output

@@ -107,8 +107,9 @@ RULES = (
         False,
         ("pallas", "triton", "ffi", "xla"),
         "where a launch is short pallas is ahead of triton and ffi by up to a half, and with "
-        "FlashMLA's schedule of triton by more; where memory decides it is within 7% of the "
-        "fastest; with the indexer's schedules alone ffi is a fifth ahead at 1,024 requests",
+        "FlashMLA's schedule of triton by more; where memory decides it is within 3% of the "
+        "fastest; ffi is an eighth ahead for eight backends of 32 requests, and a fifth with the "
+        "indexer's schedules alone at 1,024 requests",
     ),
     Rule(
         "cpu",
@@ -117,7 +118,7 @@ RULES = (
         1,
         False,
         ("ffi", "xla"),
-        "ffi is ahead of xla by a seventh and, in small calls, by up to twelve times, but for "
+        "ffi is ahead of xla by a seventh and, in small calls, by up to fifteen times, but for "
         "copies of megabytes, which xla spreads over all cores; what is exported or "
         "lowered for another platform is computed by xla",
     ),
@@ -125,35 +126,35 @@ RULES = (
 """The first rule that fits a call decides."""
 
 MEASURED_ON = {
-    "gpu": "NVIDIA H200, jax 0.11.2, jax-triton 0.3.1, Triton 3.6, commit 372140d",
-    "cpu": "2 cores, jax 0.10.2, commit 372140d",
+    "gpu": "NVIDIA H200, jax 0.11.2, jax-triton 0.3.1, Triton 3.6, commit 5c92668",
+    "cpu": "2 cores, jax 0.10.2, commit 5c92668",
 }
 
 MEASUREMENTS = (
-    Measurement("gpu", 32, 2048, 3, 2048, {"pallas": 1.5, "ffi": 1.8, "triton": 1.8, "xla": 14.7}),
+    Measurement("gpu", 32, 2048, 3, 2048, {"pallas": 1.5, "ffi": 1.8, "triton": 1.8, "xla": 15.0}),
     Measurement(
-        "gpu", 32, 65_536, 3, 8192, {"pallas": 2.0, "ffi": 2.2, "triton": 3.0, "xla": 23.1}
+        "gpu", 32, 65_536, 3, 8192, {"pallas": 1.9, "ffi": 2.3, "triton": 3.0, "xla": 23.3}
     ),
     Measurement(
-        "gpu", 32, 65_536, 3, 65_536, {"pallas": 6.1, "triton": 6.3, "ffi": 6.9, "xla": 23.4}
+        "gpu", 32, 65_536, 3, 65_536, {"pallas": 6.3, "triton": 6.3, "ffi": 6.8, "xla": 23.3}
     ),
     Measurement(
-        "gpu", 6, 131_072, 1, 131_072, {"pallas": 1.9, "triton": 2.2, "ffi": 2.5, "xla": 6.2}
+        "gpu", 6, 131_072, 1, 131_072, {"pallas": 2.0, "triton": 2.3, "ffi": 2.4, "xla": 6.3}
     ),
     Measurement(
-        "gpu", 256, 32_768, 8, 16_384, {"pallas": 29.9, "ffi": 30.1, "triton": 31.4, "xla": 182.1}
+        "gpu", 256, 32_768, 8, 16_384, {"pallas": 30.3, "ffi": 30.3, "triton": 32.0, "xla": 183.0}
     ),
     Measurement(
-        "gpu", 128, 131_072, 3, 131_072, {"pallas": 53.9, "triton": 54.7, "ffi": 57.7, "xla": 137.2}
+        "gpu", 128, 131_072, 3, 131_072, {"pallas": 55.1, "triton": 55.5, "ffi": 58.3, "xla": 137.5}
     ),
     Measurement(
-        "gpu", 1024, 32_768, 3, 4096, {"ffi": 12.9, "pallas": 13.5, "triton": 13.7, "xla": 259.9}
+        "gpu", 1024, 32_768, 3, 4096, {"ffi": 13.0, "pallas": 13.4, "triton": 13.8, "xla": 259.0}
     ),
-    Measurement("cpu", 32, 2048, 3, 2048, {"ffi": 192, "xla": 377}),
-    Measurement("cpu", 32, 65_536, 3, 8192, {"ffi": 605, "xla": 946}),
-    Measurement("cpu", 6, 131_072, 1, 131_072, {"ffi": 543, "xla": 685}),
-    Measurement("cpu", 128, 131_072, 3, 131_072, {"ffi": 20376, "xla": 27259}),
-    Measurement("cpu", 1024, 32_768, 3, 4096, {"ffi": 6551, "xla": 11168}),
+    Measurement("cpu", 32, 2048, 3, 2048, {"ffi": 165, "xla": 340}),
+    Measurement("cpu", 32, 65_536, 3, 8192, {"ffi": 552, "xla": 765}),
+    Measurement("cpu", 6, 131_072, 1, 131_072, {"ffi": 489, "xla": 685}),
+    Measurement("cpu", 128, 131_072, 3, 131_072, {"ffi": 18414, "xla": 23859}),
+    Measurement("cpu", 1024, 32_768, 3, 4096, {"ffi": 6281, "xla": 10089}),
 )
 
 
