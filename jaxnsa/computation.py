@@ -98,7 +98,8 @@ class Computation:
         backends = []
         for _ in range(len(arrays) // len(names)):
             metadata = object.__new__(NSAMetadata)
-            vars(metadata).update(zip(names, rest, strict=False))
+            # vars() and an argument of zip() would take as long again.
+            metadata.__dict__.update(zip(names, rest))  # noqa: B905
             backends.append(metadata)
         return tuple(backends)
 
