@@ -62,10 +62,7 @@ class CheckedCalls:
                 out = (out,)
             elif not isinstance(out, (tuple, list, NoneType)):
                 return None
-            written = computation.arrays(out)
-            if not kind.issuperset(map(type, (*read, *written))):
-                return None
-            backends = computation(inputs(read), written)
+            backends = computation(inputs(read), out, kind)
         except jax.errors.JaxRuntimeError as error:
             if not any(word in str(error) for word in ("INVALID_ARGUMENT", "donate")):
                 raise  # it failed, and its destinations may be gone

@@ -35,6 +35,7 @@ class Computation:
         """
         shapes = spec.shapes()
         self._names = tuple(shapes)
+        self._destinations = range(spec.destinations)
         self._wanted = attrgetter(*self._names)
         others = [name for name in FIELDS if name not in shapes]
         self._others = attrgetter(*others) if others else lambda metadata: None
@@ -46,59 +47,61 @@ class Computation:
         # them.
         @functools.partial(compiled, donate_argnums=1, keep_unused=True)
         def fused_metadata(read: Sequence[Array], written: list[Array]) -> list[Array]:
-            out = self._metadata_of_each(written) or None
-            if out and [_shape(array) for array in written] != expected * spec.destinations:
-                raise UnlikeError
+            out = None
+            if written:
+                if [_shape(array) for array in written] != expected * spec.destinations:
+                    raise UnlikeError
+                starts = range(0, len(written), len(shapes))
+                each = [written[start : start + len(shapes)] for start in starts]
+                out = tuple(
+                    NSAMetadata(**dict(zip(shapes, arrays, strict=True))) for arrays in each
+                )
             inputs = Inputs._make(map(dict(zip(given, read, strict=True)).get, Inputs._fields))
             backends = strategies.fused_metadata(
                 inputs, out, spec, strategy=strategy, implementation=implementation
             )
-            return self.arrays(backends)
+            return [array for metadata in backends for array in self._wanted(metadata)]
 
         self._compiled = fused_metadata
 
-    def arrays(self, destinations: Iterable[NSAMetadata] | None) -> list[Array]:
-        """Those of all destinations, none for None.
-
-        Raises:
-          UnlikeError: a destination has others than are wanted, or there are none.
-        """
-        arrays: list[Array] = []
-        if destinations is None:
-            return arrays
-        for metadata in destinations:
-            if not isinstance(metadata, NSAMetadata):
-                raise UnlikeError
-            attributes = vars(metadata)
-            if (*attributes,) == self._names:  # as a computation returns it
-                arrays += attributes.values()
-            elif self._others(metadata) == self._no_others:
-                arrays += self._wanted(metadata)
-            else:
-                raise UnlikeError
-        if not arrays:
-            raise UnlikeError
-        return arrays
-
-    def __call__(self, read: Sequence[Array], written: list[Array]) -> tuple[NSAMetadata, ...]:
-        """Runs it.
+    def __call__(
+        self,
+        read: Sequence[Array],
+        out: Iterable[NSAMetadata] | None,
+        kind: frozenset[type] | None = None,
+    ) -> tuple[NSAMetadata, ...]:
+        """Runs it. Each call pays for every line here, and for no other function of Python's.
 
         Args:
           read: the inputs that there are.
-          written: of the destinations, donated; none for fresh results.
+          out: the destinations, donated; None for fresh results.
+          kind: types that arrays have; None: any.
 
         Raises:
-          UnlikeError: `written` has other shapes than the destinations of the spec.
+          UnlikeError: `out` has no destinations, or one with other arrays than are wanted; arrays
+            have other types, or shapes that are not those of the destinations of the spec.
         """
-        return self._metadata_of_each(self._compiled(read, written))
-
-    def _metadata_of_each(self, arrays: Sequence[Array]) -> tuple[NSAMetadata, ...]:
-        """The same as the constructor in a third of its time: what is left out is None."""
-        names, rest = self._names, iter(arrays)
+        names = self._names
+        written: list[Array] = []
+        for metadata in () if out is None else out:
+            if not isinstance(metadata, NSAMetadata):
+                raise UnlikeError
+            attributes = metadata.__dict__
+            if (*attributes,) == names:  # as a computation returns it
+                written += attributes.values()
+            elif self._others(metadata) == self._no_others:
+                written += self._wanted(metadata)
+            else:
+                raise UnlikeError
+        if not written and out is not None:
+            raise UnlikeError
+        if kind and not kind.issuperset(map(type, (*read, *written))):
+            raise UnlikeError
+        rest = iter(self._compiled(read, written))
         backends = []
-        for _ in range(len(arrays) // len(names)):
+        for _ in self._destinations:
+            # As the constructor, in a fifth of its time: what is left out is None.
             metadata = object.__new__(NSAMetadata)
-            # vars() and an argument of zip() would take as long again.
             metadata.__dict__.update(zip(names, rest))  # noqa: B905
             backends.append(metadata)
         return tuple(backends)

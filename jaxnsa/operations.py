@@ -561,7 +561,7 @@ def _fused_metadata(
     name = _computing(name, implementation, here, not spec.is_empty)
     computation = _computation(spec, strategy, name, tuple(given))
     try:
-        backends = computation(tuple(given.values()), computation.arrays(out))
+        backends = computation(tuple(given.values()), out)
     except jax.errors.JaxRuntimeError as error:
         if "donate" not in str(error):
             raise
