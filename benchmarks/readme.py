@@ -178,7 +178,8 @@ def headlines(reports: Reports) -> list[str]:
     lines = [*table(["microseconds", "machine", "jaxnsa", "beside it"], cells), ""]
     decode = reports.get(("nvidia-h200", "sparse-attention"))
     if decode is not None:
-        link = f"[a whole decode](benchmarks/results/nvidia-h200/{decode.suite}.md)"
+        file = f"benchmarks/results/nvidia-h200/{decode.suite}.md"
+        link = f"[a whole decode of one untrained layer]({file})"
         lines += [*_decode(decode, link), ""]
     return lines
 
@@ -215,7 +216,7 @@ def _roofline(report: Report) -> list[str]:
     hot = report.metric.endswith("device_us")
     lines = [
         "The whole job in place, in microseconds"
-        + (" of device time, the same inputs in each call" if hot else " end to end")
+        + (" of device time, the same inputs in each call" if hot else " end to end, caches cold")
         + ". The roof is live bytes read once and written N times, over the bandwidth of a large "
         "copy.",
         "",
@@ -225,6 +226,8 @@ def _roofline(report: Report) -> list[str]:
     missed = _missed(rows, "hot_device_us") if hot else []
     if missed:
         lines += ["", "Bold times miss their target: " + "; ".join(missed) + "."]
+        cold = _missed(rows, "device_us")
+        lines[-1] += f" With caches cold these miss it: {'; '.join(cold)}." if cold else ""
     return [*lines, "", *_losers(rows, "hot_device_us" if hot else report.metric)]
 
 
@@ -467,9 +470,10 @@ def _decode(report: Report, title: str) -> list[str]:
 
 def _sparse_attention(report: Report) -> list[str]:
     return [
-        "A whole sparse-attention decode, [in one file](../sparse_attention.py) from prefill to a "
-        "speculative loop in `lax.scan`, whose tokens equal those of an oracle without pages and "
-        "those of the same loop [in PyTorch](../sparse_attention_torch.py):",
+        "A whole sparse-attention decode of one untrained layer, which drafts with fewer keys, [in "
+        "one file](../sparse_attention.py) from prefill to a speculative loop in `lax.scan`, whose "
+        "tokens equal those of an oracle without pages and those of the same loop [in "
+        "PyTorch](../sparse_attention_torch.py):",
         "",
         *_decode(report, "batch"),
     ]
